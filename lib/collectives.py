@@ -1,0 +1,57 @@
+"""Collective operations over all ranks; on one process each returns its argument unchanged."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def rank_and_world_size() -> tuple[int, int]:
+    """This process's rank and the number of processes: (0, 1) without torch.distributed."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def gather_rows(rows: Tensor) -> Tensor:
+    """Concatenate every rank's rows in rank order: (B, ...) -> (W * B, ...); B must be the same on all ranks."""
+    _, world_size = rank_and_world_size()
+    if world_size == 1:
+        return rows
+    gathered = rows.new_empty((world_size * rows.shape[0], *rows.shape[1:]))
+    # The list form is what every backend implements, gloo included; the pieces are views of `gathered`.
+    dist.all_gather(list(gathered.chunk(world_size)), rows.contiguous())
+    return gathered
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """Sum a tensor over the ranks, in place."""
+    if rank_and_world_size()[1] > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def max_over_ranks(values: Tensor) -> Tensor:
+    """Largest entry over the ranks, elementwise, in place."""
+    if rank_and_world_size()[1] > 1:
+        dist.all_reduce(values, op=dist.ReduceOp.MAX)
+    return values
+
+
+def gather_objects(value: object) -> list:
+    """Every rank's (picklable) value, in rank order, on every rank."""
+    _, world_size = rank_and_world_size()
+    if world_size == 1:
+        return [value]
+    values: list = [None] * world_size
+    dist.all_gather_object(values, value)
+    return values
+
+
+def any_rank(flag: bool, device: torch.device | str = "cpu") -> bool:
+    """Whether the flag is set on at least one rank."""
+    return bool(max_over_ranks(torch.tensor(int(flag), device=device)).item())
+
+
+def logsumexp_over_ranks(partial: Tensor) -> Tensor:
+    """Merge every rank's partial log-sum-exp: (n,) -> (n,)."""
+    return gather_rows(partial[None]).logsumexp(0)

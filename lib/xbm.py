@@ -1,0 +1,102 @@
+"""XBM, the cross-batch memory: embeddings of past steps, kept as further negatives at no encoder cost.
+
+Source: Wang et al., Cross-Batch Memory for Embedding Learning, 2020. Every rank holds the same bank, in rank order.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lib.losses import Pairs
+
+
+@dataclass(frozen=True)
+class Drift:
+    """How far remembered embeddings have moved: 1 - mean cosine to the fresh embedding of the same sample."""
+
+    image: float
+    text: float
+    samples: int
+    """Fresh pairs that were found in the memory; 0 means that there is no reading (image and text are nan)."""
+
+
+class CrossBatchMemory:
+    """A ring buffer of Q embedded pairs of both towers, with group, sample_id and the step that embedded them.
+
+    Dropping one side would unbalance the gradient norms of the towers, so both are always kept.
+    """
+
+    def __init__(self, size: int, embed_dim: int, device: torch.device | str = "cpu", dtype=torch.float32) -> None:
+        self.size = size
+        self.image_embeds = torch.zeros(size, embed_dim, device=device, dtype=dtype)
+        self.text_embeds = torch.zeros(size, embed_dim, device=device, dtype=dtype)
+        self.group = torch.zeros(size, dtype=torch.int64, device=device)
+        self.sample_id = torch.zeros(size, dtype=torch.int64, device=device)
+        self.step = torch.zeros(size, dtype=torch.int64, device=device)
+        self.pointer = 0
+        self.filled = 0
+
+    def __len__(self) -> int:
+        return self.filled
+
+    @torch.no_grad()
+    def enqueue(self, fresh: Pairs, step: int) -> None:
+        """Put the newest pairs in place of the oldest; of more than Q pairs only the last Q are kept."""
+        count = min(len(fresh), self.size)
+        if count == 0:
+            return
+        start = (self.pointer + len(fresh) - count) % self.size
+        slots = (start + torch.arange(count, device=self.group.device)) % self.size
+        self.image_embeds[slots] = fresh.image_embeds[-count:].to(self.image_embeds.dtype)
+        self.text_embeds[slots] = fresh.text_embeds[-count:].to(self.text_embeds.dtype)
+        self.group[slots] = fresh.group[-count:]
+        self.sample_id[slots] = fresh.sample_id[-count:]
+        self.step[slots] = step
+        self.pointer = (self.pointer + len(fresh)) % self.size
+        self.filled = min(self.filled + len(fresh), self.size)
+
+    def pairs(self) -> Pairs | None:
+        """The remembered pairs, or None while there are none."""
+        if self.filled == 0:
+            return None
+        rows = slice(0, self.filled)  # slots fill from 0 on, so the filled ones are always the first
+        return Pairs(self.image_embeds[rows], self.text_embeds[rows], self.group[rows], self.sample_id[rows])
+
+    def mean_age(self, step: int) -> float:
+        """Mean age of the remembered pairs at this step, in steps."""
+        return float((step - self.step[: self.filled]).float().mean()) if self.filled else float("nan")
+
+    @torch.no_grad()
+    def drift(self, fresh: Pairs) -> Drift:
+        """Compare fresh pairs with the newest remembered copy of the same sample."""
+        if self.filled == 0:
+            return Drift(float("nan"), float("nan"), 0)
+        # Sorted by sample, and by age within a sample: the last of equal ids is the newest copy.
+        by_age = self.step[: self.filled].argsort(stable=True)
+        order = by_age[self.sample_id[by_age].argsort(stable=True)]
+        ids = self.sample_id[order]
+        place = (torch.searchsorted(ids, fresh.sample_id, right=True) - 1).clamp_(min=0)
+        found = ids[place] == fresh.sample_id
+        old = order[place[found]]
+        if len(old) == 0:
+            return Drift(float("nan"), float("nan"), 0)
+        image = (fresh.image_embeds[found] * self.image_embeds[old]).sum(1).mean()
+        text = (fresh.text_embeds[found] * self.text_embeds[old]).sum(1).mean()
+        return Drift(1 - image.item(), 1 - text.item(), len(old))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Tensors only, pointer and fill level included, so that safetensors can hold it."""
+        tensors = {name: getattr(self, name) for name in self._tensors}
+        return tensors | {"pointer": torch.tensor(self.pointer), "filled": torch.tensor(self.filled)}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Restore a bank of the same size and dimension; raises ValueError naming both otherwise."""
+        saved, here = tuple(state["image_embeds"].shape), tuple(self.image_embeds.shape)
+        if saved != here:
+            raise ValueError(f"the saved memory holds {saved[0]} pairs of dimension {saved[1]}, this one {here}")
+        for name in self._tensors:
+            getattr(self, name).copy_(state[name])
+        self.pointer, self.filled = int(state["pointer"]), int(state["filled"])
+
+    _tensors = ("image_embeds", "text_embeds", "group", "sample_id", "step")

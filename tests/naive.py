@@ -1,0 +1,92 @@
+"""Naive twins of the losses: every pair written out, plain autograd; slow, and easy to believe."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lib.losses import Pairs
+
+
+def random_pairs(count: int, dim: int, seed: int, groups: int | None = None, first_id: int = 0) -> Pairs:
+    """Unit-norm float64 pairs; with `groups`, each is of one of that many groups, else each is its own."""
+    generator = torch.Generator().manual_seed(seed)
+    image, text = (torch.randn(count, dim, generator=generator, dtype=torch.float64) for _ in range(2))
+    group = torch.randint(groups, (count,), generator=generator) if groups else torch.arange(count) + first_id
+    return Pairs(F.normalize(image, dim=-1), F.normalize(text, dim=-1), group, torch.arange(count) + first_id)
+
+
+def naive_sigmoid(
+    fresh: Pairs,
+    remembered: Pairs | None,
+    scale: Tensor,
+    bias: Tensor,
+    *,
+    pos_weight: float = 1.0,
+    remembered_positives: str = "use",
+) -> Tensor:
+    """A double loop over all pairs."""
+    total = torch.zeros((), dtype=fresh.image_embeds.dtype)
+    for i in range(len(fresh)):
+        for j in range(len(fresh)):
+            total = total + _sigmoid_term(
+                fresh.image_embeds[i] @ fresh.text_embeds[j] * scale + bias,
+                bool(fresh.group[i] == fresh.group[j]),
+                pos_weight,
+            )
+        for j in range(len(remembered) if remembered else 0):
+            positive = _remembered_kind(fresh, remembered, i, j, remembered_positives)
+            if positive is None:
+                continue
+            for anchor, other in (
+                (fresh.image_embeds[i], remembered.text_embeds[j]),
+                (fresh.text_embeds[i], remembered.image_embeds[j]),
+            ):
+                total = total + _sigmoid_term(anchor @ other * scale + bias, positive, pos_weight)
+    return total / len(fresh)
+
+
+def naive_infonce(
+    fresh: Pairs,
+    remembered: Pairs | None,
+    scale: Tensor,
+    bias: Tensor,
+    *,
+    label_smoothing: float = 0.0,
+    remembered_positives: str = "use",
+) -> Tensor:
+    """One cross-entropy with a probability target per anchor."""
+    total = torch.zeros((), dtype=fresh.image_embeds.dtype)
+    for anchors, others, old in (
+        (fresh.image_embeds, fresh.text_embeds, remembered.text_embeds if remembered else None),
+        (fresh.text_embeds, fresh.image_embeds, remembered.image_embeds if remembered else None),
+    ):
+        for i in range(len(fresh)):
+            candidates, positives = [], []
+            for j in range(len(fresh)):
+                candidates.append(others[j])
+                positives.append(bool(fresh.group[i] == fresh.group[j]))
+            for j in range(len(remembered) if remembered else 0):
+                positive = _remembered_kind(fresh, remembered, i, j, remembered_positives)
+                if positive is not None:
+                    candidates.append(old[j])
+                    positives.append(positive)
+            target = torch.tensor(positives, dtype=anchors.dtype)
+            logits = torch.stack(candidates) @ anchors[i] * scale + bias
+            total = total + F.cross_entropy(
+                logits[None], (target / target.sum())[None], label_smoothing=label_smoothing
+            )
+    return total / (2 * len(fresh))
+
+
+def _sigmoid_term(logit: Tensor, positive: bool, pos_weight: float) -> Tensor:
+    return pos_weight * F.softplus(-logit) if positive else F.softplus(logit)
+
+
+def _remembered_kind(fresh: Pairs, remembered: Pairs, i: int, j: int, remembered_positives: str) -> bool | None:
+    """True: a positive, False: a negative, None: left out."""
+    if fresh.sample_id[i] == remembered.sample_id[j]:
+        return None
+    same_group = bool(fresh.group[i] == remembered.group[j])
+    if same_group and remembered_positives == "ignore":
+        return None
+    return same_group

@@ -1,0 +1,36 @@
+"""Run a function on several gloo ranks and hand back what rank 0 returned."""
+
+import os
+import socket
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def on_ranks(world_size: int, function: Callable, *arguments):
+    """Call function(*arguments) on every rank; rank 0's return value (what torch.save can hold) comes back."""
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder) / "result.pt"
+        mp.spawn(_rank, (world_size, _free_port(), function, arguments, result), nprocs=world_size)
+        return torch.load(result, weights_only=False)
+
+
+def _rank(rank: int, world_size: int, port: int, function: Callable, arguments: tuple, result: Path) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    dist.init_process_group("gloo", rank=rank, world_size=world_size)
+    value = function(*arguments)
+    if rank == 0:
+        torch.save(value, result)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]

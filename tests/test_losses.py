@@ -1,0 +1,135 @@
+"""The tiled losses equal a double loop over all pairs: value and every gradient, in float64."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from naive import naive_infonce, naive_sigmoid, random_pairs
+
+from lib import losses
+from lib.losses import LossShare, Pairs, infonce, sigmoid
+
+DIM = 5
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch):
+    """Tiles of 7, so that 17 rows need several, and the last does not fill."""
+    monkeypatch.setattr(losses, "TILE", 7)
+
+
+def autograd(naive, fresh: Pairs, remembered, scale, bias, **options):
+    """Value and gradients of the naive twin, as a LossShare over the whole batch."""
+    leaves = [t.clone().requires_grad_() for t in (fresh.image_embeds, fresh.text_embeds, scale, bias)]
+    value = naive(Pairs(leaves[0], leaves[1], fresh.group, fresh.sample_id), remembered, *leaves[2:], **options)
+    gradients = torch.autograd.grad(value, leaves, allow_unused=True)
+    return LossShare(value.detach(), *(torch.zeros_like(x) if g is None else g for x, g in zip(leaves, gradients, strict=True)))
+
+
+def assert_same(share: LossShare, twin: LossShare, tolerance: float = 1e-12) -> None:
+    for name, value in vars(share).items():
+        expected = getattr(twin, name)
+        error = (value - expected).abs().max() / expected.abs().max().clamp(min=1e-3)  # a zero is compared absolutely
+        assert error <= tolerance, f"{name}: relative error {error:.2e}"
+
+
+def remembered_pairs(groups: int | None, fresh: Pairs) -> Pairs:
+    """Old pairs of which some are stale copies of fresh samples, and some only share a group."""
+    old = random_pairs(12, DIM, seed=9, groups=groups, first_id=100)
+    group, sample_id = old.group.clone(), old.sample_id.clone()
+    group[:4], sample_id[:4] = fresh.group[3:7], fresh.sample_id[3:7]
+    group[4:6] = fresh.group[7:9]
+    return replace(old, group=group, sample_id=sample_id)
+
+
+SCALE, BIAS = torch.tensor(7.0, dtype=torch.float64), torch.tensor(-2.0, dtype=torch.float64)
+CASES = [
+    (infonce, naive_infonce, {}),
+    (infonce, naive_infonce, {"label_smoothing": 0.1}),
+    (sigmoid, naive_sigmoid, {}),
+    (sigmoid, naive_sigmoid, {"pos_weight": 3.0}),
+]
+
+
+@pytest.mark.parametrize("groups", [None, 4])
+@pytest.mark.parametrize("memory", ["none", "use", "ignore"])
+@pytest.mark.parametrize(("loss", "naive", "options"), CASES)
+def test_value_and_gradients_equal_a_double_loop(loss, naive, options, memory, groups):
+    fresh = random_pairs(17, DIM, seed=1, groups=groups)
+    remembered = None if memory == "none" else remembered_pairs(groups, fresh)
+    options = options | ({} if memory == "none" else {"remembered_positives": memory})
+    share = loss(fresh, remembered, SCALE, BIAS, slice(0, 17), **options)
+    assert_same(share, autograd(naive, fresh, remembered, SCALE, BIAS, **options))
+
+
+@pytest.mark.parametrize("loss", [infonce, sigmoid])
+def test_shares_of_row_slices_add_up_to_the_whole_batch(loss):
+    fresh = random_pairs(17, DIM, seed=1, groups=4)
+    remembered = remembered_pairs(4, fresh)
+    whole = loss(fresh, remembered, SCALE, BIAS, slice(0, 17))
+    slices = [slice(0, 5), slice(5, 14), slice(14, 17)]
+    options = {"merge_logsumexp": partial_column_merger(fresh, remembered, slices)} if loss is infonce else {}
+    shares = [loss(fresh, remembered, SCALE, BIAS, rows, **options) for rows in slices]
+    assert_same(
+        LossShare(
+            sum(s.loss for s in shares),
+            torch.cat([s.image_embeds for s in shares]),
+            sum(s.text_embeds for s in shares),
+            sum(s.logit_scale for s in shares),
+            sum(s.logit_bias for s in shares),
+        ),
+        whole,
+    )
+
+
+def partial_column_merger(fresh, remembered, slices):
+    """What the ranks exchange: the log-sum-exp of all slices' partial ones."""
+    partials = []
+
+    def collect(partial):
+        partials.append(partial)
+        return partial
+
+    for rows in slices:
+        infonce(fresh, remembered, SCALE, BIAS, rows, merge_logsumexp=collect)
+    merged = torch.stack(partials).logsumexp(0)
+    return lambda partial: merged
+
+
+def test_negative_control_stale_copies_matter():
+    """Were remembered copies of the same sample not left out, the value would differ."""
+    fresh = random_pairs(17, DIM, seed=1, groups=4)
+    remembered = remembered_pairs(4, fresh)
+    unmasked = replace(remembered, sample_id=remembered.sample_id + 1000)
+    for loss, naive in ((infonce, naive_infonce), (sigmoid, naive_sigmoid)):
+        twin = autograd(naive, fresh, remembered, SCALE, BIAS)
+        wrong = loss(fresh, unmasked, SCALE, BIAS, slice(0, 17))
+        assert abs(wrong.loss - twin.loss) / twin.loss > 1e-3
+
+
+@pytest.mark.parametrize("loss", [infonce, sigmoid])
+def test_low_precision_embeddings_are_computed_in_float32(loss):
+    fresh = random_pairs(17, DIM, seed=1)
+    half = replace(fresh, image_embeds=fresh.image_embeds.bfloat16(), text_embeds=fresh.text_embeds.bfloat16())
+    exact = replace(fresh, image_embeds=half.image_embeds.double(), text_embeds=half.text_embeds.double())
+    scale, bias = torch.tensor(100.0), torch.tensor(-10.0)
+    share = loss(half, None, scale, bias, slice(0, 17))
+    assert share.image_embeds.dtype == torch.float32
+    assert_same(share, loss(exact, None, scale.double(), bias.double(), slice(0, 17)), tolerance=1e-4)
+
+
+def test_a_large_scale_does_not_overflow():
+    fresh = random_pairs(17, DIM, seed=1)
+    share = infonce(fresh, None, torch.tensor(5000.0), torch.tensor(0.0), slice(0, 17))
+    assert all(torch.isfinite(value).all() for value in vars(share).values())
+
+
+def test_one_hand_computed_value():
+    """Two orthogonal pairs at scale 1: each anchor's softmax is e / (e + 1); sigmoid has two terms of each kind."""
+    eye = torch.eye(2, dtype=torch.float64)
+    fresh = Pairs(eye, eye, torch.arange(2), torch.arange(2))
+    one, zero = torch.ones((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    nce = infonce(fresh, None, one, zero, slice(0, 2)).loss
+    assert nce == pytest.approx(torch.log1p(torch.exp(-one)).item())
+    pairwise = sigmoid(fresh, None, one, zero, slice(0, 2)).loss
+    assert pairwise == pytest.approx((torch.log1p(torch.exp(-one)) + torch.log(torch.tensor(2.0))).item())

@@ -1,0 +1,87 @@
+"""The memory bank holds what an explicit concatenation of past steps would, wraps around, and survives a save."""
+
+import math
+
+import pytest
+import torch
+from naive import random_pairs
+
+from lib.xbm import CrossBatchMemory
+
+DIM = 4
+
+
+def batches(sizes):
+    first = 0
+    for seed, size in enumerate(sizes):
+        yield random_pairs(size, DIM, seed=seed, first_id=first)
+        first += size
+
+
+def as_set(pairs):
+    return {(int(s), *i.tolist(), *t.tolist()) for s, i, t in zip(pairs.sample_id, pairs.image_embeds, pairs.text_embeds, strict=True)}
+
+
+@pytest.mark.parametrize("sizes", [[3], [3, 4], [3, 4, 5, 6], [5, 5], [10], [25], [4, 23, 2], [10, 10, 10]])
+def test_the_bank_is_the_newest_q_pairs(sizes):
+    memory = CrossBatchMemory(10, DIM, dtype=torch.float64)
+    history = list(batches(sizes))
+    for step, fresh in enumerate(history):
+        memory.enqueue(fresh, step)
+    newest = as_set(type(history[0])(*(torch.cat([getattr(p, n) for p in history])[-10:] for n in vars(history[0]))))
+    assert as_set(memory.pairs()) == newest
+    assert len(memory) == min(10, sum(sizes))
+
+
+def test_an_empty_bank_and_a_bank_of_size_zero_remember_nothing():
+    assert CrossBatchMemory(10, DIM).pairs() is None
+    memory = CrossBatchMemory(0, DIM)
+    memory.enqueue(random_pairs(3, DIM, seed=0), step=0)
+    assert memory.pairs() is None
+
+
+def test_state_dict_resumes_in_the_middle_of_the_ring():
+    steps = list(batches([4, 5, 6, 3]))
+    unbroken, saved = CrossBatchMemory(10, DIM), CrossBatchMemory(10, DIM)
+    for step, fresh in enumerate(steps):
+        unbroken.enqueue(fresh, step)
+    for step, fresh in enumerate(steps[:2]):
+        saved.enqueue(fresh, step)
+    resumed = CrossBatchMemory(10, DIM)
+    resumed.load_state_dict({k: v.clone() for k, v in saved.state_dict().items()})
+    for step, fresh in enumerate(steps[2:], start=2):
+        resumed.enqueue(fresh, step)
+    for name, value in unbroken.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], value), name
+
+
+def test_a_bank_of_another_size_is_refused():
+    with pytest.raises(ValueError, match="10 pairs of dimension 4"):
+        CrossBatchMemory(8, DIM).load_state_dict(CrossBatchMemory(10, DIM).state_dict())
+
+
+def test_drift_compares_with_the_newest_copy_of_the_same_sample():
+    memory = CrossBatchMemory(20, DIM, dtype=torch.float64)
+    old, newer, now = (random_pairs(6, DIM, seed=seed) for seed in (1, 2, 3))  # the same six samples
+    memory.enqueue(random_pairs(5, DIM, seed=8, first_id=50), 0)
+    memory.enqueue(old, 1)
+    memory.enqueue(newer, 2)
+    drift = memory.drift(now)
+    assert drift.samples == 6
+    assert drift.image == pytest.approx(1 - (now.image_embeds * newer.image_embeds).sum(1).mean().item())
+    assert drift.text == pytest.approx(1 - (now.text_embeds * newer.text_embeds).sum(1).mean().item())
+    assert memory.drift(newer).image == pytest.approx(0, abs=1e-12)
+
+
+def test_without_recurring_samples_there_is_no_drift_reading():
+    memory = CrossBatchMemory(20, DIM)
+    memory.enqueue(random_pairs(5, DIM, seed=1), 0)
+    drift = memory.drift(random_pairs(5, DIM, seed=2, first_id=99))
+    assert drift.samples == 0 and math.isnan(drift.image) and math.isnan(drift.text)
+
+
+def test_age_is_counted_in_steps():
+    memory = CrossBatchMemory(4, DIM)
+    memory.enqueue(random_pairs(2, DIM, seed=1), 10)
+    memory.enqueue(random_pairs(2, DIM, seed=1), 12)
+    assert memory.mean_age(13) == pytest.approx((3 + 1) / 2)
