@@ -81,8 +81,10 @@ def cached_step(
     difference = torch.zeros((), device=device)
     if keep_graphs:  # one backward for all of them: the reducer must meet every parameter once
         with nullcontext() if all_kept else no_sync():
-            backward(sum(surrogate(i, passes[i].output, final=all_kept and i == 0) for i in range(keep_graphs)))
-    after_pass_1 = _RandomState.capture(device)
+            backward(
+                sum(surrogate(i, passes[i].output, final=all_kept and i == 0) for i in range(keep_graphs))
+            )
+    after_pass_1 = RandomState.capture(device)
     for index in range(keep_graphs, len(chunks)):
         last = index == len(chunks) - 1
         with nullcontext() if last else no_sync():
@@ -100,7 +102,7 @@ class _ChunkPass:
 
     chunk: TowerChunk
     output: object
-    random_state: "_RandomState"
+    random_state: "RandomState"
     image_pooled: Tensor | None
     text_pooled: Tensor | None
 
@@ -126,12 +128,16 @@ class _ChunkPass:
             )
             if again is not None
         ]
-        return torch.stack(distances).max() if distances else torch.zeros((), device=self.output.logit_scale.device)
+        return (
+            torch.stack(distances).max()
+            if distances
+            else torch.zeros((), device=self.output.logit_scale.device)
+        )
 
 
 def _embed(towers, chunk, device, kept: bool, image: Recompute, text: Recompute) -> _ChunkPass:
     """Pass 1 of one chunk; a graph is kept where gradients are enabled."""
-    random_state = _RandomState.capture(device)
+    random_state = RandomState.capture(device)
     there = chunk.to(device)
     output = towers(
         pixel_values=there.pixel_values, input_ids=there.input_ids, attention_mask=there.attention_mask
@@ -192,7 +198,7 @@ class _Surrogate:
 
 
 @dataclass(frozen=True)
-class _RandomState:
+class RandomState:
     """The generators that dropout draws from: the CPU's and the accelerator's."""
 
     cpu: Tensor
@@ -200,7 +206,7 @@ class _RandomState:
     device: torch.device
 
     @classmethod
-    def capture(cls, device: torch.device) -> "_RandomState":
+    def capture(cls, device: torch.device) -> "RandomState":
         module = None if device.type == "cpu" else torch.get_device_module(device)
         return cls(torch.get_rng_state(), module and module.get_rng_state(device), device)
 

@@ -1,5 +1,25 @@
-"""The one exception that means: what the user gave cannot work, and this is how to mend it."""
+"""The two kinds of failure that are told in one line: what the user gave, and what went wrong on the way."""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class InputError(ValueError):
-    """A fault in a flag, a file or a data set; the scripts print it as one line, without a traceback."""
+    """A fault in a flag, a file or a data set: names the value and the remedy. Exit code 2."""
+
+
+class RunError(RuntimeError):
+    """A fault in the middle of a run: names the step and what is safe. Exit code 1."""
+
+
+@contextmanager
+def told_in_one_line() -> Iterator[None]:
+    """Turn both kinds into a line on stderr, from rank 0 only, and an exit code; other errors keep their traceback."""
+    try:
+        yield
+    except (InputError, RunError) as error:
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, InputError) else 1)

@@ -7,7 +7,7 @@ Letters: N fresh pairs of the global batch, B rows of it, Q remembered pairs, D 
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -152,6 +152,20 @@ def infonce(
     )
 
 
+def diagonal(loss: Loss) -> Loss:
+    """The same loss with each pair as its own group: only the diagonal is positive, as in the papers."""
+
+    def only_diagonal(
+        fresh: Pairs, remembered: Pairs | None, logit_scale: Tensor, logit_bias: Tensor, rows: slice
+    ) -> LossShare:
+        fresh = replace(fresh, group=torch.arange(len(fresh), device=fresh.group.device))
+        if remembered is not None:
+            remembered = replace(remembered, group=torch.full_like(remembered.group, -1))
+        return loss(fresh, remembered, logit_scale, logit_bias, rows)
+
+    return only_diagonal
+
+
 class _Block:
     """The B x (N + Q) logits of some rows, visited tile by tile, and the sums that a loss gathers over them.
 
@@ -169,11 +183,19 @@ class _Block:
     ) -> None:
         dtype = torch.promote_types(fresh.image_embeds.dtype, torch.float32)
         self.images, self.texts = fresh.image_embeds[rows].to(dtype), fresh.text_embeds.to(dtype)
-        self.row_texts, self.group, self.sample_id, self.rows = self.texts[rows], fresh.group, fresh.sample_id, rows
+        self.row_texts, self.group, self.sample_id, self.rows = (
+            self.texts[rows],
+            fresh.group,
+            fresh.sample_id,
+            rows,
+        )
         self.scale, self.bias = logit_scale.to(dtype), logit_bias.to(dtype)
         self.remembered, self.ignore_positives = remembered, remembered_positives == "ignore"
         if remembered is not None:
-            self.old_images, self.old_texts = remembered.image_embeds.to(dtype), remembered.text_embeds.to(dtype)
+            self.old_images, self.old_texts = (
+                remembered.image_embeds.to(dtype),
+                remembered.text_embeds.to(dtype),
+            )
         self.loss = torch.zeros_like(self.scale)
         self.d_scale, self.d_bias = torch.zeros_like(self.scale), torch.zeros_like(self.scale)
         self.d_images, self.d_texts = torch.zeros_like(self.images), torch.zeros_like(self.texts)
@@ -216,7 +238,9 @@ class _Block:
             over_texts[r] = torch.logaddexp(over_texts[r], logits.logsumexp(1))
             over_images[c] = torch.logaddexp(over_images[c], logits.logsumexp(0))
         if self.remembered is not None:
-            own_texts = over_images[self.rows]  # a view: each text anchor's remembered images are counted by its own row
+            own_texts = over_images[
+                self.rows
+            ]  # a view: each text anchor's remembered images are counted by its own row
             for lse, anchors, others in (
                 (over_texts, self.images, self.old_texts),
                 (own_texts, self.row_texts, self.old_images),

@@ -4,6 +4,7 @@ Source: Wang et al., Cross-Batch Memory for Embedding Learning, 2020. Every rank
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -27,7 +28,9 @@ class CrossBatchMemory:
     Dropping one side would unbalance the gradient norms of the towers, so both are always kept.
     """
 
-    def __init__(self, size: int, embed_dim: int, device: torch.device | str = "cpu", dtype=torch.float32) -> None:
+    def __init__(
+        self, size: int, embed_dim: int, device: torch.device | str = "cpu", dtype=torch.float32
+    ) -> None:
         self.size = size
         self.image_embeds = torch.zeros(size, embed_dim, device=device, dtype=dtype)
         self.text_embeds = torch.zeros(size, embed_dim, device=device, dtype=dtype)
@@ -94,9 +97,45 @@ class CrossBatchMemory:
         """Restore a bank of the same size and dimension; raises ValueError naming both otherwise."""
         saved, here = tuple(state["image_embeds"].shape), tuple(self.image_embeds.shape)
         if saved != here:
-            raise ValueError(f"the saved memory holds {saved[0]} pairs of dimension {saved[1]}, this one {here}")
+            raise ValueError(
+                f"the saved memory holds {saved[0]} pairs of dimension {saved[1]}, this one {here}"
+            )
         for name in self._tensors:
             getattr(self, name).copy_(state[name])
         self.pointer, self.filled = int(state["pointer"]), int(state["filled"])
 
     _tensors = ("image_embeds", "text_embeds", "group", "sample_id", "step")
+
+
+DRIFT_LIMIT = 0.1  # 1 - cosine; above it remembered embeddings belong to another model than today's
+
+
+class MemorySwitch:
+    """Decides from which step on the memory is used: a given step, or ("auto") once its embeddings are still valid.
+
+    Early in training embeddings move fast and stale negatives mislead, so auto waits for the end of warm-up and for
+    a drift reading of at most `DRIFT_LIMIT` in both towers. Where no sample recurs within a full memory there is no
+    reading, and the end of warm-up decides. Once on, it stays on.
+    """
+
+    def __init__(self, start: int | Literal["auto"], warmup_steps: int) -> None:
+        self.start, self.warmup_steps = start, warmup_steps
+        self.on = start == 0
+        self._had_reading = False
+
+    def update(self, step: int, drift: Drift, memory: CrossBatchMemory) -> None:
+        """Take note of a finished step (the first is 1); from then on `on` holds for the next."""
+        self._had_reading |= drift.samples > 0
+        if self.on:
+            return
+        if self.start != "auto":
+            self.on = step + 1 >= self.start
+        elif step >= self.warmup_steps:
+            still = drift.samples > 0 and max(drift.image, drift.text) <= DRIFT_LIMIT
+            self.on = still or (not self._had_reading and len(memory) == memory.size)
+
+    def state_dict(self) -> dict:
+        return {"on": self.on, "had_reading": self._had_reading}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.on, self._had_reading = state["on"], state["had_reading"]

@@ -35,7 +35,9 @@ MATRIX = list(
 
 
 def chunk_size_of(kind: str, per_rank: int) -> int:
-    return {"divides": max(1, per_rank // 3), "does not divide": max(1, per_rank - 1), "whole": per_rank}[kind]
+    return {"divides": max(1, per_rank // 3), "does not divide": max(1, per_rank - 1), "whole": per_rank}[
+        kind
+    ]
 
 
 def memory_of(kind: str, groups: int | None) -> Pairs | None:
@@ -150,7 +152,7 @@ CASE = ("infonce", "divides", "wrapped", 4, "none")
 @pytest.mark.parametrize("loss", LOSSES)
 def test_negative_control_without_replay_of_the_random_state(monkeypatch, loss, kept):
     case = (loss, *CASE[1:4], kept)
-    monkeypatch.setattr(module._RandomState, "restore", lambda self: None)
+    monkeypatch.setattr(module.RandomState, "restore", lambda self: None)
     assert largest_error(by_cached_step(case), by_plain_autograd(case, 1)) > 0.05
 
 
@@ -171,7 +173,9 @@ def rank_local_negatives():
     """What a loss over this rank's own rows only would give."""
 
     def local(fresh, remembered, scale, bias, rows):
-        own = Pairs(*(getattr(fresh, name)[rows] for name in ("image_embeds", "text_embeds", "group", "sample_id")))
+        own = Pairs(
+            *(getattr(fresh, name)[rows] for name in ("image_embeds", "text_embeds", "group", "sample_id"))
+        )
         share = sigmoid(own, remembered, scale, bias, slice(0, len(own)))
         whole = torch.zeros_like(fresh.text_embeds)
         whole[rows] = share.text_embeds
@@ -192,7 +196,11 @@ def test_negative_control_rank_local_negatives():
     [
         (("image_trunk", "image_head"), {"image_recompute": "none"}, 3),
         (("image_trunk",), {"image_recompute": "head"}, 3),
-        (("image_trunk", "image_head", "text_trunk", "text_head"), {"image_recompute": "none", "text_recompute": "none"}, 3),
+        (
+            ("image_trunk", "image_head", "text_trunk", "text_head"),
+            {"image_recompute": "none", "text_recompute": "none"},
+            3,
+        ),
     ],
 )
 def test_frozen_parts_run_once_and_gradients_stay_exact(monkeypatch, freeze, recompute, image_forwards, kept):
@@ -220,7 +228,7 @@ def test_the_replay_difference_is_zero_here_and_shows_a_replay_that_is_not():
     exact = cached_step(ToyTowers(DROPOUT), chunks, sigmoid, None, device=torch.device("cpu"))
     assert exact.replay_difference == 0
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module._RandomState, "restore", lambda self: None)
+        patch.setattr(module.RandomState, "restore", lambda self: None)
         other = cached_step(ToyTowers(DROPOUT), chunks, sigmoid, None, device=torch.device("cpu"))
     assert other.replay_difference > 0.01
 
@@ -230,6 +238,8 @@ def test_the_random_state_after_a_step_does_not_depend_on_kept_graphs():
     for kept in (0, 1, 3):
         towers = ToyTowers(DROPOUT)
         torch.manual_seed(3)
-        cached_step(towers, toy_chunks(COUNT, 4, None), sigmoid, None, device=torch.device("cpu"), keep_graphs=kept)
+        cached_step(
+            towers, toy_chunks(COUNT, 4, None), sigmoid, None, device=torch.device("cpu"), keep_graphs=kept
+        )
         states.append(torch.get_rng_state())
     assert all(torch.equal(states[0], state) for state in states)

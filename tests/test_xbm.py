@@ -19,7 +19,10 @@ def batches(sizes):
 
 
 def as_set(pairs):
-    return {(int(s), *i.tolist(), *t.tolist()) for s, i, t in zip(pairs.sample_id, pairs.image_embeds, pairs.text_embeds, strict=True)}
+    return {
+        (int(s), *i.tolist(), *t.tolist())
+        for s, i, t in zip(pairs.sample_id, pairs.image_embeds, pairs.text_embeds, strict=True)
+    }
 
 
 @pytest.mark.parametrize("sizes", [[3], [3, 4], [3, 4, 5, 6], [5, 5], [10], [25], [4, 23, 2], [10, 10, 10]])
@@ -28,7 +31,9 @@ def test_the_bank_is_the_newest_q_pairs(sizes):
     history = list(batches(sizes))
     for step, fresh in enumerate(history):
         memory.enqueue(fresh, step)
-    newest = as_set(type(history[0])(*(torch.cat([getattr(p, n) for p in history])[-10:] for n in vars(history[0]))))
+    newest = as_set(
+        type(history[0])(*(torch.cat([getattr(p, n) for p in history])[-10:] for n in vars(history[0])))
+    )
     assert as_set(memory.pairs()) == newest
     assert len(memory) == min(10, sum(sizes))
 

@@ -65,7 +65,9 @@ class ToyTowers(nn.Module):
         )
 
 
-def toy_chunks(count: int, chunk_size: int, groups: int | None, rank: int = 0, world_size: int = 1) -> list[ToyChunk]:
+def toy_chunks(
+    count: int, chunk_size: int, groups: int | None, rank: int = 0, world_size: int = 1
+) -> list[ToyChunk]:
     """This rank's chunks of a global batch of `count` pairs, the same pairs at any number of ranks."""
     generator = torch.Generator().manual_seed(5)
     pixel_values = torch.rand(count, 3, 2, 2, generator=generator, dtype=torch.float64)

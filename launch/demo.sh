@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# Sets up .venv, trains SigLIP on the embedded handwritten digits, evaluates: bash launch/demo.sh [siglip|clip]
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+loss=${1:-siglip}
+if [[ ! -f train_$loss.py ]]; then
+    echo "error: $loss is not a script here; use: bash launch/demo.sh [siglip|clip]" >&2
+    exit 2
+fi
+source launch/venv.sh
+prepare_venv requirements.txt
+
+run=runs/demo_$loss
+rm -rf "$run"
+.venv/bin/accelerate launch --config_file accelerate_configs/single_gpu.yaml \
+    "train_$loss.py" --config "configs/digits_$loss.yaml" --output-dir "$run"
+.venv/bin/accelerate launch --config_file accelerate_configs/single_gpu.yaml \
+    evaluate.py zeroshot --model "$run/export" --data digits --output-dir "$run/zeroshot"
+
+cat <<MESSAGE
+
+loss curve          $run/loss_curve.png
+report and pictures $run/zeroshot/report.html
+model               $run/export (transformers.AutoModel.from_pretrained)
+MESSAGE

@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# Sets up .venv and runs the tests: bash launch/test.sh [pytest arguments]
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source launch/venv.sh
+prepare_venv tests/requirements.txt
+# Two workers on two cores; every test uses one thread, and nothing may ask a hub.
+export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+exec .venv/bin/python -m pytest -n 2 --dist worksteal --durations=10 "$@"

@@ -1,0 +1,30 @@
+# Sourced by demo.sh and test.sh: makes .venv in the project's folder and installs a requirements file into it,
+# once; again only when the file, or one that it includes, has changed.
+
+prepare_venv() {
+    local requirements=$1 python stamp
+    stamp=.venv/installed-$(basename "$(dirname "$requirements")")
+    if [[ ! -x .venv/bin/python ]]; then
+        python=$(find_python)
+        echo "making .venv with $($python --version)"
+        "$python" -m venv .venv
+    fi
+    if ! cat requirements.txt "$requirements" | cmp --silent - "$stamp"; then
+        echo "installing $requirements (about 6 GB with CUDA; a few minutes)"
+        .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$requirements"
+        cat requirements.txt "$requirements" >"$stamp"
+    fi
+}
+
+find_python() {
+    local candidate
+    for candidate in python3 python3.13 python3.12 python3.11; do
+        if command -v "$candidate" >/dev/null &&
+            "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+            echo "$candidate"
+            return
+        fi
+    done
+    echo "error: Python 3.11 or newer is needed and was not found on the PATH" >&2
+    return 1
+}

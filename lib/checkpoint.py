@@ -1,0 +1,159 @@
+"""Checkpoints: written whole or not at all, found again, resumed from exactly, pruned.
+
+A folder step_000100/ holds the model as `TwoTowers.from_pretrained` and `Processing.from_pretrained` load it, the
+optimizer and schedule, one file per rank (random states, data position), the memory, and checkpoint.json, which
+names every other file with its size: a folder without it, or with a file of another size, is not a checkpoint.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from lib.errors import InputError
+from lib.processing import Processing
+from lib.towers import TwoTowers
+
+MANIFEST = "checkpoint.json"
+BEST = "best"
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """What a checkpoint holds besides the model."""
+
+    progress: dict
+    """JSON values: step, world_size, workers, chunk_size, ..."""
+    optimizer: dict
+    """State dicts of optimizer, schedule and (fp16) gradient scaler; the same on every rank."""
+    rank: dict
+    """This rank's random states and data position."""
+    memory: dict[str, torch.Tensor]
+    """The memory bank's tensors; empty without one."""
+
+
+def save_checkpoint(
+    root: Path,
+    step: int,
+    towers: TwoTowers,
+    processing: Processing,
+    state: TrainingState,
+    *,
+    rank: int,
+    barrier: Callable[[], None],
+) -> Path:
+    """Write root/step_000100 through a temporary folder and a rename; all ranks call it, and all wait for it."""
+    final, unfinished = root / f"step_{step:06d}", root / f".unfinished_step_{step:06d}"
+    if rank == 0:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+    barrier()
+    torch.save(state.rank, unfinished / _rank_file(rank))
+    if rank == 0:
+        towers.save_pretrained(unfinished)
+        processing.save_pretrained(unfinished)
+        torch.save(state.optimizer, unfinished / "optimizer.pt")
+        if state.memory:
+            save_file(state.memory, unfinished / "memory.safetensors")
+    barrier()
+    if rank == 0:
+        _seal(unfinished, state.progress)
+        if final.exists():  # the same step of an earlier attempt
+            shutil.rmtree(final)
+        unfinished.rename(final)
+        _sync(root)
+    barrier()
+    return final
+
+
+def load_state(folder: Path, rank: int) -> TrainingState:
+    """Read a checkpoint's training state; a rank that has no file of its own gets rank 0's."""
+    own = folder / _rank_file(rank)
+    memory = folder / "memory.safetensors"
+    return TrainingState(
+        progress=json.loads((folder / MANIFEST).read_text())["progress"],
+        optimizer=torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True),
+        rank=torch.load(
+            own if own.exists() else folder / _rank_file(0), map_location="cpu", weights_only=True
+        ),
+        memory=load_file(memory) if memory.exists() else {},
+    )
+
+
+def find_resume(resume: str, root: Path) -> Path | None:
+    """The folder that --resume names: none, the newest whole one under `root` (auto), or a path."""
+    if resume == "none":
+        return None
+    if resume == "auto":
+        return newest_whole(root)
+    folder = Path(resume)
+    if (folder / "checkpoints").is_dir():
+        folder = newest_whole(folder / "checkpoints") or folder
+    if not is_whole(folder):
+        raise InputError(
+            f"--resume {resume} is not a whole checkpoint folder; use auto, none, or RUN/checkpoints/step_..."
+        )
+    return folder
+
+
+def newest_whole(root: Path) -> Path | None:
+    """The checkpoint of the highest step that has all its files, or None."""
+    folders = sorted(root.glob("step_*"), key=lambda folder: int(folder.name.removeprefix("step_")))
+    return next((folder for folder in reversed(folders) if is_whole(folder)), None)
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether every file that checkpoint.json names is there with its size."""
+    try:
+        files = json.loads((folder / MANIFEST).read_text())["files"]
+        return all((folder / name).stat().st_size == size for name, size in files.items())
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def mark_best(folder: Path) -> None:
+    """Point checkpoints/best at this checkpoint, in one atomic rename."""
+    link = folder.parent / f".{BEST}"
+    link.unlink(missing_ok=True)
+    link.symlink_to(folder.name)
+    link.replace(folder.parent / BEST)
+
+
+def prune(root: Path, keep: int) -> None:
+    """Remove all but the `keep` newest checkpoints and the best one, and what an interrupted save left; 0 keeps all."""
+    for unfinished in root.glob(".unfinished_step_*"):
+        shutil.rmtree(unfinished)
+    best = (root / BEST).resolve() if (root / BEST).exists() else None
+    folders = sorted(root.glob("step_*"), key=lambda folder: int(folder.name.removeprefix("step_")))
+    for folder in folders[:-keep] if keep else []:
+        if folder.resolve() != best:
+            (folder / MANIFEST).unlink(
+                missing_ok=True
+            )  # a removal that is cut short leaves no checkpoint behind
+            shutil.rmtree(folder)
+
+
+def _rank_file(rank: int) -> str:
+    return f"rank_{rank:04d}.pt"
+
+
+def _seal(folder: Path, progress: dict) -> None:
+    """Flush every file to the disk, then write the manifest that declares the folder whole."""
+    files = {str(f.relative_to(folder)): f.stat().st_size for f in sorted(folder.rglob("*")) if f.is_file()}
+    for name in files:
+        _sync(folder / name)
+    (folder / MANIFEST).write_text(json.dumps({"progress": progress, "files": files}, indent=1))
+    _sync(folder / MANIFEST)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,255 @@
+"""TrainConfig: every setting of a training run, where it comes from (defaults, YAML, command line), and its checks."""
+
+import dataclasses
+import difflib
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+import yaml
+
+from lib.errors import InputError
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Settings of a run. 0 switches a thing off where a number says how much or how often."""
+
+    # Data
+    data: str = "digits"
+    """Training pairs: `digits` (embedded), a folder with train/<class>/ images, a .csv/.tsv/.jsonl table of captions,
+    or WebDataset .tar shards (glob or brace pattern)."""
+    val_data: str | None = None
+    """Validation pairs, as --data; without it, the val or test part of --data where it has one."""
+    prompts: str | None = None
+    """Prompt templates for class names: a shipped bank (digits, activities, objects, simple) or a YAML file."""
+    captions: Literal["all", "one"] = "all"
+    """Every caption is a pair, or one pair per image with a caption drawn anew in each epoch."""
+    workers: int | Literal["auto"] = "auto"
+    """Processes that decode images on each rank; auto: none for the digits, else up to 4 of the rank's cores."""
+    max_bad: float = 0.5
+    """Stop when more than this fraction of the pairs cannot be read."""
+    augment: Literal["none", "light", "jitter", "strong"] = "none"
+    """Image augmentation; light: flip and mild crop, jitter: colour, strong: both with rotation and RandAugment."""
+    resize: Literal["auto", "crop", "pad", "squash"] = "auto"
+    """How images become square; auto: as the model's own image processor does."""
+    image_size: int | None = None
+    """Side of the images in pixels, where the model leaves a choice."""
+
+    # Model
+    model: str = "tiny"
+    """A CLIP or SigLIP model: preset `tiny`, a local folder, or a hub id."""
+    image_tower: str | None = None
+    """A transformers vision encoder (folder or hub id); with --text-tower it replaces --model."""
+    text_tower: str | None = None
+    """A transformers text encoder (folder or hub id)."""
+    projection: Literal["linear", "mlp"] = "linear"
+    """Heads of a composed pair of towers; mlp: two layers with GELU."""
+    projection_dim: int = 512
+    """Embedding dimension of a composed pair."""
+    projection_hidden: int = 1024
+    """Hidden width of mlp heads."""
+    projection_dropout: float = 0.0
+    """Dropout in mlp heads."""
+    dropout: float = 0.0
+    """Dropout in the towers of a preset."""
+    freeze: tuple[str, ...] = ()
+    """Parts that do not train: image, text, image.trunk, image.head, text.trunk, text.head, scale, bias."""
+    scale_max: float = 0.0
+    """Largest logit scale; the parameter is clamped after each step. 0: no limit."""
+
+    # Batch
+    effective_batch: int = 4096
+    """N: pairs in one optimizer step over all ranks, all with exact gradient."""
+    chunk_size: int | Literal["auto"] = "auto"
+    """C: pairs per tower forward on one rank; sets the activation memory. auto: measured."""
+    keep_graphs: int | Literal["auto"] = 0
+    """Chunks whose graph is kept instead of recomputed: faster, more memory. auto: as many as fit."""
+    xbm_size: int = 4096
+    """Q: remembered pairs of past steps, extra negatives for every anchor."""
+    xbm_start: int | Literal["auto"] = "auto"
+    """Step from which the memory is used; auto: after warm-up, once remembered embeddings have stopped drifting."""
+    positives: Literal["group", "pair"] = "group"
+    """group: all pairs of a class or image are positives of each other; pair: only the diagonal, as in the papers."""
+    remembered_positives: Literal["use", "ignore"] = "use"
+    """Remembered pairs of the anchor's group: positives, or left out (with --positives group)."""
+    label_smoothing: float = 0.0
+    """InfoNCE only: target mass spread over all candidates."""
+    pos_weight: float = 1.0
+    """Sigmoid loss only: weight of the positives' terms."""
+    verify_gradients: bool = False
+    """At start, compare the cached step with plain autograd on a small batch, and stop if they differ."""
+
+    # Optimizer
+    epochs: float = 30.0
+    """Passes over the data, unless --steps is given."""
+    steps: int | None = None
+    """Optimizer steps; overrides --epochs."""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """AdamW, or plain SGD."""
+    lr: float = 1e-3
+    """Peak learning rate. The default suits training from scratch; about 1e-5 fine-tunes a pretrained model."""
+    weight_decay: float = 0.1
+    """Decay of matrices; norms, biases, scale and bias have none."""
+    beta2: float = 0.98
+    """AdamW's second-moment decay."""
+    warmup_steps: int | Literal["auto"] = "auto"
+    """Steps of linear warm-up; auto: a tenth of all steps."""
+    schedule: Literal["cosine", "constant", "linear"] = "cosine"
+    """Learning rate after warm-up."""
+    grad_clip: float = 1.0
+    """Largest gradient norm; 0: no clipping."""
+    seed: int = 0
+    """Seed of weights, order, augmentation and dropout."""
+
+    # Run
+    output_dir: Path | None = None
+    """Folder of the run; default: the next free runs/clip, runs/siglip, runs/siglip-2, ..."""
+    resume: str = "none"
+    """auto: go on from the newest whole checkpoint of --output-dir, if there is one; none; or a checkpoint folder."""
+    save_every: int = 100
+    """Steps between checkpoints (one is also written at the end)."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints to keep, besides the best; 0: all."""
+    eval_every: int = 50
+    """Steps between evaluations on validation data (one also runs at the end)."""
+    best_metric: str = "auto"
+    """Metric that picks the best checkpoint: auto (accuracy, or text_to_image.R@1), loss, macro_f1, ..."""
+    tracker: Literal["none", "tensorboard", "wandb"] = "none"
+    """Experiment tracker, through Accelerate."""
+
+    def problems(self, world_size: int) -> list[str]:
+        """What is wrong with these settings on this many ranks, each with its remedy; empty if nothing is."""
+        found = []
+        for name in _AT_LEAST_ONE:
+            if getattr(self, name) is not None and getattr(self, name) != "auto" and getattr(self, name) < 1:
+                found.append(f"{flag(name)} {getattr(self, name)} must be at least 1")
+        for name in _NOT_NEGATIVE:
+            if getattr(self, name) != "auto" and getattr(self, name) < 0:
+                found.append(f"{flag(name)} {getattr(self, name)} must not be negative (0 switches it off)")
+        for name in _FRACTIONS:
+            if not 0 <= getattr(self, name) <= 1:
+                found.append(f"{flag(name)} {getattr(self, name)} must be a fraction between 0 and 1")
+        for name in _POSITIVE:
+            if not getattr(self, name) > 0:
+                found.append(f"{flag(name)} {getattr(self, name)} must be greater than 0")
+        if self.effective_batch >= 1 and self.effective_batch % world_size:
+            nearest = max(1, round(self.effective_batch / world_size)) * world_size
+            found.append(
+                f"--effective-batch {self.effective_batch} is not divisible by {world_size} ranks; "
+                f"the nearest that is: {nearest}"
+            )
+        if self.effective_batch == 1 and not self.xbm_size:
+            found.append("--effective-batch 1 without memory has no negatives; use at least 2")
+        if (self.image_tower is None) != (self.text_tower is None):
+            found.append("--image-tower and --text-tower go together; give both, or use --model")
+        if self.positives == "pair" and self.remembered_positives == "ignore":
+            found.append("--remembered-positives ignore has no meaning with --positives pair; leave it out")
+        if self.resume == "auto" and self.output_dir is None:
+            found.append("--resume auto needs the --output-dir whose run should go on")
+        return found
+
+
+_AT_LEAST_ONE = (
+    "effective_batch",
+    "chunk_size",
+    "steps",
+    "projection_dim",
+    "projection_hidden",
+    "image_size",
+)
+_NOT_NEGATIVE = (
+    "keep_graphs", "xbm_size", "xbm_start", "weight_decay", "warmup_steps", "grad_clip", "seed",
+    "save_every", "keep_checkpoints", "eval_every", "workers", "scale_max",
+)  # fmt: skip
+_FRACTIONS = ("max_bad", "label_smoothing", "projection_dropout", "dropout", "beta2")
+_POSITIVE = ("epochs", "lr", "pos_weight")
+
+
+def flag(name: str) -> str:
+    """The command-line spelling of a field."""
+    return "--" + name.replace("_", "-")
+
+
+def parse_config(
+    defaults: TrainConfig,
+    description: str,
+    arguments: Sequence[str] | None = None,
+    of_another_script: Mapping[str, str] | None = None,
+) -> TrainConfig:
+    """The settings of this run: `defaults`, then the YAML file of --config, then the command line.
+
+    `of_another_script` names fields that this script's loss does not have, with the script that has them.
+    Raises InputError with all problems at once; tyro itself exits with code 2 on an unknown or malformed flag.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    arguments, yaml_file = _take_config_file(arguments)
+    from_yaml = _flags_of_yaml(yaml_file) if yaml_file else []
+    config = tyro.cli(
+        TrainConfig,
+        default=defaults,
+        args=[*from_yaml, *arguments],
+        description=f"{description}\n\n--config FILE reads any of these settings from a YAML file; the command line wins.",
+        console_outputs=os.environ.get("RANK", "0") == "0",  # one message, not one per rank
+    )
+    problems = config.problems(int(os.environ.get("WORLD_SIZE", "1")))
+    for name, script in (of_another_script or {}).items():
+        if getattr(config, name) != getattr(defaults, name):
+            problems.append(
+                f"{flag(name)} {getattr(config, name)} has no meaning here; it belongs to {script}"
+            )
+    if problems:
+        raise InputError("; ".join(problems))
+    return config
+
+
+def save_config(config: TrainConfig, file: Path) -> None:
+    """Write every setting, so that `--config FILE` repeats the run."""
+    values = {
+        name: str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
+        for name, value in dataclasses.asdict(config).items()
+    }
+    file.write_text(yaml.safe_dump(values, sort_keys=False))
+
+
+def _take_config_file(arguments: list[str]) -> tuple[list[str], str | None]:
+    """Split `--config FILE` (or `--config=FILE`) off the other arguments."""
+    rest, file = [], None
+    queue = iter(arguments)
+    for argument in queue:
+        if argument == "--config":
+            file = next(queue, None)
+            if file is None:
+                raise InputError("--config needs a YAML file")
+        elif argument.startswith("--config="):
+            file = argument.removeprefix("--config=")
+        else:
+            rest.append(argument)
+    return rest, file
+
+
+def _flags_of_yaml(file: str) -> list[str]:
+    """A YAML file's settings as command-line flags, so that both are read and checked in one way."""
+    try:
+        settings = yaml.safe_load(Path(file).read_text()) or {}
+    except (OSError, yaml.YAMLError) as error:
+        raise InputError(f"--config {file} cannot be read: {error}") from error
+    if not isinstance(settings, dict):
+        raise InputError(f"--config {file} must hold `name: value` lines, not a {type(settings).__name__}")
+    known = {field.name for field in dataclasses.fields(TrainConfig)}
+    flags: list[str] = []
+    for key, value in settings.items():
+        name = str(key).replace("-", "_")
+        if name not in known:
+            nearest = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {nearest[0]}?" if nearest else ""
+            raise InputError(f"--config {file}: unknown setting {key!r}{hint}")
+        if isinstance(value, bool):
+            flags.append(flag(name) if value else "--no-" + flag(name)[2:])
+        else:
+            flags += [flag(name), *(map(str, value) if isinstance(value, list) else [str(value)])]
+    return flags

@@ -1,0 +1,64 @@
+"""Owns the embedded data: scikit-learn's 1,797 handwritten digits, which need no file and no network."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from lib.data.evaluation_set import EvaluationSet
+from lib.data.pairs import IndexedSource, prompted_source
+
+CLASSES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+SIZE = 32
+"""Pixels on a side; 8 in the original."""
+
+
+@dataclass(frozen=True)
+class DigitImages:
+    """Images held in memory as RGB, as large as the tiny models want them: that saves half the time."""
+
+    keys: list[str]
+    images: list[Image.Image]
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def open(self, index: int) -> Image.Image:
+        """Image `index`, RGB; not to be changed."""
+        return self.images[index]
+
+
+def load_digits_split(split: str) -> tuple[DigitImages, np.ndarray]:
+    """Images and labels of "train" (about 80%) or "test" (every fifth image of each class)."""
+    from sklearn.datasets import load_digits  # here, because it takes a second that other data need not wait
+
+    digits = load_digits()
+    labels = digits.target.astype(np.int64)
+    number_in_class = np.empty_like(labels)
+    for label in range(len(CLASSES)):
+        members = labels == label
+        number_in_class[members] = np.arange(members.sum())
+    chosen = np.flatnonzero((number_in_class % 5 == 4) == (split == "test"))
+    pixels = np.rint(digits.images[chosen] * (255 / 16)).astype(np.uint8)
+    enlarged = [Image.fromarray(image).resize((SIZE, SIZE), Image.Resampling.BICUBIC) for image in pixels]
+    images = [image.convert("RGB") for image in enlarged]
+    return DigitImages([f"digit_{index:04d}" for index in chosen], images), labels[chosen]
+
+
+def digits_source(templates: tuple[str, ...]) -> IndexedSource:
+    """The training digits with class prompts."""
+    images, labels = load_digits_split("train")
+    return prompted_source(images, labels, CLASSES, templates, "digits", "embedded")
+
+
+def digits_evaluation(split: str, templates: tuple[str, ...]) -> EvaluationSet:
+    """The digits of one split, "train" or "test", with labels."""
+    images, labels = load_digits_split(split)
+    return EvaluationSet(
+        name=f"digits ({split})",
+        images=images,
+        group=labels,
+        labels=labels,
+        classes=CLASSES,
+        templates=templates,
+    )

@@ -1,0 +1,85 @@
+"""Owns chance and order: pure functions of seeds and numbers, the same at any number of ranks and workers."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from hashlib import blake2b
+
+import numpy as np
+
+
+def stable_hash(*parts: object) -> int:
+    """Signed 64-bit hash of the parts' text, the same on every machine and in every process."""
+    text = "\x1f".join(map(str, parts))
+    digest = blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
+
+
+def sample_id(image_id: int, text_number: int) -> int:
+    """Id of a pair, signed 64 bits: the hash of its image's key, moved on by the number of its caption."""
+    return (image_id + text_number + 2**63) % 2**64 - 2**63
+
+
+def draw(*parts: object) -> int:
+    """A number from 0 to 2**63 - 1 that looks random and depends on the parts alone."""
+    return stable_hash(*parts) & (2**63 - 1)
+
+
+@lru_cache(maxsize=4)
+def permutation(size: int, seed: int, epoch: int) -> np.ndarray:
+    """The order of one pass over `size` items: (size,) int64, a pure function of (seed, epoch)."""
+    return np.random.default_rng(draw("permutation", seed, epoch)).permutation(size)
+
+
+def locate(position: int, size: int, seed: int) -> tuple[int, int]:
+    """(epoch, index) at a position of the endless order, which is one permutation after another."""
+    epoch, offset = divmod(position, size)
+    return epoch, int(permutation(size, seed, epoch)[offset])
+
+
+def substitutes(size: int, seed: int, epoch: int, index: int) -> Iterator[int]:
+    """Indices to try in turn when item `index` cannot be read: random ones first, then its successors.
+
+    Ends after about a thousand, so that unreadable data is an error and not an endless loop.
+    """
+    for attempt in range(32):
+        yield draw("substitute", seed, epoch, index, attempt) % size
+    for offset in range(1, min(size, 1000)):
+        yield (index + offset) % size
+
+
+@dataclass(frozen=True)
+class ChunkPlan:
+    """How a step's N pairs are laid out: rank r has places r B to (r + 1) B - 1, in chunks of at most C."""
+
+    effective_batch: int
+    chunk_size: int
+    rank: int
+    world_size: int
+
+    def __post_init__(self):
+        if self.effective_batch < 1 or self.effective_batch % self.world_size:
+            raise ValueError(
+                f"effective batch {self.effective_batch} does not divide over {self.world_size} ranks"
+            )
+        if self.chunk_size < 1:
+            raise ValueError(f"chunk size {self.chunk_size} must be at least 1")
+
+    @property
+    def per_rank(self) -> int:
+        """B, this rank's pairs of a step."""
+        return self.effective_batch // self.world_size
+
+    @property
+    def chunks_per_step(self) -> int:
+        return -(-self.per_rank // self.chunk_size)
+
+    def size(self, number: int) -> int:
+        """Pairs in chunk `number`, counted from the first of step 0; the last of a step has the rest."""
+        return min(self.chunk_size, self.per_rank - number % self.chunks_per_step * self.chunk_size)
+
+    def positions(self, number: int) -> range:
+        """The places of chunk `number` in the endless order of all ranks."""
+        step, chunk = divmod(number, self.chunks_per_step)
+        start = step * self.effective_batch + self.rank * self.per_rank + chunk * self.chunk_size
+        return range(start, start + self.size(number))

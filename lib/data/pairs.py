@@ -1,0 +1,126 @@
+"""Owns what a training source is: images by number, the texts that go with them, groups and ids."""
+
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from PIL import Image
+
+from lib.data.order import sample_id, stable_hash
+
+
+class Images(Protocol):
+    """Images by number, each with a key that stays the same from run to run."""
+
+    keys: list[str]
+
+    def __len__(self) -> int: ...
+
+    def open(self, index: int) -> Image.Image:
+        """Image `index`, RGB and upright; raises BadImage."""
+
+
+class Skip(NamedTuple):
+    """One sample that is not used: in which data, which sample, why."""
+
+    where: str
+    key: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Training pairs, described."""
+
+    where: str
+    """The folder, table or shards, as the user named them."""
+    description: str
+    """One line for the plan."""
+    size: int | None
+    """Pairs in one pass; None where only reading would tell."""
+    classes: tuple[str, ...] | None = None
+    """Class names, where the texts are prompts."""
+    templates: tuple[str, ...] | None = None
+    """Prompt templates with {} for the class name."""
+    distinct_texts: int | None = None
+    skipped: tuple[tuple[str, str], ...] = ()
+    """(key, reason) of the pairs found unusable without opening an image."""
+
+    def sample_texts(self, limit: int = 100_000) -> list[str]:
+        """At most `limit` texts of this source, to train a tokenizer on."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexedSource(Source):
+    """Pairs by number, P of them: pair i has image `image[i]` and draws one of `text_count[i]` texts."""
+
+    images: Images
+    image: np.ndarray
+    """(P,) int64, the number of the pair's image"""
+    texts: list[str]
+    """all texts, M of them"""
+    text_number: np.ndarray
+    """(M,) int64, the caption's number within its image; zeros for prompts, which do not name a sample"""
+    first_text: np.ndarray
+    """(P,) int64, where the pair's texts begin in `texts`"""
+    text_count: np.ndarray
+    """(P,) int64, how many follow"""
+    group: np.ndarray
+    """(P,) int64"""
+    image_id: np.ndarray = field(init=False)
+    """(number of images,) int64, hashes of the image keys"""
+
+    def __post_init__(self):
+        ids = np.fromiter((stable_hash(key) for key in self.images.keys), np.int64, len(self.images))
+        object.__setattr__(self, "image_id", ids)
+
+    def sample_texts(self, limit: int = 100_000) -> list[str]:
+        return list(islice(self.texts, limit))
+
+    def key(self, pair: int) -> str:
+        """The pair's name: its image's, and the caption's number where that is part of the pair."""
+        image = self.images.keys[self.image[pair]]
+        if self.templates or self.text_count[pair] > 1:
+            return image
+        return f"{image}#{self.text_number[self.first_text[pair]]}"
+
+    def sample_id(self, pair: int, text: int) -> int:
+        """Stable id of a pair with the text drawn for it."""
+        return sample_id(int(self.image_id[self.image[pair]]), int(self.text_number[text]))
+
+
+def prompted_source(
+    images: Images,
+    labels: np.ndarray,
+    classes: tuple[str, ...],
+    templates: tuple[str, ...],
+    where: str,
+    kind: str,
+) -> IndexedSource:
+    """A source whose texts are class prompts: every image once, its label as group."""
+    prompts = f"{len(templates)} prompt template{'s' * (len(templates) > 1)}"
+    size = f"{len(images)} images, {len(classes)} classes, {prompts}"
+    texts = [fill(template, name) for name in classes for template in templates]
+    labels = np.asarray(labels, dtype=np.int64)
+    return IndexedSource(
+        where=where,
+        description=f"{kind} {where}: {size}",
+        size=len(images),
+        classes=classes,
+        templates=templates,
+        distinct_texts=len(set(texts)),
+        images=images,
+        image=np.arange(len(images)),
+        texts=texts,
+        text_number=np.zeros(len(texts), dtype=np.int64),
+        first_text=labels * len(templates),
+        text_count=np.full(len(images), len(templates)),
+        group=labels,
+    )
+
+
+def fill(template: str, class_name: str) -> str:
+    """The prompt of a class: the template with the name in place of {}."""
+    return template.replace("{}", class_name)

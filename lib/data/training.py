@@ -1,0 +1,204 @@
+"""Owns the way from a training source to this rank's chunks of each step: workers, counts and resume."""
+
+import os
+import shutil
+import signal
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+
+import torch
+from torch.utils.data import DataLoader
+
+from lib.data.ahead import ahead
+from lib.data.batch import Chunk, Tokenize
+from lib.data.indexed import IndexedChunks, Prepared
+from lib.data.order import ChunkPlan
+from lib.data.pairs import Skip, Source
+from lib.data.pipeline import ImagePipeline
+from lib.data.shards import ShardSource
+from lib.data.streams import ShardChunks
+from lib.errors import InputError
+
+_BYTES_AHEAD = 2**31
+"""Pixels of the next step that may wait on this rank while the current one is computed."""
+
+
+@dataclass
+class Counts:
+    """Pairs met in the first pass over the data: read == used + the sum of skipped."""
+
+    read: int = 0
+    used: int = 0
+    skipped: dict[str, int] = field(default_factory=dict)
+    """by reason"""
+
+    def add(self, used: int, skips: list[Skip]) -> None:
+        """Count `used` more pairs that were used, and those that were not."""
+        self.read += used + len(skips)
+        self.used += used
+        self.skipped = dict(Counter(self.skipped) + Counter(skip.reason for skip in skips))
+
+
+class TrainingData:
+    """This rank's part of every step's pairs, decoded and tokenized by worker processes.
+
+    A step's pairs of an indexed source depend on its number, the seed and `effective_batch` alone, not on
+    ranks, workers or chunk size. Shards are endless streams, one for each worker of each rank.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        images: ImagePipeline,
+        tokenize: Tokenize,
+        *,
+        effective_batch: int,
+        chunk_size: int,
+        rank: int,
+        world_size: int,
+        workers: int,
+        seed: int,
+        pin_memory: bool = False,
+    ):
+        self._source, self._images, self._tokenize = source, images, tokenize
+        self._plan = ChunkPlan(effective_batch, chunk_size, rank, world_size)
+        self._workers, self._seed, self._pin_memory = workers, seed, pin_memory
+        self._step = 0
+        self._positions = [(0, 0)] * max(1, workers)
+        self._new_skips: list[Skip] = []
+        self.counts = Counts()
+        """What this rank handed out in the first pass; what indexing left out is counted on rank 0."""
+        if rank == 0:
+            self._count(0, [Skip(source.where, key, reason) for key, reason in source.skipped])
+
+    def steps(self, first: int, last: int) -> Iterator[list[Chunk]]:
+        """This rank's chunks of steps `first` to `last` - 1: B pairs a step, in chunks of C and a rest.
+
+        Shards go on where they stopped or where `load_state_dict` put them, which must be step `first`.
+        Raises InputError where nothing can be read.
+        """
+        step: list[Prepared] = []
+        prepared_chunks = iter(self._loader(first, last))
+        if self._workers:
+            # Only with workers: without, the thread would augment, drawing from the main thread's generator.
+            prepared_chunks = ahead(map(self._own, prepared_chunks), self._chunks_ahead())
+        for prepared in prepared_chunks:
+            if isinstance(prepared, InputError):
+                raise prepared
+            step.append(prepared)
+            if len(step) == self._plan.chunks_per_step:
+                self._hand_out(step)
+                yield [prepared.chunk for prepared in step]
+                step = []
+
+    def new_skips(self) -> list[Skip]:
+        """(where, key, reason) of the pairs found unusable since the last call."""
+        found, self._new_skips = self._new_skips, []
+        return found
+
+    def state_dict(self) -> dict:
+        """Where this rank stands after the steps handed out, and its counts."""
+        state = {"step": self._step, "positions": list(self._positions), "counts": asdict(self.counts)}
+        return state | self._layout()
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on after the step of `state`: exactly, at the same number of ranks and workers.
+
+        Indexed sources go on exactly at any number of them; shards then go on with a new pass, and a warning
+        says so.
+        """
+        self._step = state["step"]
+        self._new_skips = []
+        self.counts = Counts(**state["counts"])
+        if all(state.get(name) == value for name, value in self._layout().items()):
+            self._positions = [tuple(position) for position in state["positions"]]
+            return
+        warnings.warn(
+            "the shards, ranks or workers are not those of the checkpoint: training goes on with a new pass "
+            "over the shards, so some samples come earlier than they would have",
+            stacklevel=2,
+        )
+        next_pass = max(position[0] for position in state["positions"]) + 1
+        self._positions = [(next_pass, 0)] * max(1, self._workers)
+
+    def _layout(self) -> dict:
+        """What a position in shards is relative to; nothing for indexed sources."""
+        if not isinstance(self._source, ShardSource):
+            return {}
+        names, world_size = list(self._source.names), self._plan.world_size
+        return {"shards": names, "world_size": world_size, "workers": self._workers}
+
+    def _hand_out(self, step: list[Prepared]) -> None:
+        self._step += 1
+        for prepared in step:
+            self._positions[prepared.stream] = prepared.position
+            self._count(prepared.tally.used, prepared.tally.skips)
+
+    def _count(self, used: int, skips: list[Skip]) -> None:
+        self.counts.add(used, skips)
+        self._new_skips += skips
+
+    def _loader(self, first: int, last: int) -> DataLoader:
+        numbers = range(first * self._plan.chunks_per_step, last * self._plan.chunks_per_step)
+        common = (self._source, self._images, self._tokenize, self._plan, self._seed)
+        if isinstance(self._source, ShardSource):
+            if first != self._step:
+                raise ValueError(f"shards stand at step {self._step}, not {first}: load that step's state")
+            dataset, sampler = ShardChunks(*common, list(self._positions), numbers), None
+        else:
+            self._step = first
+            dataset, sampler = IndexedChunks(*common), numbers
+        return DataLoader(
+            dataset,
+            batch_size=None,
+            sampler=sampler,
+            collate_fn=_unchanged,
+            num_workers=self._workers,
+            prefetch_factor=self._prefetch_factor(),
+            worker_init_fn=_start_worker,
+            pin_memory=self._pin_memory,
+            # Without its own, every loader would draw a number from the generator that dropout draws from.
+            generator=torch.Generator(),
+        )
+
+    def _own(self, prepared: Prepared | InputError) -> Prepared | InputError:
+        """Move a chunk out of shared memory, which containers have little of and which holds files open."""
+        if isinstance(prepared, InputError) or self._pin_memory:
+            return prepared
+        return prepared._replace(chunk=prepared.chunk.clone())
+
+    def _chunk_bytes(self) -> int:
+        return self._plan.size(0) * 3 * self._images.size**2
+
+    def _chunks_ahead(self) -> int:
+        return max(1, min(self._plan.chunks_per_step, _BYTES_AHEAD // self._chunk_bytes()))
+
+    def _prefetch_factor(self) -> int | None:
+        """Chunks that each worker may have waiting in shared memory."""
+        if not self._workers:
+            return None
+        if not os.path.isdir("/dev/shm"):
+            return 2
+        needed, free = self._workers * self._chunk_bytes(), shutil.disk_usage("/dev/shm").free
+        if needed > free:
+            flags = f"--workers {self._workers} with --chunk-size {self._plan.chunk_size}"
+            raise InputError(
+                f"{flags} needs {needed >> 20} MiB of shared memory, /dev/shm has {free >> 20} MiB free; "
+                "lower either, or enlarge it (docker run --shm-size)"
+            )
+        return 2 if 3 * needed < free else 1
+
+
+def _unchanged(prepared: Prepared) -> Prepared:
+    return prepared
+
+
+def _start_worker(_: int) -> None:
+    # A cluster signals every process of a job, and Ctrl-C every one of a terminal: the main process saves and
+    # then stops the workers, so they must outlive the signal.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # The workers are the parallelism; a tokenizer's own threads do not survive the fork.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"

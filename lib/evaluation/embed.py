@@ -1,0 +1,182 @@
+"""The embedding pass: every image and text of a data set through the towers once, shared out over ranks."""
+
+import signal
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from lib.collectives import gather_objects, gather_rows, rank_and_world_size
+from lib.data.evaluation_set import EvaluationSet
+from lib.data.images import BadImage
+from lib.data.pipeline import ImagePipeline
+from lib.errors import InputError
+
+Tokenize = Callable[[list[str]], tuple[Tensor, Tensor]]
+
+
+class Embedded(NamedTuple):
+    """The embedded images of a data set, and those that could not be read."""
+
+    embeds: Tensor
+    """(n, D) float32 on the CPU, unit norm; rows of unread images hold zeros."""
+    valid: Tensor
+    """(n,) bool, false where the image could not be read."""
+    skipped: list[tuple[str, str]]
+    """(image key, reason) of the unread ones, in their order."""
+
+
+def embed_images(
+    towers: nn.Module,
+    images: EvaluationSet,
+    pipeline: ImagePipeline,
+    *,
+    device: torch.device | str,
+    batch_size: int = 256,
+    workers: int = 0,
+    progress: bool = False,
+) -> Embedded:
+    """Embed every image of the set; rank r embeds rows r, r + W, ... and all ranks return all rows.
+
+    Unread images are listed, not fatal. InputError if there are none, none can be read, or NaN comes out.
+    """
+    count = len(images)
+    if count == 0:
+        raise InputError(f"{images.name} holds no images; point --data at a data set that does")
+    rows = _rows_of_this_rank(count)
+    loader = DataLoader(
+        _Images(images, pipeline, rows),
+        batch_size=batch_size,
+        num_workers=workers,
+        worker_init_fn=_leave_signals_to_the_main_process,
+        pin_memory=torch.device(device).type == "cuda",
+        # A loader draws its seed from the global generator by default; a validation must not move that.
+        generator=torch.Generator(),
+    )
+    embeds, reasons = [], []
+    with _evaluating(towers), _bar("images", len(rows), progress) as bar:
+        for pixel_values, reasons_of_batch in loader:
+            output = towers(pixel_values=pixel_values.to(device, non_blocking=True))
+            embeds.append(output.image_embeds)
+            reasons += reasons_of_batch
+            bar.update(len(pixel_values))
+    faults = {row: reason for row, reason in zip(rows, reasons, strict=True) if reason}
+    faults = {row: reason for of_rank in gather_objects(faults) for row, reason in of_rank.items()}
+    if len(faults) == count:
+        raise InputError(
+            f"none of the {count} images of {images.name} can be read: {counted(faults.values())}"
+        )
+    bad = sorted(faults)
+    valid = torch.ones(count, dtype=torch.bool)
+    valid[bad] = False
+    embeds = _gather(embeds, count).masked_fill(~valid[:, None], 0.0)
+    require_finite(embeds, "image")
+    return Embedded(embeds, valid, [(images.image_keys[row], faults[row]) for row in bad])
+
+
+def embed_texts(
+    towers: nn.Module,
+    texts: Sequence[str],
+    tokenize: Tokenize,
+    *,
+    device: torch.device | str,
+    batch_size: int = 256,
+    progress: bool = False,
+) -> Tensor:
+    """Embed the texts, each distinct one once, shared out over the ranks; all ranks return all rows.
+
+    Returns (m, D) float32 on the CPU, unit norm. InputError if there are none or NaN comes out.
+    """
+    if len(texts) == 0:
+        raise InputError("there are no texts to embed; point --data at a data set with captions or classes")
+    # Texts of like length share a batch, so little of it is padding.
+    distinct = sorted(set(texts), key=lambda text: (len(text), text))
+    mine = [distinct[row] for row in _rows_of_this_rank(len(distinct))]
+    embeds = []
+    with _evaluating(towers), _bar("texts", len(mine), progress) as bar:
+        for start in range(0, len(mine), batch_size):
+            batch = mine[start : start + batch_size]
+            input_ids, attention_mask = (tokens.to(device) for tokens in tokenize(batch))
+            embeds.append(towers(input_ids=input_ids, attention_mask=attention_mask).text_embeds)
+            bar.update(len(batch))
+    embeds = _gather(embeds, len(distinct))
+    require_finite(embeds, "text")
+    row_of = {text: row for row, text in enumerate(distinct)}
+    return embeds[[row_of[text] for text in texts]]
+
+
+def require_finite(embeds: Tensor, kind: str) -> None:
+    """Raise InputError if an embedding has NaN or infinity in it: no ranking by it would mean anything."""
+    broken = int((~torch.isfinite(embeds).all(dim=1)).sum())
+    if broken:
+        raise InputError(
+            f"{broken} of {len(embeds)} {kind} embeddings are NaN or infinite; "
+            "the model's weights are damaged or its training diverged: evaluate an earlier checkpoint"
+        )
+
+
+def counted(reasons: Iterable[str]) -> str:
+    """Reasons with their counts, the most frequent first: "truncated 3, empty 1"."""
+    return ", ".join(f"{reason} {count}" for reason, count in Counter(reasons).most_common())
+
+
+class _Images(Dataset):
+    """The given rows of a set as (pixels uint8 (3, H, W), reason), the reason empty for what was read."""
+
+    def __init__(self, images: EvaluationSet, pipeline: ImagePipeline, rows: list[int]):
+        self.images, self.pipeline, self.rows = images, pipeline, rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, position: int) -> tuple[Tensor, str]:
+        row = self.rows[position]
+        try:
+            return self.pipeline(self.images.open_image(row), seed=row), ""
+        except BadImage as fault:
+            # A blank keeps the batch, and with it the number of forwards on every rank, as planned.
+            return torch.zeros(3, self.pipeline.size, self.pipeline.size, dtype=torch.uint8), fault.reason
+
+
+@contextmanager
+def _evaluating(towers: nn.Module) -> Iterator[None]:
+    """Evaluation mode without graphs; afterwards each module is in the mode it was in, frozen ones too."""
+    modes = [(module, module.training) for module in towers.modules()]
+    towers.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _rows_of_this_rank(count: int) -> list[int]:
+    """Rows rank, rank + W, ..., wrapped at the end: all ranks run equally many forwards, as FSDP needs."""
+    rank, world_size = rank_and_world_size()
+    padded = -(-count // world_size) * world_size
+    return [row % count for row in range(rank, padded, world_size)]
+
+
+def _gather(pieces: list[Tensor], count: int) -> Tensor:
+    """All ranks' rows in the data set's order, without the wrapped ones: (count, D) float32 on the CPU."""
+    _, world_size = rank_and_world_size()
+    gathered = gather_rows(torch.cat(pieces).float())
+    return rearrange(gathered, "(rank row) d -> (row rank) d", rank=world_size)[:count].cpu()
+
+
+def _bar(what: str, total: int, progress: bool) -> tqdm:
+    rank, _ = rank_and_world_size()
+    return tqdm(total=total, desc=f"embedding {what}", disable=not progress or rank > 0, leave=False)
+
+
+def _leave_signals_to_the_main_process(worker: int) -> None:
+    # Ctrl-C and a cluster's SIGTERM reach the whole process group; the main process decides what they mean.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

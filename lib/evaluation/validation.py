@@ -1,0 +1,98 @@
+"""Validation during training: the tasks that the data set allows, and the loss, on held-out data."""
+
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lib.data.evaluation_set import EvaluationSet
+from lib.data.pipeline import ImagePipeline
+from lib.errors import InputError
+from lib.evaluation.embed import Embedded, embed_images, embed_texts
+from lib.evaluation.retrieval import keep_readable, retrieval_metrics
+from lib.evaluation.zeroshot import class_embeddings, zeroshot_metrics
+from lib.processing import Processing
+
+LOSS_PAIRS = 8192  # a loss over more pairs costs time and says no more
+
+Loss = Callable[[Tensor, Tensor, Tensor], float]
+EmbedText = Callable[[list[str]], Tensor]
+Pairs = tuple[Tensor, Tensor, Tensor]  # image_embeds, text_embeds, group, row by row
+
+
+def validate(
+    towers: nn.Module,
+    evaluation_set: EvaluationSet,
+    processing: Processing,
+    loss: Loss,
+    *,
+    device: torch.device | str,
+    batch_size: int = 256,
+    workers: int = 0,
+    progress: bool = False,
+) -> dict:
+    """Measure the towers in evaluation mode; their modes and the global random state are left as they were.
+
+    loss(image_embeds (P, D), text_embeds (P, D), group (P,)) -> float is called once, on at most 8192 evenly
+    spaced pairs of an image and its first caption, or its class in the first template. Returns "loss", with
+    classes "accuracy" and "macro_f1", with captions "image_to_text" and "text_to_image"; equal on all ranks.
+    """
+    if evaluation_set.classes is None and evaluation_set.captions is None:
+        raise InputError(f"{evaluation_set.name} has neither classes nor captions to validate with")
+    embed_text = partial(
+        embed_texts,
+        towers,
+        tokenize=processing.tokenize,
+        device=device,
+        batch_size=batch_size,
+        progress=progress,
+    )
+    # Without augmentation: a validation is the same every time.
+    pipeline = ImagePipeline(processing.image_size, processing.resize, "none")
+    embedded = embed_images(
+        towers,
+        evaluation_set,
+        pipeline,
+        device=device,
+        batch_size=batch_size,
+        workers=workers,
+        progress=progress,
+    )
+    metrics = {}
+    if evaluation_set.classes is not None:
+        figures, pairs = _classify(embedded, evaluation_set, embed_text)
+        metrics |= figures
+    if evaluation_set.captions is not None:
+        figures, pairs = _retrieve(embedded, evaluation_set, embed_text)
+        metrics |= figures
+    spread = torch.linspace(0, len(pairs[0]) - 1, min(len(pairs[0]), LOSS_PAIRS)).round().long()
+    metrics["loss"] = float(loss(*(rows[spread].to(device) for rows in pairs)))
+    return metrics
+
+
+def _classify(
+    embedded: Embedded, evaluation_set: EvaluationSet, embed_text: EmbedText
+) -> tuple[dict[str, float], Pairs]:
+    """Zero-shot figures, and each image paired with its class in the first template."""
+    classes, templates = evaluation_set.classes, evaluation_set.templates
+    image_embeds = embedded.embeds[embedded.valid]
+    labels = torch.as_tensor(evaluation_set.labels)[embedded.valid]
+    full = zeroshot_metrics(image_embeds, labels, class_embeddings(classes, templates, embed_text), classes)
+    first_prompts = class_embeddings(classes, templates[:1], embed_text)
+    group = torch.as_tensor(evaluation_set.group)[embedded.valid]
+    return {key: full[key] for key in ("accuracy", "macro_f1")}, (image_embeds, first_prompts[labels], group)
+
+
+def _retrieve(
+    embedded: Embedded, evaluation_set: EvaluationSet, embed_text: EmbedText
+) -> tuple[dict[str, dict[str, float]], Pairs]:
+    """Retrieval figures, and each image that has captions paired with its first one."""
+    readable, captions, caption_image = keep_readable(embedded.valid, evaluation_set.caption_image)
+    image_embeds = embedded.embeds[readable]
+    text_embeds = embed_text([evaluation_set.captions[row] for row in captions])
+    images, first = (torch.from_numpy(rows) for rows in np.unique(caption_image, return_index=True))
+    group = torch.as_tensor(evaluation_set.group)[readable][images]
+    metrics = retrieval_metrics(image_embeds, text_embeds, caption_image)
+    return metrics, (image_embeds[images], text_embeds[first], group)

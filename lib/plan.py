@@ -1,0 +1,159 @@
+"""BatchPlan: N, B, C, Q, W of a run, the memory that they need, and the words that tell the user so."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import ceil
+
+import psutil
+import torch
+from torch import Tensor, nn
+
+from lib.losses import TILE
+
+CPU_ACTIVATIONS = 256 * 2**20  # bytes; larger chunks are no faster on a CPU
+LARGEST_CHUNK = 4096
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """The numbers of one optimizer step; letters as in the README."""
+
+    effective_batch: int
+    """N"""
+    world_size: int
+    """W"""
+    chunk_size: int
+    """C"""
+    keep_graphs: int
+    xbm_size: int
+    """Q"""
+    embed_dim: int
+    """D"""
+    image_size: int
+    activation_bytes: int
+    """Activations of one pair that a backward pass needs."""
+    state_bytes: int
+    """Weights, gradients and optimizer state on one rank."""
+
+    @property
+    def per_rank(self) -> int:
+        """B"""
+        return self.effective_batch // self.world_size
+
+    @property
+    def chunks(self) -> int:
+        """K: tower forwards of one rank in pass 1."""
+        return ceil(self.per_rank / self.chunk_size)
+
+    @property
+    def embedding_bytes(self) -> int:
+        """Fresh embeddings of both towers and their gradients, the memory, and the loss's tiles."""
+        rows = 4 * self.effective_batch + 2 * self.xbm_size
+        tile = min(TILE, self.effective_batch) ** 2
+        return 4 * (rows * self.embed_dim + 4 * tile)
+
+    @property
+    def device_bytes(self) -> int:
+        """Predicted peak on one rank's device, beside the framework itself."""
+        graphs = (self.keep_graphs + 1) * self.chunk_size * self.activation_bytes
+        return self.state_bytes + self.embedding_bytes + graphs
+
+    @property
+    def pixel_bytes(self) -> int:
+        """Host memory of a step's images on one rank."""
+        return self.per_rank * 3 * self.image_size**2
+
+    def lines(self) -> list[str]:
+        """The batch and its memory, for the start-up plan."""
+        ranks = "1 rank" if self.world_size == 1 else f"{self.world_size} ranks"
+        kept = f", {self.keep_graphs} graphs kept" if self.keep_graphs else ""
+        return [
+            f"batch      {self.effective_batch:,} pairs a step: {ranks} x {self.per_rank:,} pairs in "
+            f"{self.chunks:,} chunks of {min(self.chunk_size, self.per_rank):,}{kept}",
+            f"negatives  {self.effective_batch - 1:,} fresh and {self.xbm_size:,} remembered negatives per anchor",
+            f"memory     about {gigabytes(self.device_bytes)} on the device (weights and optimizer "
+            f"{gigabytes(self.state_bytes)}, embeddings and loss {gigabytes(self.embedding_bytes)}, activations "
+            f"{gigabytes(self.device_bytes - self.state_bytes - self.embedding_bytes)}), "
+            f"{gigabytes(self.pixel_bytes)} of images on the host",
+        ]
+
+
+def oversize_warning(effective_batch: int, xbm_size: int, pairs: int | None) -> str | None:
+    """What to say about a batch larger than the data set, or None."""
+    if pairs is None or effective_batch <= pairs:
+        return None
+    smaller = max(1, effective_batch // 8)
+    instead = f"--effective-batch {smaller} --xbm-size {max(xbm_size, effective_batch) - smaller}"
+    return (
+        f"--effective-batch {effective_batch} is {effective_batch / pairs:.1f} times the data set: each of the "
+        f"{pairs:,} pairs recurs about {effective_batch / pairs:.0f} times in every step, and is encoded each time. "
+        f"Use {instead} instead: as many candidates, an eighth of the encoding, eight times the updates"
+    )
+
+
+def measure_activations(towers: nn.Module, input_ids: Tensor, attention_mask: Tensor, image_size: int) -> int:
+    """Bytes that autograd saves for one pair in a forward of `towers` in training mode.
+
+    input_ids, attention_mask: at least 4 texts as long as the data's. Measured as the difference between 4 and 2
+    pairs, so that what does not grow with the chunk drops out.
+    """
+    device = input_ids.device
+    norms = [m for m in towers.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
+    for norm in norms:  # a measurement must not move running statistics
+        norm.eval()
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in towers.parameters()}
+
+    def saved_bytes(pairs: int) -> int:
+        seen: dict[int, int] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in parameters:
+                seen[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        pixels = torch.zeros(pairs, 3, image_size, image_size, dtype=torch.uint8, device=device)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            output = towers(
+                pixel_values=pixels, input_ids=input_ids[:pairs], attention_mask=attention_mask[:pairs]
+            )
+        del output
+        return sum(seen.values())
+
+    with torch.random.fork_rng():
+        difference = (saved_bytes(4) - saved_bytes(2)) // 2
+    for norm in norms:
+        norm.train()
+    return max(difference, 1)
+
+
+def largest_chunk(activation_bytes: int, per_rank: int, device: torch.device) -> int:
+    """C for --chunk-size auto: the largest power of two whose activations fit in half of the free memory."""
+    budget = free_memory(device) // 2 if device.type != "cpu" else CPU_ACTIVATIONS
+    chunk = 1
+    while 2 * chunk <= min(per_rank, LARGEST_CHUNK) and 2 * chunk * activation_bytes <= budget:
+        chunk *= 2
+    return chunk
+
+
+def graphs_that_fit(plan: BatchPlan, device: torch.device, local_ranks: int) -> int:
+    """Chunks for --keep-graphs auto: what fills half of the memory that is left beside the plan."""
+    spare = free_memory(device) // (local_ranks if device.type == "cpu" else 1) - plan.device_bytes
+    return max(0, min(plan.chunks, spare // 2 // (plan.chunk_size * plan.activation_bytes)))
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes free on the device now (on a CPU: available in the machine)."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available
+
+
+def state_bytes(parameters: Sequence[nn.Parameter], moments: int) -> int:
+    """Weights, and for those that train the gradient and the optimizer's moments, in bytes."""
+    return sum(p.nbytes * (2 + moments if p.requires_grad else 1) for p in parameters)
+
+
+def gigabytes(count: int) -> str:
+    """`1.25 GiB`, or `12 MiB` below a tenth of that unit."""
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 / 10 else f"{count / 2**20:.0f} MiB"

@@ -1,0 +1,249 @@
+"""What a model wants of its inputs: one form of texts and images for training, evaluation and export."""
+
+import re
+import string
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoTokenizer,
+    CLIPImageProcessor,
+    CLIPProcessor,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    SiglipImageProcessor,
+    SiglipProcessor,
+)
+
+from lib.errors import InputError
+
+Resize = Literal["crop", "squash", "pad"]
+
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+SIGLIP_MEAN = SIGLIP_STD = (0.5, 0.5, 0.5)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+# Captions and prompts are short: an encoder that could read 512 tokens or more is not given that many.
+MAX_TEXT_LENGTH = 128
+
+
+@dataclass(frozen=True)
+class ImageForm:
+    """The size, normalization and way of resizing that an image encoder was made for."""
+
+    size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    resize: Resize
+
+
+DEFAULT_FORMS = {
+    "clip": ImageForm(224, CLIP_MEAN, CLIP_STD, "crop"),
+    "siglip": ImageForm(224, SIGLIP_MEAN, SIGLIP_STD, "squash"),
+    "two_towers": ImageForm(224, IMAGENET_MEAN, IMAGENET_STD, "crop"),
+}
+
+
+@dataclass(frozen=True)
+class Processing:
+    """The tokenizer and image form of a model; picklable, so that DataLoader workers can tokenize.
+
+    max_length, padding: texts are cut at max_length tokens, and padded to the longest of a chunk
+        or to max_length.
+    canonical: SigLIP's text form, lower-case without punctuation (Zhai et al. 2023, arXiv:2303.15343).
+    image_mean, image_std: of pixels in [0, 1], one number a channel.
+    model_type: "clip", "siglip" or "two_towers", which decides on the files that `save_pretrained` writes.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    max_length: int
+    padding: Literal["longest", "max_length"]
+    canonical: bool
+    image_size: int
+    image_mean: tuple[float, ...]
+    image_std: tuple[float, ...]
+    resize: Resize
+    model_type: Literal["clip", "siglip", "two_towers"] = "two_towers"
+
+    def tokenize(self, texts: list[str]) -> tuple[Tensor, Tensor]:
+        """Returns input_ids and attention_mask, both (C, L) int64."""
+        if self.canonical:
+            texts = [canonical_form(text) for text in texts]
+        tokens = self.tokenizer(
+            list(texts),
+            padding=self.padding,
+            truncation=True,
+            max_length=self.max_length,
+            return_attention_mask=True,
+            return_tensors="pt",
+        )
+        return tokens["input_ids"], tokens["attention_mask"]
+
+    def image_processor(self) -> CLIPImageProcessor | SiglipImageProcessor:
+        """The transformers image processor that does to a PIL image what our own pipeline does."""
+        square = {"height": self.image_size, "width": self.image_size}
+        normalization = {"image_mean": list(self.image_mean), "image_std": list(self.image_std)}
+        if self.resize == "squash":
+            return SiglipImageProcessor(size=square, **normalization)
+        if self.resize == "crop":
+            size = {"shortest_edge": self.image_size}
+        else:  # a centre crop that is larger than the picture pads it with black
+            size = {"max_height": self.image_size, "max_width": self.image_size}
+        return CLIPImageProcessor(size=size, crop_size=square, **normalization)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write tokenizer and image processor; a CLIP or SigLIP folder then loads with `AutoProcessor`."""
+        if self.model_type == "two_towers":
+            self.tokenizer.save_pretrained(folder)
+            self.image_processor().save_pretrained(folder)
+            return
+        processor = CLIPProcessor if self.model_type == "clip" else SiglipProcessor
+        processor(self.image_processor(), self.tokenizer).save_pretrained(folder)
+
+    @classmethod
+    def from_pretrained(cls, folder_or_id: str | Path) -> "Processing":
+        """Read what `save_pretrained` wrote, or the processor of a CLIP or SigLIP model of the hub."""
+        settings, _ = PretrainedConfig.get_config_dict(folder_or_id)
+        model_type = check_model_type(folder_or_id, settings)
+        if model_type == "two_towers":
+            text_config = AutoConfig.for_model(**settings["text_config"])
+            # transformers knows no configuration for the folder as a whole
+            tokenizer = load_tokenizer(folder_or_id, text_config)
+        else:
+            text_config = AutoConfig.from_pretrained(folder_or_id).text_config
+            tokenizer = load_tokenizer(folder_or_id)
+        form = read_image_form(folder_or_id, model_image_form(settings))
+        return make_processing(tokenizer, text_config, form, model_type)
+
+
+def check_model_type(folder_or_id: str | Path, settings: dict) -> str:
+    """The model type that config.json names; InputError where it is none of ours."""
+    model_type = settings.get("model_type")
+    if model_type is None:
+        raise InputError(
+            f"--model {folder_or_id}: no config.json there that names a model type; a run's models are in "
+            "its folders export and checkpoints/*"
+        )
+    if model_type not in DEFAULT_FORMS:
+        raise InputError(
+            f"--model {folder_or_id}: a model of type {model_type!r} is neither CLIP nor SigLIP nor written "
+            "by this program; put single encoders together with --image-tower and --text-tower"
+        )
+    return model_type
+
+
+def model_image_form(settings: dict) -> ImageForm:
+    """The image form that a model's config.json names; what its type usually has where it says nothing."""
+    if "image_form" in settings:
+        return ImageForm(**settings["image_form"])
+    form = DEFAULT_FORMS[settings["model_type"]]
+    return replace(form, size=settings.get("vision_config", {}).get("image_size", form.size))
+
+
+def make_processing(
+    tokenizer: PreTrainedTokenizerBase, text_config: PretrainedConfig, form: ImageForm, model_type: str
+) -> Processing:
+    """Put a tokenizer and an image form together as the text encoder's configuration asks for.
+
+    SigLIP text encoders pool the last position, so that they want every text padded to their full length.
+    """
+    is_siglip = text_config.model_type.startswith("siglip")
+    positions = getattr(text_config, "max_position_embeddings", MAX_TEXT_LENGTH)
+    max_length = min(tokenizer.model_max_length, positions, MAX_TEXT_LENGTH)
+    tokenizer.model_max_length = max_length
+    return Processing(
+        tokenizer=tokenizer,
+        max_length=max_length,
+        padding="max_length" if is_siglip else "longest",
+        canonical=is_siglip and _is_canonical(tokenizer),
+        image_size=form.size,
+        image_mean=tuple(form.mean),
+        image_std=tuple(form.std),
+        resize=form.resize,
+        model_type=model_type,
+    )
+
+
+def load_tokenizer(
+    folder_or_id: str | Path, config: PretrainedConfig | None = None
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder or hub id; one without a padding token (GPT-like) pads with its end token.
+
+    config: of the text encoder, where the folder's own config.json is not one of transformers.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(folder_or_id, config=config)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def read_image_form(folder_or_id: str | Path, default: ImageForm) -> ImageForm:
+    """What the image-processor files of a folder or hub id ask for; the default without such files."""
+    try:
+        processor = AutoImageProcessor.from_pretrained(folder_or_id)
+    except (OSError, ValueError):  # no such file, or one that names no known processor
+        return default
+    size, crop = processor.size, getattr(processor, "crop_size", None)
+    cropped = bool(getattr(processor, "do_center_crop", False)) and crop is not None
+    kept = "crop" if cropped or size.shortest_edge else "squash"
+    resize = "pad" if size.max_height else kept
+    side = crop.height if cropped else (size.height or size.shortest_edge)
+    if not processor.do_normalize:
+        return ImageForm(side, (0.0,) * 3, (1.0,) * 3, resize)
+    return ImageForm(side, tuple(processor.image_mean), tuple(processor.image_std), resize)
+
+
+def canonical_form(text: str) -> str:
+    """Lower-case, without ASCII punctuation, white space collapsed: SigLIP's form of a text."""
+    return re.sub(r"\s+", " ", text.lower().translate(str.maketrans("", "", string.punctuation))).strip()
+
+
+def _is_canonical(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a SigLIP's tokenizer asks for canonical texts: that of version 1 does, of version 2 not."""
+    by_name = "SiglipTokenizer" in (type(tokenizer).__name__, tokenizer.init_kwargs.get("tokenizer_class"))
+    return by_name or tokenizer("A, cat!")["input_ids"] == tokenizer("a cat")["input_ids"]
+
+
+def build_tokenizer(
+    texts: list[str], vocab_size: int = 1000, max_length: int = 64, canonical: bool = False
+) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE tokenizer on the given texts, without a network; it can encode any text.
+
+    The same texts give the same tokenizer. canonical: it puts texts into SigLIP's form by itself.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    steps = [normalizers.NFC(), normalizers.Lowercase()]
+    if canonical:
+        punctuation = Regex("[" + re.escape(string.punctuation) + "]")
+        steps.append(normalizers.Replace(punctuation, ""))
+    steps += [normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()]
+    tokenizer.normalizer = normalizers.Sequence(steps)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    # The end token is not number 2: transformers takes that value as the mark of a faulty CLIP configuration.
+    special_tokens = ["<pad>", "<eos>", "<bos>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=special_tokens,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A <eos>", special_tokens=[("<bos>", 2), ("<eos>", 1)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        bos_token="<bos>",
+        model_max_length=max_length,
+        # As SigLIP's own: its text encoder attends to the padding.
+        model_input_names=["input_ids"] if canonical else ["input_ids", "attention_mask"],
+    )

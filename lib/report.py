@@ -1,0 +1,165 @@
+"""What a run tells: the plan, a progress bar, metrics.jsonl, trackers, summary.json and the loss curve."""
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+from accelerate import Accelerator
+from tqdm import tqdm
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+METRICS, SUMMARY, SKIPPED, CURVE = "metrics.jsonl", "summary.json", "skipped.jsonl", "loss_curve.png"
+
+
+class Reporter:
+    """Everything that a person or a script reads of a run; does nothing on ranks other than 0."""
+
+    def __init__(self, folder: Path, accelerator: Accelerator, steps: int, first_step: int) -> None:
+        self.folder, self.accelerator = folder, accelerator
+        self.last_evaluation: dict = {}
+        self.active = accelerator.is_main_process
+        if self.active:
+            _drop_lines_after(folder / METRICS, first_step)
+        self.steps, self.first_step = steps, first_step
+        self.bar: tqdm | None = None  # from the first step on: the plan stands above it
+
+    def say(self, *lines: str) -> None:
+        """Print lines on rank 0, above the progress bar."""
+        if self.active:
+            for line in lines:
+                tqdm.write(line)
+
+    def step(self, metrics: dict) -> None:
+        """Record one optimizer step; `metrics` has at least step and loss."""
+        self._append(METRICS, metrics)
+        self._advance(metrics)
+        self._track(metrics, metrics["step"])
+
+    def evaluation(self, step: int, metrics: dict) -> None:
+        """Record an evaluation on validation data, and draw the curve anew."""
+        self.last_evaluation = metrics
+        self._append(METRICS, {"step": step, "eval": metrics})
+        flat = flatten(metrics)
+        self.say(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in flat.items()))
+        self._track({f"eval/{name}": value for name, value in flat.items()}, step)
+        self.curve()
+
+    def skipped(self, skips: Sequence[tuple[str, str, str]]) -> None:
+        """Name samples that could not be used: (shard or source, key, reason)."""
+        for where, key, reason in skips:
+            self._append(SKIPPED, {"shard": where, "key": key, "reason": reason})
+
+    def summary(self, values: dict) -> None:
+        """Write summary.json, whole or not at all."""
+        if self.active:
+            unfinished = self.folder / f".{SUMMARY}"
+            unfinished.write_text(json.dumps(_finite(values), indent=2) + "\n")
+            unfinished.replace(self.folder / SUMMARY)
+
+    def curve(self) -> None:
+        """Draw training and validation loss, and the other validation figures, against the step."""
+        if self.active:
+            draw_curve(read_metrics(self.folder), self.folder / CURVE)
+
+    def close(self) -> None:
+        """End the progress bar."""
+        if self.bar is not None:
+            self.bar.close()
+
+    def _advance(self, metrics: dict) -> None:
+        if self.bar is None:
+            self.bar = tqdm(
+                total=self.steps,
+                initial=self.first_step,
+                desc="steps",
+                disable=not self.active,
+                dynamic_ncols=True,
+            )
+        self.bar.set_postfix_str(
+            f"loss {metrics['loss']:.4f}, {metrics['pairs_per_second']:.0f} pairs/s", refresh=False
+        )
+        self.bar.update()
+
+    def _append(self, name: str, values: dict) -> None:
+        if self.active:
+            with open(self.folder / name, "a") as file:
+                file.write(json.dumps(_finite(values)) + "\n")
+
+    def _track(self, values: dict, step: int) -> None:
+        if self.accelerator.trackers:
+            numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
+            self.accelerator.log(numbers, step=step)
+
+
+def read_metrics(folder: Path) -> list[dict]:
+    """The lines of a run's metrics.jsonl; a last line cut off by a kill is left out."""
+    lines = []
+    for line in (folder / METRICS).read_text().splitlines():
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return lines
+
+
+def draw_curve(lines: Sequence[dict], file: Path) -> None:
+    """Two panels: losses, and validation figures in [0, 1]."""
+    steps = [line for line in lines if "loss" in line]
+    evaluations = [(line["step"], flatten(line["eval"])) for line in lines if "eval" in line]
+    shares = sorted(
+        {name for _, e in evaluations for name, value in e.items() if name != "loss" and 0 <= value <= 1}
+    )
+    figure, axes = plt.subplots(
+        1, 2 if shares else 1, figsize=(11 if shares else 6, 4), squeeze=False, layout="constrained"
+    )
+    losses = axes[0, 0]
+    losses.plot(
+        [s["step"] for s in steps], [s["loss"] for s in steps], label="training (whole batch and memory)"
+    )
+    if evaluations:
+        losses.plot(
+            [s for s, _ in evaluations], [e.get("loss") for _, e in evaluations], "o-", label="validation"
+        )
+    losses.set(xlabel="step", ylabel="loss", title="Loss")
+    losses.legend()
+    if shares:
+        for name in shares:
+            axes[0, 1].plot(
+                [s for s, _ in evaluations], [e.get(name) for _, e in evaluations], "o-", label=name
+            )
+        axes[0, 1].set(xlabel="step", ylim=(0, 1.02), title="Validation")
+        axes[0, 1].legend(fontsize="small")
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+
+
+def flatten(metrics: dict, prefix: str = "") -> dict[str, float]:
+    """Nested metrics as one level: {"text_to_image": {"R@1": x}} -> {"text_to_image.R@1": x}."""
+    flat = {}
+    for name, value in metrics.items():
+        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
+
+
+def _finite(value):
+    """JSON has no nan: it becomes null."""
+    if isinstance(value, dict):
+        return {name: _finite(inner) for name, inner in value.items()}
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def _drop_lines_after(file: Path, step: int) -> None:
+    """A resumed run writes the steps after its checkpoint again: drop what the killed one wrote of them."""
+    if not file.exists():
+        return
+    kept = [json.dumps(line) + "\n" for line in read_metrics(file.parent) if line.get("step", 0) <= step]
+    unfinished = file.with_name(f".{file.name}")
+    unfinished.write_text("".join(kept))
+    os.replace(unfinished, file)

@@ -1,0 +1,307 @@
+"""A run's live objects: made from the settings, restored from a checkpoint, and saved into one."""
+
+from dataclasses import asdict, dataclass, field, replace
+from math import ceil
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from lib import backend, checkpoint
+from lib.cached_step import RandomState, Recompute
+from lib.checkpoint import TrainingState
+from lib.collectives import gather_objects
+from lib.config import TrainConfig, flag
+from lib.data import EvaluationSet, ImagePipeline, Source, TrainingData, open_sources
+from lib.errors import InputError
+from lib.optim import build_optimizer, build_schedule
+from lib.plan import BatchPlan, graphs_that_fit, largest_chunk, measure_activations, state_bytes
+from lib.processing import Processing
+from lib.report import METRICS
+from lib.towers import PRESETS, TwoTowers, load_towers
+from lib.towers.presets import SIZES
+from lib.xbm import CrossBatchMemory, MemorySwitch
+
+
+@dataclass
+class Run:
+    """Everything that the loop works with; `towers` is the bare model, `wrapped` the one that all passes go through."""
+
+    config: TrainConfig
+    accelerator: Accelerator
+    folder: Path
+    source: Source
+    validation: EvaluationSet | None
+    towers: TwoTowers
+    processing: Processing
+    wrapped: nn.Module
+    optimizer: Optimizer
+    schedule: LRScheduler
+    plan: BatchPlan
+    data: TrainingData
+    memory: CrossBatchMemory
+    switch: MemorySwitch
+    steps: int
+    workers: int
+    pretrained: bool
+    """The towers did not start from random weights."""
+    first_step: int = 0
+    """Steps that were done before this process began."""
+    best: dict = field(default_factory=dict)
+    """{"step", "value"} of the best evaluation so far."""
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    @property
+    def recompute(self) -> dict[str, Recompute]:
+        """What of each tower pass 2 has to run again."""
+        t = self.towers
+        return {
+            "image_recompute": _recompute(t.image_frozen, t.image_trunk_frozen),
+            "text_recompute": _recompute(t.text_frozen, t.text_trunk_frozen),
+        }
+
+    def save(self, step: int) -> Path:
+        """Write the checkpoint of a finished step, and prune old ones."""
+        scaler = self.accelerator.scaler
+        state = TrainingState(
+            progress={
+                "step": step,
+                "world_size": self.plan.world_size,
+                "workers": self.workers,
+                "chunk_size": self.plan.chunk_size,
+                "keep_graphs": self.plan.keep_graphs,
+                "effective_batch": self.plan.effective_batch,
+                "xbm_size": self.plan.xbm_size,
+                "steps": self.steps,
+                "best": self.best,
+                "switch": self.switch.state_dict(),
+            },
+            optimizer={
+                "optimizer": self.optimizer.state_dict(),
+                "schedule": self.schedule.state_dict(),
+                "scaler": scaler.state_dict() if scaler else {},
+            },
+            rank={
+                "random": asdict(RandomState.capture(self.accelerator.device)) | {"device": None},
+                "data": self.data.state_dict(),
+            },
+            memory=self.memory.state_dict() if self.memory.size else {},
+        )
+        folder = checkpoint.save_checkpoint(
+            self.checkpoints,
+            step,
+            self.towers,
+            self.processing,
+            state,
+            rank=self.accelerator.process_index,
+            barrier=self.accelerator.wait_for_everyone,
+        )
+        if self.accelerator.is_main_process:
+            if self.best.get("step") == step:
+                checkpoint.mark_best(folder)
+            checkpoint.prune(self.checkpoints, self.config.keep_checkpoints)
+        return folder
+
+    def restore(self, state: TrainingState) -> None:
+        """Go on from a checkpoint's training state; the weights were loaded with the towers."""
+        self.optimizer.load_state_dict(state.optimizer["optimizer"])
+        self.schedule.load_state_dict(state.optimizer["schedule"])
+        if self.accelerator.scaler and state.optimizer["scaler"]:
+            self.accelerator.scaler.load_state_dict(state.optimizer["scaler"])
+        self.data.load_state_dict(state.rank["data"])
+        if self.memory.size and state.memory:
+            self.memory.load_state_dict(state.memory)
+        self.switch.load_state_dict(state.progress["switch"])
+        self.first_step, self.best = state.progress["step"], state.progress["best"]
+        random = state.rank["random"]
+        RandomState(random["cpu"], random["accelerator"], self.accelerator.device).restore()
+
+
+def make_run(config: TrainConfig, family: str) -> Run:
+    """Build everything that the settings ask for, or raise InputError before the first batch."""
+    accelerator = backend.start(config.tracker)
+    folder = _claim_folder(config, family, accelerator)
+    resume_from = checkpoint.find_resume(config.resume, folder / "checkpoints")
+    state = checkpoint.load_state(resume_from, accelerator.process_index) if resume_from else None
+    if state:
+        _check_same_run(config, state.progress)
+    source, validation = open_sources(config.data, config.val_data, config.prompts, config.captions)
+    torch.manual_seed(config.seed)
+    towers, processing, pretrained = _towers(config, family, source, resume_from)
+    if not any(parameter.requires_grad for parameter in towers.parameters()):
+        raise InputError(f"--freeze {' '.join(config.freeze)} leaves nothing to train")
+    towers.to(accelerator.device).train()
+    torch.manual_seed(config.seed + 1 + accelerator.process_index)  # ranks draw their own dropout masks
+
+    workers = _workers(config, state, accelerator.num_processes)
+    plan = _plan(config, towers, processing, source, state, accelerator)
+    steps = config.steps or _steps_of_epochs(config, source)
+    warmup = steps // 10 if config.warmup_steps == "auto" else config.warmup_steps
+    optimizer = build_optimizer(
+        towers, config.optimizer, lr=config.lr, weight_decay=config.weight_decay, beta2=config.beta2
+    )
+    schedule = build_schedule(optimizer, config.schedule, warmup, steps)
+    wrapped, prepared_optimizer = accelerator.prepare(towers, optimizer)
+    run = Run(
+        config=config,
+        accelerator=accelerator,
+        folder=folder,
+        source=source,
+        validation=validation,
+        towers=towers,
+        processing=processing,
+        wrapped=wrapped,
+        optimizer=prepared_optimizer,
+        schedule=schedule,  # not prepared: Accelerate would step it once per process
+        plan=plan,
+        data=TrainingData(
+            source,
+            ImagePipeline(processing.image_size, processing.resize, config.augment),
+            processing.tokenize,
+            effective_batch=config.effective_batch,
+            chunk_size=plan.chunk_size,
+            rank=accelerator.process_index,
+            world_size=accelerator.num_processes,
+            workers=workers,
+            seed=config.seed,
+            pin_memory=accelerator.device.type == "cuda",
+        ),
+        memory=CrossBatchMemory(config.xbm_size, towers.embed_dim, accelerator.device),
+        switch=MemorySwitch(config.xbm_start, warmup),
+        steps=steps,
+        workers=workers,
+        pretrained=pretrained,
+    )
+    if state:
+        run.restore(state)
+    return run
+
+
+def _claim_folder(config: TrainConfig, family: str, accelerator: Accelerator) -> Path:
+    """The run's folder, chosen by rank 0 for all; refuses to write over another run."""
+    choice = _choose_folder(config, family) if accelerator.is_main_process else None
+    choice = gather_objects(choice)[0]
+    if isinstance(choice, InputError):
+        raise choice
+    return choice
+
+
+def _choose_folder(config: TrainConfig, family: str) -> Path | InputError:
+    folder = config.output_dir
+    if folder is None:
+        names = [
+            Path("runs") / (family if number == 1 else f"{family}-{number}") for number in range(1, 10_000)
+        ]
+        folder = next(name for name in names if not name.exists())
+    elif config.resume != "auto" and (folder / METRICS).exists():
+        return InputError(
+            f"--output-dir {folder} already holds a run; go on with it by --resume auto, or name another folder"
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".writable").touch()
+        (folder / ".writable").unlink()
+    except OSError as error:
+        return InputError(f"--output-dir {folder} cannot be written ({error.strerror}); name another folder")
+    return folder
+
+
+def _check_same_run(config: TrainConfig, progress: dict) -> None:
+    """A step number means the same pairs, and the memory fits, only with the checkpoint's own sizes."""
+    for name in ("effective_batch", "xbm_size"):
+        if progress[name] != getattr(config, name):
+            raise InputError(
+                f"{flag(name)} {getattr(config, name)} is not that of the checkpoint ({progress[name]}); resume with "
+                "the same, or start anew from its weights with --model CHECKPOINT_FOLDER"
+            )
+
+
+def _towers(
+    config: TrainConfig, family: str, source: Source, resume_from: Path | None
+) -> tuple[TwoTowers, Processing, bool]:
+    if resume_from:
+        towers, processing = TwoTowers.from_pretrained(resume_from), Processing.from_pretrained(resume_from)
+    else:
+        towers, processing = load_towers(
+            family=family,
+            model=None if config.image_tower else config.model,
+            image_tower=config.image_tower,
+            text_tower=config.text_tower,
+            projection=config.projection,
+            projection_dim=config.projection_dim,
+            projection_hidden=config.projection_hidden,
+            projection_dropout=config.projection_dropout,
+            image_size=config.image_size,
+            texts=source.sample_texts,
+            use_bias=family == "siglip",
+            dropout=config.dropout,
+            seed=config.seed,
+        )
+    if config.resize != "auto":
+        processing = replace(processing, resize=config.resize)
+    towers.freeze(config.freeze)
+    pretrained = config.image_tower is None and config.model not in (*PRESETS, *SIZES)
+    return towers, processing, pretrained
+
+
+def _workers(config: TrainConfig, state: TrainingState | None, ranks: int) -> int:
+    if config.workers != "auto":
+        return config.workers
+    if state:  # a stream of shards goes on exactly only at the same number
+        return state.progress["workers"]
+    return 0 if config.data == "digits" else min(4, max(1, backend.usable_cores() // ranks))
+
+
+def _plan(
+    config: TrainConfig,
+    towers: TwoTowers,
+    processing: Processing,
+    source: Source,
+    state: TrainingState | None,
+    accelerator: Accelerator,
+) -> BatchPlan:
+    """Measure the towers on texts of the data, and settle what is `auto`, alike on all ranks."""
+    device, world_size = accelerator.device, accelerator.num_processes
+    texts = (source.sample_texts(64) or ["a text"]) * 4
+    input_ids, attention_mask = (tokens.to(device) for tokens in processing.tokenize(texts))
+    with accelerator.autocast():
+        activations = measure_activations(towers, input_ids, attention_mask, processing.image_size)
+    per_rank = config.effective_batch // world_size
+    chunk_size, keep = config.chunk_size, config.keep_graphs
+    if state:  # what was measured then holds, so that dropout's masks and sums stay the same
+        chunk_size = state.progress["chunk_size"] if chunk_size == "auto" else chunk_size
+        keep = state.progress["keep_graphs"] if keep == "auto" else keep
+    if chunk_size == "auto":
+        chunk_size = min(gather_objects(largest_chunk(activations, per_rank, device)))
+    plan = BatchPlan(
+        effective_batch=config.effective_batch,
+        world_size=world_size,
+        chunk_size=chunk_size,
+        keep_graphs=0,
+        xbm_size=config.xbm_size,
+        embed_dim=towers.embed_dim,
+        image_size=processing.image_size,
+        activation_bytes=activations,
+        state_bytes=state_bytes(list(towers.parameters()), moments=2 if config.optimizer == "adamw" else 0),
+    )
+    if keep == "auto":
+        keep = min(gather_objects(graphs_that_fit(plan, device, world_size)))
+    return replace(plan, keep_graphs=min(keep, plan.chunks))
+
+
+def _steps_of_epochs(config: TrainConfig, source: Source) -> int:
+    if source.size is None:
+        raise InputError(
+            f"--epochs {config.epochs}: the size of {config.data} is not known; give --steps instead"
+        )
+    return max(1, ceil(config.epochs * source.size / config.effective_batch))
+
+
+def _recompute(tower_frozen: bool, trunk_frozen: bool) -> Recompute:
+    return "none" if tower_frozen else "head" if trunk_frozen else "all"

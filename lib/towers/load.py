@@ -1,0 +1,101 @@
+"""Which towers a run trains: a preset, a CLIP or SigLIP model, an earlier run's, or two encoders."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+from lib.errors import InputError
+from lib.processing import Processing, load_tokenizer, make_processing
+from lib.towers.composed import Head, new_pair
+from lib.towers.encoders import reading
+from lib.towers.folder import load_parts
+from lib.towers.presets import PRESETS, SIZES, START_SCALE, build_preset
+from lib.towers.two_towers import TwoTowers
+
+
+def load_towers(
+    *,
+    family: Literal["clip", "siglip"],
+    model: str | None = None,
+    image_tower: str | None = None,
+    text_tower: str | None = None,
+    projection: Literal["linear", "mlp"] = "linear",
+    projection_dim: int = 512,
+    projection_hidden: int | None = None,
+    projection_dropout: float = 0.0,
+    image_size: int | None = None,
+    texts: Callable[[], list[str]] | None = None,
+    use_bias: bool | None = None,
+    dropout: float = 0.0,
+    seed: int = 0,
+) -> tuple[TwoTowers, Processing]:
+    """Build or load the towers and what they want of their inputs; the module is in eval mode.
+
+    family: decides between the presets that "tiny" or "small" stand for, and on the scale that a fresh model
+        starts at.
+    model: a preset, or folder or hub id of a CLIP or SigLIP model, or a folder written by this program.
+    image_tower, text_tower: instead of a model, folders or hub ids of two encoders; `projection*` shape their
+        heads (see `lib.towers.composed.Head`).
+    image_size: another side of the images than the model's own.
+    texts: gives texts of the training data; called only where a tokenizer has to be built.
+    use_bias: whether logit_bias trains; by default in the SigLIP family. A model's own bias is its start.
+    dropout: of the attention weights of a preset; other models come with their own.
+    """
+    use_bias = family == "siglip" if use_bias is None else use_bias
+    name = f"{model}-{family}" if model in SIZES else model
+    if dropout and name not in PRESETS:
+        raise InputError(
+            f"--dropout {dropout} is for the presets {', '.join(SIZES)}; other models have their own"
+        )
+    if image_tower or text_tower:
+        _check_pair(model, image_tower, text_tower)
+        head = Head(projection, projection_dim, projection_hidden, projection_dropout)
+        return _compose(image_tower, text_tower, head, image_size, START_SCALE[family], use_bias, seed)
+    if model is None:
+        raise InputError(f"--model is missing: give a folder, a hub id or one of {', '.join(SIZES)}")
+    if name in PRESETS:
+        return build_preset(
+            name,
+            texts() if texts else [],
+            image_size=image_size,
+            scale=START_SCALE[family],
+            use_bias=use_bias,
+            dropout=dropout,
+            seed=seed,
+        )
+    return _load(model, image_size, use_bias)
+
+
+def _check_pair(model: str | None, image_tower: str | None, text_tower: str | None) -> None:
+    if model is not None:
+        raise InputError(f"--model {model} excludes --image-tower and --text-tower: leave it out, or them")
+    for flag, value in (("--image-tower", image_tower), ("--text-tower", text_tower)):
+        if not value:
+            raise InputError(f"{flag} is missing: a composed model needs both --image-tower and --text-tower")
+
+
+def _compose(
+    image_tower: str,
+    text_tower: str,
+    head: Head,
+    image_size: int | None,
+    scale: float,
+    use_bias: bool,
+    seed: int,
+) -> tuple[TwoTowers, Processing]:
+    bias = 0.0 if use_bias else None
+    parts = new_pair(image_tower, text_tower, head, image_size=image_size, scale=scale, bias=bias, seed=seed)
+    with reading("--text-tower", text_tower):
+        tokenizer = load_tokenizer(text_tower)
+    processing = make_processing(tokenizer, parts.text.trunk.config, parts.image_form, "two_towers")
+    return TwoTowers(parts), processing
+
+
+def _load(model: str, image_size: int | None, use_bias: bool) -> tuple[TwoTowers, Processing]:
+    parts = load_parts(model, image_size)
+    bias = (parts.bias or 0.0) if use_bias else None
+    parts = replace(parts, bias=bias, pretrained_bias=parts.pretrained_bias and use_bias)
+    with reading("--model", Path(model)):
+        processing = Processing.from_pretrained(model)
+    return TwoTowers(parts), replace(processing, image_size=parts.image_form.size)

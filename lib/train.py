@@ -1,0 +1,364 @@
+"""The training loop: data to step, and what is due after a step."""
+
+import dataclasses
+import math
+import signal
+import time
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from lib import backend, verify
+from lib.cached_step import StepResult, cached_step
+from lib.collectives import gather_objects, gather_rows, rank_and_world_size, sum_over_ranks
+from lib.config import TrainConfig, save_config
+from lib.data import Chunk
+from lib.errors import RunError
+from lib.evaluation.best import BestMetric
+from lib.evaluation.validation import validate
+from lib.export import export
+from lib.logit_bias import bias_from_counts, solved_bias
+from lib.losses import Loss, Pairs, diagonal
+from lib.objective import Objective
+from lib.plan import oversize_warning
+from lib.report import SUMMARY, Reporter
+from lib.run import Run, make_run
+from lib.towers import TwoTowers
+from lib.xbm import Drift
+
+
+def train(config: TrainConfig, objective: Objective) -> None:
+    """Train as `config` says, from the first batch or a checkpoint to the export; files as the README lists them."""
+    started = time.perf_counter()
+    run = make_run(config, objective.family)
+    loss = diagonal(objective.loss) if config.positives == "pair" else objective.loss
+    best = BestMetric.resolve(config.best_metric, run.validation if config.eval_every else None)
+    report = Reporter(run.folder, run.accelerator, run.steps, run.first_step)
+    _announce(run, report)
+    if run.first_step >= run.steps and (run.folder / SUMMARY).exists():
+        report.say(
+            f"the run has its {run.steps} steps: nothing is left to do; more with a larger --steps or --epochs"
+        )
+        run.accelerator.end_training()
+        return
+    with StopSignal() as stop:
+        step, chunks = _loop(run, objective, loss, best, stop, report)
+        _finish(run, report, step, chunks, time.perf_counter() - started)
+
+
+def _loop(
+    run: Run, objective: Objective, loss: Loss, best: BestMetric, stop: "StopSignal", report: Reporter
+) -> tuple[int, list[Chunk]]:
+    """Data to step, and what is due after it; returns the last step that was done, and its chunks."""
+    config, step, chunks = run.config, run.first_step, []
+    batches = run.data.steps(run.first_step, run.steps)
+    while (timed := _next_batch(batches)) is not None:
+        chunks, data_seconds = timed
+        step += 1
+        began = time.perf_counter()
+        if step == 1:
+            _prepare_first_step(run, objective, chunks, report)
+        result, grad_norm = _optimizer_step(run, loss, chunks, step)
+        drift = _remember(run, result.fresh, step)
+        seconds = time.perf_counter() - began + data_seconds
+        report.step(_metrics(run, step, result, grad_norm, drift, seconds, data_seconds))
+        report.skipped(run.data.new_skips())
+        if _due(step, config.eval_every, run.steps) and run.validation:
+            _evaluate(run, loss, best, step, report)
+        stopping = _agree(run, stop)
+        if stopping or (
+            config.save_every and (_due(step, config.save_every, run.steps) or run.best.get("step") == step)
+        ):
+            run.save(step)
+        if stopping and step < run.steps:
+            report.say(f"SIGTERM: saved step {step}; --resume auto goes on from here")
+            break
+    return step, chunks
+
+
+def _optimizer_step(run: Run, loss: Loss, chunks: list[Chunk], step: int) -> tuple[StepResult, Tensor]:
+    """Gradients of the whole batch, clipped; one update of weights and rate."""
+    result = cached_step(
+        run.wrapped,
+        chunks,
+        loss,
+        run.memory.pairs() if run.switch.on else None,
+        device=run.accelerator.device,
+        backward=run.accelerator.backward,
+        no_sync=backend.no_sync(run.accelerator, run.wrapped),
+        keep_graphs=run.plan.keep_graphs,
+        **run.recompute,
+    )
+    grad_norm = backend.clip_gradients(run.accelerator, run.wrapped, run.config.grad_clip)
+    scaled = run.accelerator.scaler is not None  # fp16: an overflow is skipped by the scaler, and no fault
+    if not math.isfinite(result.loss.item()) or (not scaled and not math.isfinite(float(grad_norm))):
+        raise RunError(_diverged(run, step, result.loss.item(), float(grad_norm)))
+    run.optimizer.step()
+    run.schedule.step()
+    run.optimizer.zero_grad()
+    if run.config.scale_max:
+        run.towers.clamp_logit_scale(run.config.scale_max)
+    return result, grad_norm
+
+
+def _remember(run: Run, fresh: Pairs, step: int) -> Drift:
+    """Read the drift of recurring samples, then put this step's embeddings into the memory."""
+    drift = run.memory.drift(fresh)
+    run.memory.enqueue(fresh, step)
+    if run.memory.size:
+        run.switch.update(step, drift, run.memory)
+    return drift
+
+
+def _evaluate(run: Run, loss: Loss, best: BestMetric, step: int, report: Reporter) -> None:
+    """Measure on validation data, on all ranks; note whether it is the best so far."""
+    with run.accelerator.autocast():
+        metrics = validate(
+            run.towers,
+            run.validation,
+            run.processing,
+            partial(_validation_loss, run.towers, loss),
+            device=run.accelerator.device,
+            batch_size=min(256, run.plan.chunk_size * 2),
+            workers=run.workers,
+        )
+    report.evaluation(step, metrics)
+    value = best.value(metrics)
+    if best.better(value, run.best.get("value")):
+        run.best = {"step": step, "metric": best.name, "value": value}
+
+
+@torch.no_grad()
+def _validation_loss(
+    towers: TwoTowers, loss: Loss, image_embeds: Tensor, text_embeds: Tensor, group: Tensor
+) -> float:
+    """The loss of these pairs as one batch, without memory; every rank takes its share of the rows."""
+    count = len(group)
+    pairs = Pairs(image_embeds, text_embeds, group, torch.arange(count, device=group.device))
+    rank, world_size = rank_and_world_size()
+    rows = slice(rank * count // world_size, (rank + 1) * count // world_size)
+    share = loss(pairs, None, towers.logit_scale.exp(), towers.logit_bias, rows)
+    return sum_over_ranks(share.loss.clone()).item()
+
+
+def _prepare_first_step(run: Run, objective: Objective, chunks: list[Chunk], report: Reporter) -> None:
+    """Before the first update: start the bias where the data wants it, and verify the gradients if asked."""
+    if objective.family == "siglip" and run.towers.use_bias and not run.towers.pretrained_bias:
+        bias = _start_bias(run, chunks)
+        run.towers.set_scale_and_bias(None, bias)
+        report.say(f"logit_bias starts at {bias:.3f}")
+    if run.config.verify_gradients:
+        _verify(run, objective, chunks, report)
+
+
+@torch.no_grad()
+def _start_bias(run: Run, chunks: list[Chunk]) -> float:
+    """From the counts for towers that start fresh; solved on embeddings for a softmax-trained CLIP."""
+    device = run.accelerator.device
+    group = gather_rows(torch.cat([chunk.group for chunk in chunks]).to(device))
+    if run.config.positives == "pair":
+        group = torch.arange(len(group), device=device)
+    if not run.pretrained:
+        return bias_from_counts(group, run.config.xbm_size)
+    first = chunks[0].to(device)
+    output = run.wrapped(first.pixel_values, first.input_ids, first.attention_mask)
+    images, texts = gather_rows(output.image_embeds), gather_rows(output.text_embeds)
+    own = (
+        gather_rows(first.group)
+        if run.config.positives == "group"
+        else torch.arange(len(images), device=device)
+    )
+    return solved_bias(Pairs(images, texts, own, own), output.logit_scale)
+
+
+def _verify(run: Run, objective: Objective, chunks: list[Chunk], report: Reporter) -> None:
+    """Compare the cached step with plain autograd on a few pairs; stop where they differ."""
+    few, device = verify.small_chunks(chunks), run.accelerator.device
+    pairwise = run.config.positives == "pair"
+    loss = diagonal(objective.loss) if pairwise else objective.loss
+    no_sync = backend.no_sync(run.accelerator, run.wrapped)
+    cached = partial(
+        cached_step, run.wrapped, few, loss, None, device=device, no_sync=no_sync, **run.recompute
+    )
+    plain = partial(verify.plain_autograd, run.wrapped, run.towers, few, objective.dense, pairwise, device)
+    differences = verify.compare_gradients(run.towers, cached, plain, device)
+    tolerance = verify.TOLERANCE[run.accelerator.mixed_precision]
+    report.say(
+        "verify-gradients: largest relative difference "
+        + ", ".join(f"{part} {difference:.1e}" for part, difference in differences.items())
+    )
+    if not all(difference <= tolerance for difference in differences.values()):
+        raise RunError(
+            f"--verify-gradients: the cached step's gradients differ from plain autograd's by more than {tolerance} "
+            f"({differences}); batch norm in training mode and chunk-dependent layers do this, else it is a fault here"
+        )
+
+
+class StopSignal:
+    """Within it, SIGTERM only sets a flag; the ranks agree on it after a step."""
+
+    def __init__(self) -> None:
+        self.received = False
+
+    def __enter__(self) -> "StopSignal":
+        self._before = signal.signal(signal.SIGTERM, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGTERM, self._before)
+
+    def _note(self, *_: object) -> None:
+        self.received = True
+
+
+def _agree(run: Run, stop: "StopSignal") -> bool:
+    """One small reduction: whether any rank was told to stop; too many unreadable pairs end the run here."""
+    counts = run.data.counts
+    found_early = len(run.source.skipped) if run.accelerator.is_main_process else 0
+    bad = sum(counts.skipped.values()) - found_early
+    told, bad, read = sum_over_ranks(
+        torch.tensor([int(stop.received), bad, counts.read - found_early], device=run.accelerator.device)
+    ).tolist()
+    total = run.source.size or max(read, 100)
+    if bad > run.config.max_bad * total:
+        raise RunError(
+            f"{bad} of {total} pairs cannot be read {_merged_counts(run)['skipped']}, more than --max-bad "
+            f"{run.config.max_bad}; they are listed in {run.folder / 'skipped.jsonl'}: mend them or raise --max-bad"
+        )
+    return told > 0
+
+
+def _next_batch(batches: Iterator[list[Chunk]]) -> tuple[list[Chunk], float] | None:
+    """The next step's chunks and the seconds spent waiting for them."""
+    began = time.perf_counter()
+    chunks = next(batches, None)
+    return None if chunks is None else (chunks, time.perf_counter() - began)
+
+
+def _due(step: int, every: int, last: int) -> bool:
+    return every > 0 and (step % every == 0 or step == last)
+
+
+def _metrics(
+    run: Run,
+    step: int,
+    result: StepResult,
+    grad_norm: Tensor,
+    drift: Drift,
+    seconds: float,
+    data_seconds: float,
+) -> dict:
+    """A line of metrics.jsonl."""
+    pairs = step * run.plan.effective_batch
+    metrics = {
+        "step": step,
+        "epoch": pairs / run.source.size if run.source.size else None,
+        "loss": result.loss.item(),
+        "lr": run.schedule.get_last_lr()[0],
+        "logit_scale": run.towers.logit_scale.exp().item(),
+        "logit_bias": run.towers.logit_bias.item(),
+        "grad_norm": float(grad_norm),
+        "pairs_per_second": run.plan.effective_batch / seconds,
+        "step_seconds": seconds,
+        "data_seconds": data_seconds,
+        "peak_memory_bytes": backend.peak_memory_bytes(run.accelerator.device),
+        "replay_difference": result.replay_difference.item(),
+    }
+    if run.memory.size:
+        metrics |= {
+            "xbm_used": run.switch.on,
+            "xbm_filled": len(run.memory),
+            "xbm_age": run.memory.mean_age(step),
+            "drift_image": drift.image,
+            "drift_text": drift.text,
+            "drift_samples": drift.samples,
+        }
+    return metrics
+
+
+def _announce(run: Run, report: Reporter) -> None:
+    """The start-up plan, and the settings as a file."""
+    config, towers = run.config, run.towers
+    total = sum(p.numel() for p in towers.parameters())
+    trained = sum(p.numel() for p in towers.parameters() if p.requires_grad)
+    texts = "" if run.source.distinct_texts is None else f", {run.source.distinct_texts:,} distinct texts"
+    name = f"{config.image_tower} and {config.text_tower}" if config.image_tower else config.model
+    report.say(
+        f"model      {name}: {total:,} parameters, {trained:,} train; {towers.embed_dim} dimensions, "
+        f"{towers.image_size} px",
+        f"data       {run.source.description}{texts}",
+        *run.plan.lines(),
+        f"steps      {run.steps:,} (from {run.first_step:,})"
+        if run.first_step
+        else f"steps      {run.steps:,}",
+        f"run        {run.folder}",
+    )
+    for warning in (
+        oversize_warning(config.effective_batch, config.xbm_size, run.source.size),
+        f"--lr {config.lr:g} is high for pretrained weights; 1e-5 is usual"
+        if run.pretrained and config.lr > 2e-4
+        else None,
+        f"{len(run.source.skipped):,} pairs cannot be used and are left out" if run.source.skipped else None,
+    ):
+        if warning:
+            report.say(f"warning: {warning}")
+    if run.accelerator.is_main_process:
+        save_config(config, run.folder / "config.yaml")
+    if config.tracker != "none":
+        run.accelerator.project_configuration.logging_dir = str(run.folder)
+        flat = {n: v for n, v in dataclasses.asdict(config).items() if isinstance(v, int | float | str)}
+        run.accelerator.init_trackers("image-text", config=flat)
+
+
+def _merged_counts(run: Run) -> dict:
+    """Pairs read, used and skipped in the first pass over the data, over all ranks."""
+    merged = {"read": 0, "used": 0, "skipped": {}}
+    for counts in gather_objects(dataclasses.asdict(run.data.counts)):
+        merged["read"] += counts["read"]
+        merged["used"] += counts["used"]
+        for reason, count in counts["skipped"].items():
+            merged["skipped"][reason] = merged["skipped"].get(reason, 0) + count
+    return merged
+
+
+def _finish(run: Run, report: Reporter, step: int, chunks: list[Chunk], seconds: float) -> None:
+    """Curve, summary and, after the last step, the export of the best checkpoint."""
+    data = _merged_counts(run)
+    report.curve()
+    summary = {
+        "steps": step,
+        "pairs": step * run.plan.effective_batch,
+        "wall_seconds": seconds,
+        "peak_memory_bytes": max(gather_objects(backend.peak_memory_bytes(run.accelerator.device))),
+        "eval": report.last_evaluation,
+        "best": run.best,
+        "data": data,
+    }
+    if step == run.steps and run.accelerator.is_main_process:
+        summary["export_difference"] = _export(run, chunks, report)
+    report.summary(summary)
+    report.close()
+    run.accelerator.end_training()
+
+
+def _export(run: Run, chunks: list[Chunk], report: Reporter) -> float | None:
+    """Write the best model (the last one without evaluations) in the Hugging Face layout, and check it."""
+    towers, best = run.towers, run.checkpoints / "best"
+    if best.exists():
+        towers = TwoTowers.from_pretrained(best)
+    few = verify.small_chunks(chunks)[0] if chunks else None
+    difference = export(towers.cpu().eval(), run.processing, run.folder / "export", few)
+    report.say(f"exported to {run.folder / 'export'}: largest logit difference {difference:.1e}")
+    return difference
+
+
+def _diverged(run: Run, step: int, loss: float, grad_norm: float) -> str:
+    """What to say about a loss or gradient that is not a number."""
+    last = sorted(run.checkpoints.glob("step_*"))
+    standing = f"the last good checkpoint is {last[-1]}" if last else "no checkpoint had been written"
+    return (
+        f"step {step}: loss {loss}, gradient norm {grad_norm}: training diverged; {standing}. "
+        "Lower --lr, lengthen --warmup-steps or lower --grad-clip, and go on with --resume auto"
+    )

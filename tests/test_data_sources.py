@@ -1,0 +1,212 @@
+"""What --data may name is opened as the user means it, and what cannot be used is said in one line."""
+
+import csv
+import json
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lib.data import BadImage, open_evaluation, open_sources
+from lib.data.pairs import fill
+from lib.errors import InputError
+
+
+def make_images(folder: Path, *names: str) -> None:
+    for number, name in enumerate(names):
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(path)
+
+
+def make_table(path: Path, rows: list[list[str]]) -> str:
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        csv.writer(file, delimiter="\t" if path.suffix == ".tsv" else ",").writerows(rows)
+    return str(path)
+
+
+def texts_by_image(source) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for pair in range(source.size):
+        first = source.first_text[pair]
+        texts = source.texts[first : first + source.text_count[pair]]
+        found.setdefault(source.images.keys[source.image[pair]], []).extend(texts)
+    return found
+
+
+def test_class_folders_with_splits(tmp_path):
+    make_images(tmp_path, "train/big_dog/1.jpg", "train/big_dog/2.PNG", "train/ant/1.jpg", "train/.git/1.jpg")
+    make_images(tmp_path, "valid/big_dog/3.jpg", "test/cow/4.jpg", "train/notes.jpg")
+    (tmp_path / "train" / "ant" / "list.txt").write_text("no image")
+    source, validation = open_sources(str(tmp_path), None, None)
+    assert source.size == 3 and source.classes == validation.classes == ("ant", "big dog", "cow")
+    assert texts_by_image(source)["train/big_dog/2.PNG"] == ["a photo of big dog"]
+    assert source.group.tolist() == [0, 1, 1] and source.distinct_texts == 3
+    assert validation.image_keys == ["valid/big_dog/3.jpg"] and validation.labels.tolist() == [1]
+    assert open_evaluation(str(tmp_path), "auto", None).image_keys == ["test/cow/4.jpg"]
+    assert len(open_evaluation(str(tmp_path), "train", None)) == 3
+
+
+def test_class_folders_without_splits_and_other_validation_data(tmp_path):
+    make_images(tmp_path / "a", "cat/1.jpg", "dog/1.jpg")
+    make_images(tmp_path / "b", "cat/9.jpg")
+    source, validation = open_sources(str(tmp_path / "a"), str(tmp_path / "b"), "objects")
+    assert source.size == 2 and len(source.templates) > 1 and validation.image_keys == ["cat/9.jpg"]
+    assert source.text_count.tolist() == [len(source.templates)] * 2
+    assert open_sources(str(tmp_path / "a"), None, None)[1] is None
+    with pytest.raises(InputError, match="--split val.*has only all"):
+        open_evaluation(str(tmp_path / "a"), "val", None)
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl"])
+def test_tables_with_several_captions_and_splits(tmp_path, suffix):
+    make_images(tmp_path, "images/1.jpg", "images/2.jpg", "3.jpg", "images/deep/4.jpg")
+    rows = [
+        ["Image", "Caption", "split"],
+        ["1.jpg", 'two\nlines, a comma and "quotes"', "train"],
+        ["2.jpg", "second", "restval"],
+        ["1.jpg", "first again", "train"],
+        ["3.jpg", "third", "dev"],
+        ["deep/4.jpg", "fourth", "test"],
+    ]
+    path = tmp_path / f"table{suffix}"
+    if suffix == ".jsonl":
+        path.write_text("\n".join(json.dumps(dict(zip(rows[0], row, strict=True))) for row in rows[1:]))
+    else:
+        make_table(path, rows)
+    source, validation = open_sources(str(path), None, None)
+    assert texts_by_image(source) == {"1.jpg": [rows[1][1], "first again"], "2.jpg": ["second"]}
+    assert source.group[0] == source.group[1] != source.group[2]
+    assert len({source.sample_id(pair, pair) for pair in range(3)}) == 3
+    assert validation.image_keys == ["3.jpg"] and validation.captions == ["third"]
+    assert open_evaluation(str(path), "auto", None).captions == ["fourth"]
+    with pytest.raises(InputError, match="--split all"):
+        open_evaluation(str(path), "all", None)
+
+
+def test_a_pair_per_image_draws_among_its_captions(tmp_path):
+    make_images(tmp_path, "1.jpg", "2.jpg")
+    rows = [["path", "text"], ["1.jpg", "a"], ["2.jpg", "b"], ["1.jpg", ""], ["1.jpg", "c"]]
+    source, validation = open_sources(make_table(tmp_path / "t.csv", rows), None, None, captions="one")
+    assert source.size == 2 and validation is None and source.skipped == ()
+    assert texts_by_image(source) == {"1.jpg": ["a", "c"], "2.jpg": ["b"]}
+    every, _ = open_sources(str(tmp_path / "t.csv"), None, None, captions="all")
+    # The same pair has the same id in both: the number of "c" counts the empty caption before it.
+    ids_of_one = {source.sample_id(0, text) for text in (0, 1)} | {source.sample_id(1, 2)}
+    assert ids_of_one == {every.sample_id(pair, pair) for pair in range(3)}
+    assert every.skipped == (("1.jpg#1", "empty_caption"),)
+
+
+def test_what_a_table_names_in_vain_is_listed(tmp_path):
+    make_images(tmp_path, "1.jpg")
+    rows = [["image", "caption"], ["1.jpg", "here"], ["2.jpg", "gone"], ["", "no name"], ["1.jpg", "  "]]
+    source, _ = open_sources(make_table(tmp_path / "t.csv", rows), None, None)
+    expected = {("2.jpg#0", "missing"), ("1.jpg#1", "empty_caption"), ("t.csv:4", "malformed_row")}
+    assert source.size == 1 and set(source.skipped) == expected
+
+
+def test_json_lines_of_many_shapes(tmp_path):
+    make_images(tmp_path, "1.jpg", "2.jpg")
+    lines = [
+        '{"image": "1.jpg", "captions": ["a", "b"], "group": 7}',
+        "not json",
+        '["a list"]',
+        "",
+        '{"caption": "no image"}',
+        '{"image": "2.jpg", "caption": "c", "split": "val"}',
+        '{"image": "1.jpg"}',
+    ]
+    (tmp_path / "t.jsonl").write_text("\n".join(lines))
+    source, validation = open_sources(str(tmp_path / "t.jsonl"), None, None)
+    assert texts_by_image(source) == {"1.jpg": ["a", "b"]} and validation.captions == ["c"]
+    assert [reason for _, reason in source.skipped] == ["malformed_row"] * 3 + ["empty_caption"]
+
+
+def test_a_group_column_joins_images(tmp_path):
+    make_images(tmp_path, "1.jpg", "2.jpg", "3.jpg")
+    rows = [["image", "caption", "group"], ["1.jpg", "a", "x"], ["2.jpg", "b", "x"], ["3.jpg", "c", "y"]]
+    source, _ = open_sources(make_table(tmp_path / "t.csv", rows), None, None)
+    assert source.group[0] == source.group[1] != source.group[2]
+
+
+def test_absolute_paths_and_a_byte_order_mark(tmp_path):
+    make_images(tmp_path / "elsewhere", "1.jpg")
+    text = f"\ufefffilename,caption\n{tmp_path / 'elsewhere' / '1.jpg'},a\n"
+    (tmp_path / "t.csv").write_text(text, encoding="utf-8")
+    source, _ = open_sources(str(tmp_path / "t.csv"), None, None)
+    assert source.images.open(0).size == (8, 8)
+
+
+def test_errors_name_the_flag_the_value_and_the_remedy(tmp_path):
+    make_images(tmp_path, "pictures/1.jpg")
+    columns = make_table(tmp_path / "columns.csv", [["url", "caption"], ["1.jpg", "a"]])
+    gone = make_table(tmp_path / "gone.csv", [["image", "caption"], ["1.jpg", "a"]])
+    split = make_table(tmp_path / "split.csv", [["image", "caption", "split"], ["pictures/1.jpg", "a", "x"]])
+    only_test = make_table(
+        tmp_path / "t.csv", [["image", "caption", "split"], ["pictures/1.jpg", "a", "test"]]
+    )
+    empty = make_table(tmp_path / "empty.csv", [["image", "caption"]])
+    bank = tmp_path / "bank.yaml"
+    bank.write_text("- no place for a name\n")
+    cases = [
+        ((str(tmp_path / "none"), None, None), "--data .*none is not there; give digits, a folder"),
+        ((columns, None, None), "no column for the image: it has url, caption; name one of them filename"),
+        ((gone, None, None), "of the 1 images it names not one is there"),
+        ((split, None, None), "line 2: split 'x' is none of train"),
+        ((only_test, None, None), "no rows whose split is train"),
+        ((empty, None, None), "no rows that name an image"),
+        ((str(tmp_path / "pictures"), None, None), "has no class folders: it must hold train/<class>/"),
+        (("digits", str(tmp_path / "none"), None), "--val-data .*none is not there"),
+        (("digits", None, "nothing"), "--prompts nothing .* activities, digits, objects, simple"),
+        (("digits", None, str(bank)), "'no place for a name' has no {} for the class name"),
+        (("http://host/a.tar", None, None), "only local files"),
+    ]
+    for arguments, message in cases:
+        with pytest.raises(InputError, match=message):
+            open_sources(*arguments)
+    table = make_table(tmp_path / "good.csv", [["image", "caption"], ["pictures/1.jpg", "a"]])
+    with pytest.raises(InputError, match="--prompts objects goes with class names"):
+        open_sources(table, None, "objects")
+    with pytest.raises(InputError, match=r"give .*columns\.csv"):
+        (tmp_path / "pictures").rename(tmp_path / ".pictures")
+        open_sources(str(tmp_path), None, None)
+
+
+def test_a_bank_of_the_users_own(tmp_path):
+    (tmp_path / "mine.yaml").write_text('- "my {}"\n- "your {} and {}"\n')
+    source, _ = open_sources("digits", None, str(tmp_path / "mine.yaml"))
+    assert source.sample_texts(2) == ["my zero", "your zero and zero"]
+    assert fill("{a} {}", "x") == "{a} x"
+
+
+def test_evaluation_sets_travel_to_workers(tmp_path):
+    make_images(tmp_path, "1.jpg")
+    table = make_table(tmp_path / "t.csv", [["image", "caption"], ["1.jpg", "a"], ["1.jpg", "b"]])
+    for data in ("digits", table):
+        evaluation_set = pickle.loads(pickle.dumps(open_evaluation(data, "auto", None)))
+        assert evaluation_set.open_image(0).mode == "RGB"
+    assert evaluation_set.caption_image.tolist() == [0, 0] and len(evaluation_set) == 1
+    (tmp_path / "1.jpg").unlink()
+    with pytest.raises(BadImage, match="missing"):
+        evaluation_set.open_image(0)
+
+
+def test_digits_are_split_alike_every_time():
+    train, test = open_sources("digits", None, None)
+    shares = np.bincount(test.labels) / np.bincount(np.concatenate([test.labels, train.group]))
+    assert np.abs(shares - 0.2).max() < 0.01
+    assert test.image_keys == open_evaluation("digits", "test", None).image_keys
+    assert len(open_evaluation("digits", "train", None)) == train.size == 1442
+
+
+def test_the_real_sets_are_read_whole(shared):
+    captions, validation = open_sources(str(shared / "data" / "flickr8k" / "captions.csv"), None, None)
+    assert (captions.size, len(captions.images), len(validation)) == (11_000, 2_200, 300)
+    test = open_evaluation(str(shared / "data" / "flickr8k" / "captions.csv"), "auto", None)
+    assert (len(test), len(test.captions)) == (1_000, 5_000)
+    assert np.bincount(test.caption_image).tolist() == [5] * 1_000
+    classes, validation = open_sources(str(shared / "data" / "har"), None, "activities")
+    assert (classes.size, len(validation), len(classes.classes)) == (2_250, 750, 15)
+    assert "listening to music" in classes.classes

@@ -1,0 +1,184 @@
+"""Texts and images are given to a model in one form only, the one that its exported files state too."""
+
+import pickle
+from dataclasses import fields, replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer, BertConfig
+
+from lib.errors import InputError
+from lib.processing import DEFAULT_FORMS, Processing, build_tokenizer, canonical_form, make_processing
+from lib.towers import build_preset
+
+TEXTS = ["a photo of the digit zero", "the digit one, drawn by hand", "a dog runs over the grass"]
+FAMILIES = ("clip", "siglip")
+
+
+def settings(processing: Processing) -> dict:
+    return {
+        field.name: getattr(processing, field.name)
+        for field in fields(processing)
+        if field.name != "tokenizer"
+    }
+
+
+def same_tokens(first, second) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def saved(request, tmp_path_factory):
+    """A tiny model's processing and the folder that it and the model were saved to."""
+    folder = tmp_path_factory.mktemp(request.param)
+    towers, processing = build_preset(f"tiny-{request.param}", TEXTS)
+    towers.save_pretrained(folder)
+    processing.save_pretrained(folder)
+    return processing, folder
+
+
+def test_the_same_texts_give_the_same_tokenizer():
+    first, second, other = (build_tokenizer(texts) for texts in (TEXTS, list(TEXTS), TEXTS[:1]))
+    assert first.backend_tokenizer.to_str() == second.backend_tokenizer.to_str()
+    assert first.backend_tokenizer.to_str() != other.backend_tokenizer.to_str()
+
+
+@pytest.mark.parametrize("text", ["Ein Häschen läuft", "写真", "🐕 emoji", "tabs\tand\nlines", "x" * 20, ""])
+def test_any_text_can_be_encoded_and_read_back(text):
+    tokenizer = build_tokenizer(TEXTS, max_length=200)
+    tokens = tokenizer(text)["input_ids"]
+    assert (tokens[0], tokens[-1]) == (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    read_back = tokenizer.decode(tokens, skip_special_tokens=True).strip()
+    assert read_back == " ".join(text.lower().split())
+
+
+def test_a_tokenizer_without_training_texts_still_encodes():
+    assert len(build_tokenizer([])("digit")["input_ids"]) == len(" digit") + 2
+
+
+def test_vocabulary_and_special_tokens_are_within_the_model():
+    towers, processing = build_preset("tiny-clip", TEXTS)
+    config = towers.description["text_config"]
+    tokenizer = processing.tokenizer
+    assert config["eos_token_id"] == tokenizer.eos_token_id != 2  # 2 selects a legacy way of pooling
+    assert (config["pad_token_id"], config["bos_token_id"]) == (
+        tokenizer.pad_token_id,
+        tokenizer.bos_token_id,
+    )
+    assert len({tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id}) == 3
+    assert len(tokenizer) == config["vocab_size"] <= 1000
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_long_texts_are_cut_and_keep_their_end_token(family):
+    _, processing = build_preset(f"tiny-{family}", TEXTS)
+    input_ids, attention_mask = processing.tokenize(["word " * 200, "word"])
+    longest = processing.max_length
+    assert input_ids.shape == attention_mask.shape == (2, longest)
+    assert input_ids.dtype == attention_mask.dtype == torch.int64
+    assert input_ids[0, -1] == processing.tokenizer.eos_token_id
+    assert attention_mask.sum(1).tolist() == [longest, processing.tokenize(["word"])[1].sum().item()]
+
+
+def test_clip_pads_to_the_longest_and_siglip_to_the_full_length():
+    _, clip = build_preset("tiny-clip", TEXTS)
+    _, siglip = build_preset("tiny-siglip", TEXTS)
+    assert clip.tokenize(TEXTS)[0].shape[1] == max(len(clip.tokenizer(text)["input_ids"]) for text in TEXTS)
+    assert siglip.tokenize(TEXTS)[0].shape[1] == siglip.max_length
+
+
+def test_only_siglip_texts_take_the_canonical_form():
+    plain, spelled = ["a dog s photo 1"], ["  A dog's\tPHOTO: (1)!"]
+    assert canonical_form(spelled[0]) == "a dogs photo 1"
+    _, siglip = build_preset("tiny-siglip", TEXTS)
+    _, clip = build_preset("tiny-clip", TEXTS)
+    assert same_tokens(siglip.tokenize(spelled), siglip.tokenize(["a dogs photo 1"]))
+    assert not torch.equal(clip.tokenize(spelled)[0], clip.tokenize(plain)[0])
+
+
+def test_processing_survives_save_and_load(saved):
+    processing, folder = saved
+    loaded = Processing.from_pretrained(folder)
+    assert settings(loaded) == settings(processing)
+    assert same_tokens(loaded.tokenize(TEXTS), processing.tokenize(TEXTS))
+
+
+def test_the_bound_method_travels_to_worker_processes(saved):
+    processing, _ = saved
+    tokenize = pickle.loads(pickle.dumps(processing.tokenize))
+    assert same_tokens(tokenize(TEXTS), processing.tokenize(TEXTS))
+
+
+def test_auto_processor_tokenizes_as_training_does(saved):
+    processing, folder = saved
+    tokenizer = AutoProcessor.from_pretrained(folder).tokenizer
+    texts = [*TEXTS, "Mixed CASE, with: punctuation!", "word " * 200]
+    # The length is that of the saved files; users of a SigLIP ask for its padding themselves.
+    tokens = tokenizer(texts, padding=processing.padding, truncation=True, return_tensors="pt")
+    assert torch.equal(tokens["input_ids"], processing.tokenize(texts)[0])
+    assert ("attention_mask" in tokens) == (processing.model_type == "clip")
+
+
+@pytest.mark.parametrize("resize", ["crop", "squash", "pad"])
+def test_the_way_of_resizing_is_kept_in_the_files(saved, resize, tmp_path):
+    processing, folder = saved
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    processing = replace(processing, resize=resize, image_mean=(0.1, 0.2, 0.3))
+    processing.save_pretrained(tmp_path)
+    assert settings(Processing.from_pretrained(tmp_path)) == settings(processing)
+
+
+@pytest.mark.parametrize("resize", ["crop", "squash", "pad"])
+def test_an_image_of_the_models_size_is_only_normalized(saved, resize):
+    processing = replace(saved[0], resize=resize)
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    found = processing.image_processor()(Image.fromarray(pixels), return_tensors="pt")["pixel_values"][0]
+    for channel in range(3):
+        mean, std = processing.image_mean[channel], processing.image_std[channel]
+        np.testing.assert_allclose(found[channel], (pixels[..., channel] / 255 - mean) / std, atol=1e-5)
+
+
+def test_crop_squash_and_pad_show_what_their_names_say(saved):
+    """A picture twice as wide as high, its left and right quarter red, the middle white."""
+    picture = Image.new("RGB", (128, 64), "white")
+    picture.paste("red", (0, 0, 32, 64))
+    picture.paste("red", (96, 0, 128, 64))
+    blue = {}
+    for resize in ("crop", "squash", "pad"):
+        processing = replace(saved[0], resize=resize, image_mean=(0.0,) * 3, image_std=(1.0,) * 3)
+        blue[resize] = processing.image_processor()(picture, return_tensors="pt")["pixel_values"][0, 2]
+        assert blue[resize].shape == (32, 32)
+    assert blue["crop"].min() > 0.9  # all white but for the edges of the resampling
+    assert blue["squash"][:, :6].max() == 0 and blue["squash"][:, 12:20].min() == 1  # the whole width
+    assert blue["pad"][:7].max() == 0 and blue["pad"][9:23, 12:20].min() == 1  # black above
+
+
+def test_a_composed_pairs_files_load_by_themselves(tmp_path):
+    config = BertConfig(hidden_size=8, num_attention_heads=2, max_position_embeddings=40)
+    form = replace(DEFAULT_FORMS["two_towers"], size=48)
+    processing = make_processing(build_tokenizer(TEXTS), config, form, "two_towers")
+    processing.save_pretrained(tmp_path)
+    assert processing.max_length == 40
+    assert AutoImageProcessor.from_pretrained(tmp_path).crop_size["height"] == 48
+    assert AutoTokenizer.from_pretrained(tmp_path, config=config)(TEXTS[0]) == processing.tokenizer(TEXTS[0])
+
+
+def test_another_kind_of_model_is_refused(tmp_path):
+    BertConfig().save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="--model .*'bert' is neither CLIP nor SigLIP.*--text-tower"):
+        Processing.from_pretrained(tmp_path)
+
+
+def test_openai_clip_texts_end_in_the_real_end_token(shared, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(shared / "weights" / "clip_tokenizer")
+    towers, _ = build_preset("tiny-clip", TEXTS)
+    towers.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    processing = Processing.from_pretrained(tmp_path)
+    input_ids, attention_mask = processing.tokenize(["A photo of a dog", "dog"])
+    assert input_ids[0].tolist() == [49406, 320, 1125, 539, 320, 1929, 49407]
+    assert attention_mask.sum(1).tolist() == [7, 3]
+    tokenize = pickle.loads(pickle.dumps(processing.tokenize))
+    assert torch.equal(tokenize(["dog"])[0], processing.tokenize(["dog"])[0])

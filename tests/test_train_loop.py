@@ -1,0 +1,299 @@
+"""Training as a user starts it, in this process: curves, files, memory, evaluation, stops and errors."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import train_clip
+import train_siglip
+import yaml
+from ranks import on_ranks
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoProcessor
+
+from lib import cached_step
+from lib.data import ImagePipeline, TrainingData, open_sources
+from lib.errors import InputError, RunError
+from lib.processing import Processing
+from lib.report import read_metrics
+from lib.towers import TwoTowers
+
+SMALL = [
+    "--effective-batch=64", "--xbm-size=64", "--chunk-size=32", "--steps=4", "--warmup-steps=0",
+    "--eval-every=2", "--save-every=2",
+]  # fmt: skip
+
+
+def run(main, folder: Path, *flags: str) -> Path:
+    """Train in this process with small settings and the given flags on top; returns the run's folder."""
+    main([*SMALL, f"--output-dir={folder}", *flags])
+    return folder
+
+
+def steps_of(folder: Path) -> list[dict]:
+    return [line for line in read_metrics(folder) if "loss" in line]
+
+
+@pytest.fixture(scope="module")
+def siglip_run(tmp_path_factory) -> Path:
+    return run(train_siglip.main, tmp_path_factory.mktemp("siglip") / "run")
+
+
+def test_a_run_leaves_the_promised_files(siglip_run):
+    for name in ("config.yaml", "metrics.jsonl", "summary.json", "loss_curve.png"):
+        assert (siglip_run / name).stat().st_size > 0, name
+    first, *_, last = steps_of(siglip_run)
+    assert (first["step"], last["step"]) == (1, 4)
+    assert {"epoch", "loss", "lr", "logit_scale", "logit_bias", "pairs_per_second"} <= first.keys()
+    assert {"data_seconds", "peak_memory_bytes", "grad_norm", "replay_difference"} <= first.keys()
+    assert first["replay_difference"] == 0
+    summary = json.loads((siglip_run / "summary.json").read_text())
+    assert (summary["steps"], summary["pairs"]) == (4, 256)
+    assert summary["data"] == {"read": 256, "used": 256, "skipped": {}}
+    assert {"wall_seconds", "peak_memory_bytes", "eval"} <= summary.keys()
+    assert 0 <= summary["eval"]["accuracy"] <= 1
+    evaluations = [line["step"] for line in read_metrics(siglip_run) if "eval" in line]
+    assert evaluations == [2, 4]
+
+
+def test_the_export_loads_with_plain_transformers(siglip_run):
+    model = AutoModel.from_pretrained(siglip_run / "export")
+    AutoProcessor.from_pretrained(siglip_run / "export")
+    best = load_file(siglip_run / "checkpoints" / "best" / "model.safetensors")
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, best[name]), name
+
+
+def test_the_written_config_repeats_the_run(siglip_run, tmp_path):
+    train_siglip.main(["--config", str(siglip_run / "config.yaml"), f"--output-dir={tmp_path / 'again'}"])
+    assert [s["loss"] for s in steps_of(tmp_path / "again")] == [s["loss"] for s in steps_of(siglip_run)]
+
+
+def test_best_is_the_checkpoint_with_the_best_figure(siglip_run):
+    accuracy = {line["step"]: line["eval"]["accuracy"] for line in read_metrics(siglip_run) if "eval" in line}
+    best = max(accuracy, key=lambda step: (accuracy[step], -step))
+    assert (siglip_run / "checkpoints" / "best").resolve().name == f"step_{best:06d}"
+
+
+CURVE = [
+    "--effective-batch=128",
+    "--xbm-size=96",
+    "--xbm-start=3",
+    "--steps=10",
+    "--eval-every=0",
+    "--save-every=0",
+]
+
+
+def curve(main, folder: str, *flags: str) -> list[float]:
+    run(main, Path(folder), *CURVE, *flags)
+    return [step["loss"] for step in steps_of(Path(folder))]
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("main", [train_clip.main, train_siglip.main], ids=["clip", "siglip"])
+def test_the_loss_curve_does_not_depend_on_the_chunk_size(main, optimizer, tmp_path):
+    whole = curve(main, tmp_path / "whole", "--chunk-size=128", f"--optimizer={optimizer}")
+    assert whole[-1] != pytest.approx(whole[0], rel=1e-2)  # the weights do move
+    for size, kept in ((32, 0), (50, 0), (32, 2)):
+        flags = (f"--chunk-size={size}", f"--keep-graphs={kept}", f"--optimizer={optimizer}")
+        assert curve(main, tmp_path / f"{size}-{kept}", *flags) == pytest.approx(whole, rel=1e-4)
+
+
+MAINS = {"clip": train_clip.main, "siglip": train_siglip.main}
+
+
+def curve_on_this_rank(name: str, folder: str) -> list[float]:
+    return curve(MAINS[name], folder, "--chunk-size=24")
+
+
+@pytest.mark.parametrize(("world_size", "name"), [(2, "siglip"), (4, "clip")])
+def test_the_loss_curve_does_not_depend_on_the_number_of_ranks(world_size, name, tmp_path):
+    one = curve(MAINS[name], tmp_path / "one", "--chunk-size=128")
+    assert on_ranks(world_size, curve_on_this_rank, name, str(tmp_path / "many")) == pytest.approx(
+        one, rel=1e-4
+    )
+
+
+def test_the_memory_changes_training_only_from_its_start_on(tmp_path):
+    off = curve(train_clip.main, tmp_path / "off", "--xbm-size=0")
+    on = curve(train_clip.main, tmp_path / "on", "--xbm-start=4")
+    assert on[:3] == off[:3] and on[3] > off[3]  # further candidates make the softmax's task harder
+    used = [step["xbm_used"] for step in steps_of(tmp_path / "on")]
+    filled = [step["xbm_filled"] for step in steps_of(tmp_path / "on")]
+    assert used == [False] * 2 + [True] * 8 and filled[:2] == [96, 96]
+    assert "xbm_used" not in steps_of(tmp_path / "off")[0]
+
+
+def test_the_drift_of_recurring_samples_is_reported(tmp_path):
+    """1,442 digits recur within a memory of 1,500: readings come with the second epoch."""
+    run(
+        train_clip.main,
+        tmp_path / "run",
+        "--effective-batch=721",
+        "--xbm-size=1500",
+        "--steps=3",
+        "--eval-every=0",
+    )
+    first, second, third = steps_of(tmp_path / "run")
+    assert first["drift_samples"] == second["drift_samples"] == 0 and first["drift_image"] is None
+    assert third["drift_samples"] == 721 and 0 < third["drift_image"] < 2 and 0 < third["drift_text"] < 2
+
+
+def test_group_and_pair_positives_are_different_losses(tmp_path):
+    group = curve(train_siglip.main, tmp_path / "group")
+    pair = curve(train_siglip.main, tmp_path / "pair", "--positives=pair")
+    assert group[0] != pytest.approx(pair[0], rel=0.05)
+
+
+def test_the_bias_starts_where_the_data_wants_it(tmp_path):
+    """Pair positives: N - 1 fresh and 2 Q remembered negatives for each positive."""
+    run(train_siglip.main, tmp_path / "run", "--positives=pair", "--steps=1", "--lr=1e-9", "--eval-every=0")
+    assert steps_of(tmp_path / "run")[0]["logit_bias"] == pytest.approx(-math.log(63 + 2 * 64), abs=1e-4)
+
+
+def test_a_softmax_clip_gets_its_bias_solved_from_the_first_batch(tmp_path):
+    clip = run(train_clip.main, tmp_path / "clip", "--steps=2", "--eval-every=0", "--save-every=0")
+    flags = ("--model", str(clip / "export"), "--steps=1", "--lr=1e-9", "--eval-every=0", "--xbm-size=0")
+    run(train_siglip.main, tmp_path / "siglip", *flags, "--chunk-size=64")
+    (step,) = steps_of(tmp_path / "siglip")
+    assert step["logit_bias"] != 0
+    towers = TwoTowers.from_pretrained(tmp_path / "siglip" / "export").eval()
+    data = TrainingData(
+        open_sources("digits", None, None)[0], ImagePipeline(32, "crop"), Processing.from_pretrained(clip / "export").tokenize,
+        effective_batch=64, chunk_size=64, rank=0, world_size=1, workers=0, seed=0,
+    )  # fmt: skip
+    (chunk,) = next(data.steps(0, 1))
+    with torch.no_grad():
+        output = towers(chunk.pixel_values, chunk.input_ids, chunk.attention_mask)
+    logits = output.logit_scale * output.image_embeds @ output.text_embeds.T + output.logit_bias
+    positive = chunk.group[:, None] == chunk.group
+    # There the sigmoid loss is flat in the bias: as many positives are predicted as there are.
+    assert logits.sigmoid().sum().item() == pytest.approx(positive.sum().item(), rel=1e-3)
+
+
+def test_the_scale_is_clamped(tmp_path):
+    """It starts at 1 / 0.07 = 14.3."""
+    clamped = run(train_clip.main, tmp_path / "clamped", "--scale-max=13")
+    free = run(train_clip.main, tmp_path / "free", "--scale-max=0")
+    assert max(step["logit_scale"] for step in steps_of(clamped)) == pytest.approx(13)
+    assert min(step["logit_scale"] for step in steps_of(free)) > 14
+
+
+def test_frozen_parts_stay_put_and_others_move(tmp_path):
+    still = run(
+        train_clip.main, tmp_path / "run", "--freeze", "text", "--save-every=1", "--keep-checkpoints=0"
+    )
+    weights = [load_file(still / "checkpoints" / f"step_{s:06d}" / "model.safetensors") for s in (1, 4)]
+    moved = {name for name in weights[0] if not torch.equal(weights[0][name], weights[1][name])}
+    assert moved and not any(name.startswith(("text_model", "text_projection")) for name in moved)
+
+
+def test_old_checkpoints_are_pruned_and_the_best_is_kept(tmp_path):
+    folder = run(
+        train_clip.main,
+        tmp_path / "run",
+        "--steps=6",
+        "--save-every=1",
+        "--eval-every=1",
+        "--keep-checkpoints=2",
+    )
+    kept = {path.name for path in (folder / "checkpoints").glob("step_*")}
+    best = (folder / "checkpoints" / "best").resolve().name
+    assert kept == {"step_000005", "step_000006", best}
+
+
+def test_zero_switches_evaluation_and_checkpoints_off(tmp_path):
+    folder = run(train_clip.main, tmp_path / "run", "--eval-every=0", "--save-every=0", "--steps=1")
+    assert not list((folder / "checkpoints").glob("*"))
+    assert not [line for line in read_metrics(folder) if "eval" in line]
+    assert (folder / "export" / "model.safetensors").exists()
+
+
+def test_a_diverged_run_names_the_step_and_the_last_checkpoint(tmp_path, monkeypatch):
+    clean = train_clip.infonce
+    calls = []
+
+    def broken(*arguments, **options):
+        calls.append(1)
+        share = clean(*arguments, **options)
+        return share if len(calls) < 4 else type(share)(**vars(share) | {"loss": share.loss * float("nan")})
+
+    monkeypatch.setattr(train_clip, "infonce", broken)
+    with pytest.raises(RunError, match=r"step 4: loss nan.*step_000002.*--resume auto"):
+        run(train_clip.main, tmp_path / "run", "--steps=8", "--eval-every=0")
+
+
+def test_verify_gradients_passes_and_stops_a_broken_build(tmp_path, monkeypatch, capsys):
+    run(train_siglip.main, tmp_path / "good", "--verify-gradients", "--dropout=0.2", "--steps=1")
+    assert "image tower" in capsys.readouterr().out
+    monkeypatch.setattr(cached_step.RandomState, "restore", lambda self: None)
+    with pytest.raises(RunError, match="verify-gradients"):
+        run(train_siglip.main, tmp_path / "bad", "--verify-gradients", "--dropout=0.2", "--steps=1")
+
+
+def test_the_plan_names_negatives_texts_and_recurrence(tmp_path, capsys):
+    run(
+        train_siglip.main,
+        tmp_path / "run",
+        "--effective-batch=2048",
+        "--xbm-size=512",
+        "--chunk-size=512",
+        "--steps=1",
+        "--eval-every=0",
+    )
+    plan = capsys.readouterr().out
+    assert "2,047 fresh and 512 remembered negatives" in plan
+    assert "40 distinct texts" in plan
+    assert "1.4 times the data set" in plan and "--effective-batch 256 --xbm-size 1792" in plan
+
+
+def test_tensorboard_gets_the_metrics(tmp_path):
+    run(train_clip.main, tmp_path / "run", "--tracker=tensorboard", "--steps=2")
+    assert list((tmp_path / "run").rglob("events.out.tfevents.*"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--data=/no/such/folder"], "/no/such/folder"),
+        (["--effective-batch=0"], "--effective-batch 0 must be at least 1"),
+        (["--chunk-size=-1", "--lr=0"], "--chunk-size -1 .*; --lr 0.0 must be greater than 0"),
+        (["--image-tower=somewhere"], "--image-tower and --text-tower go together"),
+        (["--resume=/no/checkpoint"], "--resume /no/checkpoint is not a whole checkpoint"),
+        (["--best-metric=acuracy"], "--best-metric acuracy is not measured.*accuracy"),
+        (["--freeze", "image", "text", "scale", "bias"], "--freeze image text scale bias leaves nothing"),
+        (["--freeze", "imagee"], "imagee.*image"),
+        (["--label-smoothing=0.1"], "--label-smoothing 0.1 .*train_clip.py"),
+        (["--positives=pair", "--remembered-positives=ignore"], "--remembered-positives ignore"),
+        (["--output-dir=/proc/nowhere"], "--output-dir /proc/nowhere cannot be written"),
+        (["--dropout=1.5"], "--dropout 1.5 must be a fraction"),
+        (["--model=tiny", "--dropout=0.1", "--image-size=33"], "33"),
+    ],
+)
+def test_bad_input_gets_one_clear_error_before_the_first_batch(flags, message, tmp_path):
+    with pytest.raises(InputError, match=message):
+        run(train_siglip.main, tmp_path / "run", *flags)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_an_unknown_yaml_key_suggests_the_nearest(tmp_path):
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump({"efective_batch": 64}))
+    with pytest.raises(InputError, match="efective_batch.*did you mean effective_batch"):
+        train_clip.main(["--config", str(tmp_path / "c.yaml")])
+
+
+def test_the_command_line_wins_over_yaml(tmp_path):
+    (tmp_path / "c.yaml").write_text(
+        yaml.safe_dump({"steps": 3, "lr": 1e-3, "freeze": ["text"], "val_data": None})
+    )
+    run(train_clip.main, tmp_path / "run", "--config", str(tmp_path / "c.yaml"), "--steps=1")
+    written = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert (written["steps"], written["freeze"], written["lr"]) == (1, ["text"], 1e-3)
+
+
+def test_a_folder_that_holds_a_run_is_not_written_over(siglip_run):
+    with pytest.raises(InputError, match="already holds a run.*--resume auto"):
+        run(train_siglip.main, siglip_run)

@@ -1,0 +1,32 @@
+"""Train or fine-tune a CLIP model (symmetric InfoNCE) on large batches: accelerate launch train_clip.py"""
+
+from collections.abc import Sequence
+from functools import partial
+
+from lib.collectives import logsumexp_over_ranks
+from lib.config import TrainConfig, parse_config
+from lib.errors import told_in_one_line
+from lib.losses import infonce
+from lib.objective import Objective, dense_infonce
+from lib.train import train
+
+# The published protocol: 4k fresh and 4k remembered pairs; scale clamped at 100, decay 0.2 (Radford et al., 2021).
+DEFAULTS = TrainConfig(effective_batch=4096, xbm_size=4096, beta2=0.98, weight_decay=0.2, scale_max=100.0)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Train as the command line (or `arguments`) says."""
+    config = parse_config(DEFAULTS, __doc__, arguments, of_another_script={"pos_weight": "train_siglip.py"})
+    loss = partial(
+        infonce,
+        label_smoothing=config.label_smoothing,
+        remembered_positives=config.remembered_positives,
+        merge_logsumexp=logsumexp_over_ranks,
+    )
+    dense = partial(dense_infonce, label_smoothing=config.label_smoothing)
+    train(config, Objective("clip", loss, dense))
+
+
+if __name__ == "__main__":
+    with told_in_one_line():
+        main()
