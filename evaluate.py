@@ -73,10 +73,7 @@ class Zeroshot(Common):
     """Prompt bank (digits, activities, objects, simple) or a YAML file with a list of templates."""
 
 
-Task = (
-    Annotated[Retrieval, tyro.conf.subcommand("retrieval")]
-    | Annotated[Zeroshot, tyro.conf.subcommand("zeroshot")]
-)
+Task = Annotated[Retrieval, tyro.conf.subcommand("retrieval")] | Annotated[Zeroshot, tyro.conf.subcommand("zeroshot")]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -107,18 +104,14 @@ def evaluate(config: Retrieval | Zeroshot, state: PartialState) -> None:
     zeroshot = isinstance(config, Zeroshot)
     data = open_evaluation(config.data, config.split, config.prompts if zeroshot else None)
     if zeroshot and data.classes is None:
-        raise InputError(
-            f"{data.name} has captions and no classes: run `evaluate.py retrieval` on it instead"
-        )
+        raise InputError(f"{data.name} has captions and no classes: run `evaluate.py retrieval` on it instead")
     if not zeroshot and data.captions is None:
         raise InputError(f"{data.name} has classes and no captions: run `evaluate.py zeroshot` on it instead")
     if config.limit is not None:
         data = limited(data, config.limit)
     folder = model_folder(config.model)
     towers, processing = TwoTowers.from_pretrained(folder), Processing.from_pretrained(folder)
-    subject = Subject(
-        towers.to(state.device), processing, data, state.device, config.batch_size, config.workers
-    )
+    subject = Subject(towers.to(state.device), processing, data, state.device, config.batch_size, config.workers)
     outcome = classify(subject) if zeroshot else retrieve(subject)
     if state.is_main_process:
         outcome.facts["model"] = folder
@@ -145,9 +138,7 @@ def make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as fault:
-        raise InputError(
-            f"--output-dir {folder} cannot be made: {fault.strerror}; choose another folder"
-        ) from None
+        raise InputError(f"--output-dir {folder} cannot be made: {fault.strerror}; choose another folder") from None
 
 
 def write(outcome: Outcome, folder: Path) -> None:

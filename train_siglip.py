@@ -15,9 +15,7 @@ DEFAULTS = TrainConfig(effective_batch=32768, xbm_size=32768, beta2=0.95)
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train as the command line (or `arguments`) says."""
-    config = parse_config(
-        DEFAULTS, __doc__, arguments, of_another_script={"label_smoothing": "train_clip.py"}
-    )
+    config = parse_config(DEFAULTS, __doc__, arguments, of_another_script={"label_smoothing": "train_clip.py"})
     loss = partial(sigmoid, pos_weight=config.pos_weight, remembered_positives=config.remembered_positives)
     dense = partial(dense_sigmoid, pos_weight=config.pos_weight)
     train(config, Objective("siglip", loss, dense))

@@ -35,9 +35,7 @@ def start(tracker: str) -> Accelerator:
         # Asked for before the ranks have agreed on the run's folder; the report puts the real one in place.
         project_config=ProjectConfiguration(logging_dir="."),
         # Batch-norm statistics are averaged once per step by the cached step, not broadcast at every chunk.
-        kwargs_handlers=[
-            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
-        ],
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
     )
     if accelerator.distributed_type not in _SUPPORTED:
         raise InputError(

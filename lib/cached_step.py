@@ -81,9 +81,7 @@ def cached_step(
     difference = torch.zeros((), device=device)
     if keep_graphs:  # one backward for all of them: the reducer must meet every parameter once
         with nullcontext() if all_kept else no_sync():
-            backward(
-                sum(surrogate(i, passes[i].output, final=all_kept and i == 0) for i in range(keep_graphs))
-            )
+            backward(sum(surrogate(i, passes[i].output, final=all_kept and i == 0) for i in range(keep_graphs)))
     after_pass_1 = RandomState.capture(device)
     for index in range(keep_graphs, len(chunks)):
         last = index == len(chunks) - 1
@@ -128,20 +126,14 @@ class _ChunkPass:
             )
             if again is not None
         ]
-        return (
-            torch.stack(distances).max()
-            if distances
-            else torch.zeros((), device=self.output.logit_scale.device)
-        )
+        return torch.stack(distances).max() if distances else torch.zeros((), device=self.output.logit_scale.device)
 
 
 def _embed(towers, chunk, device, kept: bool, image: Recompute, text: Recompute) -> _ChunkPass:
     """Pass 1 of one chunk; a graph is kept where gradients are enabled."""
     random_state = RandomState.capture(device)
     there = chunk.to(device)
-    output = towers(
-        pixel_values=there.pixel_values, input_ids=there.input_ids, attention_mask=there.attention_mask
-    )
+    output = towers(pixel_values=there.pixel_values, input_ids=there.input_ids, attention_mask=there.attention_mask)
     image_pooled = output.image_pooled if image == "head" and not kept else None
     text_pooled = output.text_pooled if text == "head" and not kept else None
     output = output._replace(image_pooled=None, text_pooled=None)  # held only where pass 2 starts from them
@@ -149,9 +141,7 @@ def _embed(towers, chunk, device, kept: bool, image: Recompute, text: Recompute)
 
 
 @torch.no_grad()
-def _loss_over_all_ranks(
-    passes: Sequence[_ChunkPass], loss: Loss, remembered: Pairs | None
-) -> tuple[Pairs, LossShare]:
+def _loss_over_all_ranks(passes: Sequence[_ChunkPass], loss: Loss, remembered: Pairs | None) -> tuple[Pairs, LossShare]:
     """Gather all embeddings, and return them with the loss and the gradients for this rank's rows."""
     first = passes[0].output
     device = first.logit_scale.device

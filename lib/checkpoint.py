@@ -8,7 +8,8 @@ names every other file with its size: a folder without it, or with a file of ano
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,18 +72,37 @@ def save_checkpoint(
     return final
 
 
-def load_state(folder: Path, rank: int) -> TrainingState:
-    """Read a checkpoint's training state; a rank that has no file of its own gets rank 0's."""
-    own = folder / _rank_file(rank)
+def load_state(folder: Path, rank: int, world_size: int) -> TrainingState:
+    """Read a checkpoint's training state for this rank of a run on `world_size` ranks.
+
+    At another number of ranks than the checkpoint's there are no random states to go on from, and rank 0 takes over
+    what all ranks had counted.
+    """
+    progress = json.loads((folder / MANIFEST).read_text())["progress"]
     memory = folder / "memory.safetensors"
+    saved = progress["world_size"]
+    if saved == world_size:
+        own = _load(folder / _rank_file(rank))
+    else:
+        ranks = [_load(folder / _rank_file(number)) for number in range(saved)]
+        counts = merge_counts([state["data"]["counts"] for state in ranks] if rank == 0 else [])
+        own = {"random": None, "data": ranks[0]["data"] | {"counts": counts}}
     return TrainingState(
-        progress=json.loads((folder / MANIFEST).read_text())["progress"],
-        optimizer=torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True),
-        rank=torch.load(
-            own if own.exists() else folder / _rank_file(0), map_location="cpu", weights_only=True
-        ),
+        progress=progress,
+        optimizer=_load(folder / "optimizer.pt"),
+        rank=own,
         memory=load_file(memory) if memory.exists() else {},
     )
+
+
+def merge_counts(counts: Sequence[dict]) -> dict:
+    """Sum pairs read, used and skipped by reason over ranks."""
+    skipped = sum((Counter(of_rank["skipped"]) for of_rank in counts), Counter())
+    return {
+        "read": sum(of_rank["read"] for of_rank in counts),
+        "used": sum(of_rank["used"] for of_rank in counts),
+        "skipped": dict(skipped),
+    }
 
 
 def find_resume(resume: str, root: Path) -> Path | None:
@@ -132,10 +152,12 @@ def prune(root: Path, keep: int) -> None:
     folders = sorted(root.glob("step_*"), key=lambda folder: int(folder.name.removeprefix("step_")))
     for folder in folders[:-keep] if keep else []:
         if folder.resolve() != best:
-            (folder / MANIFEST).unlink(
-                missing_ok=True
-            )  # a removal that is cut short leaves no checkpoint behind
+            (folder / MANIFEST).unlink(missing_ok=True)  # a removal that is cut short leaves no checkpoint behind
             shutil.rmtree(folder)
+
+
+def _load(file: Path) -> dict:
+    return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def _rank_file(rank: int) -> str:

@@ -193,15 +193,13 @@ def parse_config(
         TrainConfig,
         default=defaults,
         args=[*from_yaml, *arguments],
-        description=f"{description}\n\n--config FILE reads any of these settings from a YAML file; the command line wins.",
+        description=f"{description}\n\n--config FILE reads settings from a YAML file; the command line wins.",
         console_outputs=os.environ.get("RANK", "0") == "0",  # one message, not one per rank
     )
     problems = config.problems(int(os.environ.get("WORLD_SIZE", "1")))
     for name, script in (of_another_script or {}).items():
         if getattr(config, name) != getattr(defaults, name):
-            problems.append(
-                f"{flag(name)} {getattr(config, name)} has no meaning here; it belongs to {script}"
-            )
+            problems.append(f"{flag(name)} {getattr(config, name)} has no meaning here; it belongs to {script}")
     if problems:
         raise InputError("; ".join(problems))
     return config

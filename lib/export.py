@@ -38,9 +38,7 @@ def export(towers: TwoTowers, processing: Processing, folder: str | Path, sample
         processing.save_pretrained(unfinished)
         difference = _difference(towers, processing, unfinished, sample)
         if not difference <= TOLERANCE:  # a NaN is a failure too
-            raise RuntimeError(
-                f"the export to {folder} differs from the model by {difference:.2e} in a logit"
-            )
+            raise RuntimeError(f"the export to {folder} differs from the model by {difference:.2e} in a logit")
         _replace(unfinished, folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -65,9 +63,7 @@ def _difference(towers: TwoTowers, processing: Processing, folder: Path, sample:
 def _logits_of_towers(towers: TwoTowers, sample: Sample) -> Tensor:
     device, training = towers.logit_scale.device, towers.training
     towers.eval()
-    output = towers(
-        sample.pixel_values.to(device), sample.input_ids.to(device), sample.attention_mask.to(device)
-    )
+    output = towers(sample.pixel_values.to(device), sample.input_ids.to(device), sample.attention_mask.to(device))
     towers.train(training)
     return output.logit_scale * output.image_embeds @ output.text_embeds.T + output.logit_bias
 

@@ -147,9 +147,7 @@ def infonce(
         block.add_remembered_texts(remembered_gradient(row_lse, row_on, row_off))
         block.add_remembered_images(remembered_gradient(column_lse[rows], column_on[rows], column_off[rows]))
     share = block.share()
-    return LossShare(
-        share.loss, share.image_embeds, share.text_embeds, share.logit_scale, torch.zeros_like(logit_bias)
-    )
+    return LossShare(share.loss, share.image_embeds, share.text_embeds, share.logit_scale, torch.zeros_like(logit_bias))
 
 
 def diagonal(loss: Loss) -> Loss:

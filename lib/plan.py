@@ -114,9 +114,7 @@ def measure_activations(towers: nn.Module, input_ids: Tensor, attention_mask: Te
 
         pixels = torch.zeros(pairs, 3, image_size, image_size, dtype=torch.uint8, device=device)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            output = towers(
-                pixel_values=pixels, input_ids=input_ids[:pairs], attention_mask=attention_mask[:pairs]
-            )
+            output = towers(pixel_values=pixels, input_ids=input_ids[:pairs], attention_mask=attention_mask[:pairs])
         del output
         return sum(seen.values())
 

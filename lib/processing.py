@@ -170,9 +170,7 @@ def make_processing(
     )
 
 
-def load_tokenizer(
-    folder_or_id: str | Path, config: PretrainedConfig | None = None
-) -> PreTrainedTokenizerBase:
+def load_tokenizer(folder_or_id: str | Path, config: PretrainedConfig | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder or hub id; one without a padding token (GPT-like) pads with its end token.
 
     config: of the text encoder, where the folder's own config.json is not one of transformers.

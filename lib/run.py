@@ -120,7 +120,8 @@ class Run:
         self.switch.load_state_dict(state.progress["switch"])
         self.first_step, self.best = state.progress["step"], state.progress["best"]
         random = state.rank["random"]
-        RandomState(random["cpu"], random["accelerator"], self.accelerator.device).restore()
+        if random:
+            RandomState(random["cpu"], random["accelerator"], self.accelerator.device).restore()
 
 
 def make_run(config: TrainConfig, family: str) -> Run:
@@ -128,7 +129,7 @@ def make_run(config: TrainConfig, family: str) -> Run:
     accelerator = backend.start(config.tracker)
     folder = _claim_folder(config, family, accelerator)
     resume_from = checkpoint.find_resume(config.resume, folder / "checkpoints")
-    state = checkpoint.load_state(resume_from, accelerator.process_index) if resume_from else None
+    state = _load_state(resume_from, accelerator)
     if state:
         _check_same_run(config, state.progress)
     source, validation = open_sources(config.data, config.val_data, config.prompts, config.captions)
@@ -195,9 +196,7 @@ def _claim_folder(config: TrainConfig, family: str, accelerator: Accelerator) ->
 def _choose_folder(config: TrainConfig, family: str) -> Path | InputError:
     folder = config.output_dir
     if folder is None:
-        names = [
-            Path("runs") / (family if number == 1 else f"{family}-{number}") for number in range(1, 10_000)
-        ]
+        names = [Path("runs") / (family if number == 1 else f"{family}-{number}") for number in range(1, 10_000)]
         folder = next(name for name in names if not name.exists())
     elif config.resume != "auto" and (folder / METRICS).exists():
         return InputError(
@@ -210,6 +209,12 @@ def _choose_folder(config: TrainConfig, family: str) -> Path | InputError:
     except OSError as error:
         return InputError(f"--output-dir {folder} cannot be written ({error.strerror}); name another folder")
     return folder
+
+
+def _load_state(folder: Path | None, accelerator: Accelerator) -> TrainingState | None:
+    if folder is None:
+        return None
+    return checkpoint.load_state(folder, accelerator.process_index, accelerator.num_processes)
 
 
 def _check_same_run(config: TrainConfig, progress: dict) -> None:
@@ -297,9 +302,7 @@ def _plan(
 
 def _steps_of_epochs(config: TrainConfig, source: Source) -> int:
     if source.size is None:
-        raise InputError(
-            f"--epochs {config.epochs}: the size of {config.data} is not known; give --steps instead"
-        )
+        raise InputError(f"--epochs {config.epochs}: the size of {config.data} is not known; give --steps instead")
     return max(1, ceil(config.epochs * source.size / config.effective_batch))
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lib import backend, verify
 from lib.cached_step import StepResult, cached_step
+from lib.checkpoint import merge_counts
 from lib.collectives import gather_objects, gather_rows, rank_and_world_size, sum_over_ranks
 from lib.config import TrainConfig, save_config
 from lib.data import Chunk
@@ -38,9 +39,7 @@ def train(config: TrainConfig, objective: Objective) -> None:
     report = Reporter(run.folder, run.accelerator, run.steps, run.first_step)
     _announce(run, report)
     if run.first_step >= run.steps and (run.folder / SUMMARY).exists():
-        report.say(
-            f"the run has its {run.steps} steps: nothing is left to do; more with a larger --steps or --epochs"
-        )
+        report.say(f"the run has its {run.steps} steps: nothing is left to do; more with a larger --steps or --epochs")
         run.accelerator.end_training()
         return
     with StopSignal() as stop:
@@ -60,10 +59,12 @@ def _loop(
         began = time.perf_counter()
         if step == 1:
             _prepare_first_step(run, objective, chunks, report)
-        result, grad_norm = _optimizer_step(run, loss, chunks, step)
+        remembered = run.memory.pairs() if run.switch.on else None
+        result, grad_norm = _optimizer_step(run, loss, chunks, remembered, step)
         drift = _remember(run, result.fresh, step)
         seconds = time.perf_counter() - began + data_seconds
-        report.step(_metrics(run, step, result, grad_norm, drift, seconds, data_seconds))
+        memory = {} if not run.memory.size else _memory_metrics(run, step, remembered, drift)
+        report.step(_metrics(run, step, result, grad_norm, seconds, data_seconds) | memory)
         report.skipped(run.data.new_skips())
         if _due(step, config.eval_every, run.steps) and run.validation:
             _evaluate(run, loss, best, step, report)
@@ -78,13 +79,15 @@ def _loop(
     return step, chunks
 
 
-def _optimizer_step(run: Run, loss: Loss, chunks: list[Chunk], step: int) -> tuple[StepResult, Tensor]:
+def _optimizer_step(
+    run: Run, loss: Loss, chunks: list[Chunk], remembered: Pairs | None, step: int
+) -> tuple[StepResult, Tensor]:
     """Gradients of the whole batch, clipped; one update of weights and rate."""
     result = cached_step(
         run.wrapped,
         chunks,
         loss,
-        run.memory.pairs() if run.switch.on else None,
+        remembered,
         device=run.accelerator.device,
         backward=run.accelerator.backward,
         no_sync=backend.no_sync(run.accelerator, run.wrapped),
@@ -105,10 +108,10 @@ def _optimizer_step(run: Run, loss: Loss, chunks: list[Chunk], step: int) -> tup
 
 def _remember(run: Run, fresh: Pairs, step: int) -> Drift:
     """Read the drift of recurring samples, then put this step's embeddings into the memory."""
-    drift = run.memory.drift(fresh)
+    drift, was_full = run.memory.drift(fresh), len(run.memory) == run.memory.size
     run.memory.enqueue(fresh, step)
     if run.memory.size:
-        run.switch.update(step, drift, run.memory)
+        run.switch.update(step, drift, was_full)
     return drift
 
 
@@ -131,9 +134,7 @@ def _evaluate(run: Run, loss: Loss, best: BestMetric, step: int, report: Reporte
 
 
 @torch.no_grad()
-def _validation_loss(
-    towers: TwoTowers, loss: Loss, image_embeds: Tensor, text_embeds: Tensor, group: Tensor
-) -> float:
+def _validation_loss(towers: TwoTowers, loss: Loss, image_embeds: Tensor, text_embeds: Tensor, group: Tensor) -> float:
     """The loss of these pairs as one batch, without memory; every rank takes its share of the rows."""
     count = len(group)
     pairs = Pairs(image_embeds, text_embeds, group, torch.arange(count, device=group.device))
@@ -165,11 +166,7 @@ def _start_bias(run: Run, chunks: list[Chunk]) -> float:
     first = chunks[0].to(device)
     output = run.wrapped(first.pixel_values, first.input_ids, first.attention_mask)
     images, texts = gather_rows(output.image_embeds), gather_rows(output.text_embeds)
-    own = (
-        gather_rows(first.group)
-        if run.config.positives == "group"
-        else torch.arange(len(images), device=device)
-    )
+    own = gather_rows(first.group) if run.config.positives == "group" else torch.arange(len(images), device=device)
     return solved_bias(Pairs(images, texts, own, own), output.logit_scale)
 
 
@@ -179,9 +176,7 @@ def _verify(run: Run, objective: Objective, chunks: list[Chunk], report: Reporte
     pairwise = run.config.positives == "pair"
     loss = diagonal(objective.loss) if pairwise else objective.loss
     no_sync = backend.no_sync(run.accelerator, run.wrapped)
-    cached = partial(
-        cached_step, run.wrapped, few, loss, None, device=device, no_sync=no_sync, **run.recompute
-    )
+    cached = partial(cached_step, run.wrapped, few, loss, None, device=device, no_sync=no_sync, **run.recompute)
     plain = partial(verify.plain_autograd, run.wrapped, run.towers, few, objective.dense, pairwise, device)
     differences = verify.compare_gradients(run.towers, cached, plain, device)
     tolerance = verify.TOLERANCE[run.accelerator.mixed_precision]
@@ -224,7 +219,7 @@ def _agree(run: Run, stop: "StopSignal") -> bool:
     total = run.source.size or max(read, 100)
     if bad > run.config.max_bad * total:
         raise RunError(
-            f"{bad} of {total} pairs cannot be read {_merged_counts(run)['skipped']}, more than --max-bad "
+            f"{bad} of {total} pairs cannot be read {_all_counts(run)['skipped']}, more than --max-bad "
             f"{run.config.max_bad}; they are listed in {run.folder / 'skipped.jsonl'}: mend them or raise --max-bad"
         )
     return told > 0
@@ -246,7 +241,6 @@ def _metrics(
     step: int,
     result: StepResult,
     grad_norm: Tensor,
-    drift: Drift,
     seconds: float,
     data_seconds: float,
 ) -> dict:
@@ -266,16 +260,18 @@ def _metrics(
         "peak_memory_bytes": backend.peak_memory_bytes(run.accelerator.device),
         "replay_difference": result.replay_difference.item(),
     }
-    if run.memory.size:
-        metrics |= {
-            "xbm_used": run.switch.on,
-            "xbm_filled": len(run.memory),
-            "xbm_age": run.memory.mean_age(step),
-            "drift_image": drift.image,
-            "drift_text": drift.text,
-            "drift_samples": drift.samples,
-        }
     return metrics
+
+
+def _memory_metrics(run: Run, step: int, remembered: Pairs | None, drift: Drift) -> dict:
+    return {
+        "xbm_used": 0 if remembered is None else len(remembered),
+        "xbm_filled": len(run.memory),
+        "xbm_age": run.memory.mean_age(step),
+        "drift_image": drift.image,
+        "drift_text": drift.text,
+        "drift_samples": drift.samples,
+    }
 
 
 def _announce(run: Run, report: Reporter) -> None:
@@ -290,9 +286,7 @@ def _announce(run: Run, report: Reporter) -> None:
         f"{towers.image_size} px",
         f"data       {run.source.description}{texts}",
         *run.plan.lines(),
-        f"steps      {run.steps:,} (from {run.first_step:,})"
-        if run.first_step
-        else f"steps      {run.steps:,}",
+        f"steps      {run.steps:,} (from {run.first_step:,})" if run.first_step else f"steps      {run.steps:,}",
         f"run        {run.folder}",
     )
     for warning in (
@@ -312,20 +306,14 @@ def _announce(run: Run, report: Reporter) -> None:
         run.accelerator.init_trackers("image-text", config=flat)
 
 
-def _merged_counts(run: Run) -> dict:
+def _all_counts(run: Run) -> dict:
     """Pairs read, used and skipped in the first pass over the data, over all ranks."""
-    merged = {"read": 0, "used": 0, "skipped": {}}
-    for counts in gather_objects(dataclasses.asdict(run.data.counts)):
-        merged["read"] += counts["read"]
-        merged["used"] += counts["used"]
-        for reason, count in counts["skipped"].items():
-            merged["skipped"][reason] = merged["skipped"].get(reason, 0) + count
-    return merged
+    return merge_counts(gather_objects(dataclasses.asdict(run.data.counts)))
 
 
 def _finish(run: Run, report: Reporter, step: int, chunks: list[Chunk], seconds: float) -> None:
     """Curve, summary and, after the last step, the export of the best checkpoint."""
-    data = _merged_counts(run)
+    data = _all_counts(run)
     report.curve()
     summary = {
         "steps": step,
@@ -340,6 +328,7 @@ def _finish(run: Run, report: Reporter, step: int, chunks: list[Chunk], seconds:
         summary["export_difference"] = _export(run, chunks, report)
     report.summary(summary)
     report.close()
+    run.accelerator.wait_for_everyone()  # rank 0 exports alone: the others must not end the group before it has
     run.accelerator.end_training()
 
 

@@ -45,9 +45,7 @@ def compare_gradients(
         state.restore()
         towers.zero_grad(set_to_none=True)
         run()
-        gradients.append(
-            {n: p.grad.detach().clone() for n, p in towers.named_parameters() if p.grad is not None}
-        )
+        gradients.append({n: p.grad.detach().clone() for n, p in towers.named_parameters() if p.grad is not None})
     towers.zero_grad(set_to_none=True)
     state.restore()
     ours, twin = gradients
@@ -71,9 +69,7 @@ def plain_autograd(
 ) -> None:
     """Leave on `towers` the gradient of the N x N loss over all ranks' chunks, with all graphs kept."""
     with getattr(wrapped, "no_sync", nullcontext)():
-        outputs = [
-            wrapped(c.pixel_values, c.input_ids, c.attention_mask) for c in (c.to(device) for c in chunks)
-        ]
+        outputs = [wrapped(c.pixel_values, c.input_ids, c.attention_mask) for c in (c.to(device) for c in chunks)]
     images = torch.cat([output.image_embeds for output in outputs])
     texts = torch.cat([output.text_embeds for output in outputs])
     group = gather_rows(torch.cat([chunk.group for chunk in chunks]).to(device))

@@ -28,9 +28,7 @@ class CrossBatchMemory:
     Dropping one side would unbalance the gradient norms of the towers, so both are always kept.
     """
 
-    def __init__(
-        self, size: int, embed_dim: int, device: torch.device | str = "cpu", dtype=torch.float32
-    ) -> None:
+    def __init__(self, size: int, embed_dim: int, device: torch.device | str = "cpu", dtype=torch.float32) -> None:
         self.size = size
         self.image_embeds = torch.zeros(size, embed_dim, device=device, dtype=dtype)
         self.text_embeds = torch.zeros(size, embed_dim, device=device, dtype=dtype)
@@ -97,9 +95,7 @@ class CrossBatchMemory:
         """Restore a bank of the same size and dimension; raises ValueError naming both otherwise."""
         saved, here = tuple(state["image_embeds"].shape), tuple(self.image_embeds.shape)
         if saved != here:
-            raise ValueError(
-                f"the saved memory holds {saved[0]} pairs of dimension {saved[1]}, this one {here}"
-            )
+            raise ValueError(f"the saved memory holds {saved[0]} pairs of dimension {saved[1]}, this one {here}")
         for name in self._tensors:
             getattr(self, name).copy_(state[name])
         self.pointer, self.filled = int(state["pointer"]), int(state["filled"])
@@ -123,8 +119,11 @@ class MemorySwitch:
         self.on = start == 0
         self._had_reading = False
 
-    def update(self, step: int, drift: Drift, memory: CrossBatchMemory) -> None:
-        """Take note of a finished step (the first is 1); from then on `on` holds for the next."""
+    def update(self, step: int, drift: Drift, was_full: bool) -> None:
+        """Take note of a finished step (the first is 1); from then on `on` holds for the next.
+
+        was_full: the memory that the step's pairs were compared with was full.
+        """
         self._had_reading |= drift.samples > 0
         if self.on:
             return
@@ -132,7 +131,7 @@ class MemorySwitch:
             self.on = step + 1 >= self.start
         elif step >= self.warmup_steps:
             still = drift.samples > 0 and max(drift.image, drift.text) <= DRIFT_LIMIT
-            self.on = still or (not self._had_reading and len(memory) == memory.size)
+            self.on = still or (was_full and not self._had_reading)
 
     def state_dict(self) -> dict:
         return {"on": self.on, "had_reading": self._had_reading}

@@ -82,9 +82,7 @@ def _sigmoid_term(logit: Tensor, positive: bool, pos_weight: float) -> Tensor:
     return pos_weight * F.softplus(-logit) if positive else F.softplus(logit)
 
 
-def _remembered_kind(
-    fresh: Pairs, remembered: Pairs, i: int, j: int, remembered_positives: str
-) -> bool | None:
+def _remembered_kind(fresh: Pairs, remembered: Pairs, i: int, j: int, remembered_positives: str) -> bool | None:
     """True: a positive, False: a negative, None: left out."""
     if fresh.sample_id[i] == remembered.sample_id[j]:
         return None

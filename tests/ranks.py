@@ -22,9 +22,7 @@ def on_ranks(world_size: int, function: Callable, *arguments):
 def _rank(rank: int, world_size: int, port: int, function: Callable, arguments: tuple, result: Path) -> None:
     torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), ACCELERATE_USE_CPU="true")
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size)
-    )  # as torchrun sets them
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))  # as torchrun sets them
     dist.init_process_group("gloo", rank=rank, world_size=world_size)
     value = function(*arguments)
     if rank == 0:

@@ -35,9 +35,7 @@ MATRIX = list(
 
 
 def chunk_size_of(kind: str, per_rank: int) -> int:
-    return {"divides": max(1, per_rank // 3), "does not divide": max(1, per_rank - 1), "whole": per_rank}[
-        kind
-    ]
+    return {"divides": max(1, per_rank // 3), "does not divide": max(1, per_rank - 1), "whole": per_rank}[kind]
 
 
 def memory_of(kind: str, groups: int | None) -> Pairs | None:
@@ -118,8 +116,7 @@ def counting_reduction(counts: list, bucket):
 def largest_error(result: dict, twin: dict) -> float:
     assert result.keys() == twin.keys()
     return max(
-        ((result[name] - value).abs().max() / value.abs().max().clamp(min=1e-3)).item()
-        for name, value in twin.items()
+        ((result[name] - value).abs().max() / value.abs().max().clamp(min=1e-3)).item() for name, value in twin.items()
     )
 
 
@@ -173,9 +170,7 @@ def rank_local_negatives():
     """What a loss over this rank's own rows only would give."""
 
     def local(fresh, remembered, scale, bias, rows):
-        own = Pairs(
-            *(getattr(fresh, name)[rows] for name in ("image_embeds", "text_embeds", "group", "sample_id"))
-        )
+        own = Pairs(*(getattr(fresh, name)[rows] for name in ("image_embeds", "text_embeds", "group", "sample_id")))
         share = sigmoid(own, remembered, scale, bias, slice(0, len(own)))
         whole = torch.zeros_like(fresh.text_embeds)
         whole[rows] = share.text_embeds
@@ -238,8 +233,6 @@ def test_the_random_state_after_a_step_does_not_depend_on_kept_graphs():
     for kept in (0, 1, 3):
         towers = ToyTowers(DROPOUT)
         torch.manual_seed(3)
-        cached_step(
-            towers, toy_chunks(COUNT, 4, None), sigmoid, None, device=torch.device("cpu"), keep_graphs=kept
-        )
+        cached_step(towers, toy_chunks(COUNT, 4, None), sigmoid, None, device=torch.device("cpu"), keep_graphs=kept)
         states.append(torch.get_rng_state())
     assert all(torch.equal(states[0], state) for state in states)

@@ -47,9 +47,7 @@ def characters(texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
     return input_ids, torch.ones_like(input_ids)
 
 
-def training_data(
-    pairs: IndexedSource, rank=0, world_size=1, workers=0, chunk_size=7, seed=3, batch=EFFECTIVE_BATCH
-):
+def training_data(pairs: IndexedSource, rank=0, world_size=1, workers=0, chunk_size=7, seed=3, batch=EFFECTIVE_BATCH):
     return TrainingData(
         pairs,
         PIPELINE,
@@ -144,9 +142,7 @@ def test_counts_are_of_distinct_pairs_and_add_up(world_size, workers):
     for part in parts:
         assert len(list(part.steps(0, 6))) == 6  # nearly four passes
     read, used = sum(part.counts.read for part in parts), sum(part.counts.used for part in parts)
-    skipped = {
-        reason: sum(part.counts.skipped.get(reason, 0) for part in parts) for reason in ("truncated", "empty")
-    }
+    skipped = {reason: sum(part.counts.skipped.get(reason, 0) for part in parts) for reason in ("truncated", "empty")}
     assert (read, used, skipped) == (37, 33, {"truncated": 2, "empty": 2})
     reported = [skip for part in parts for skip in part.new_skips()]
     assert sorted(skip.key for skip in reported) == sorted(f"image {index}" for index in bad)
@@ -235,9 +231,7 @@ def test_one_good_image_is_found_among_bad_ones():
 
 def test_the_folder_made_to_break_readers_is_counted_to_the_file(shared, tmp_path):
     names = sorted(path.name for path in (shared / "data" / "broken").iterdir())
-    lines = (
-        ["filename,caption"] + [f"{name},a picture called {name}" for name in names] + ["gone.jpg,not there"]
-    )
+    lines = ["filename,caption"] + [f"{name},a picture called {name}" for name in names] + ["gone.jpg,not there"]
     (tmp_path / "table.csv").write_text("\n".join(lines))
     (tmp_path / "images").symlink_to(shared / "data" / "broken")
     pairs, _ = open_sources(str(tmp_path / "table.csv"), None, None)
@@ -253,9 +247,7 @@ def test_the_folder_made_to_break_readers_is_counted_to_the_file(shared, tmp_pat
     }
     assert len(data.new_skips()) == 6
     for rank, read in ((0, 1), (1, 0)):
-        assert (
-            training_data(pairs, rank, 2, batch=10).counts.read == read
-        )  # left out by the table: rank 0 counts
+        assert training_data(pairs, rank, 2, batch=10).counts.read == read  # left out by the table: rank 0 counts
 
 
 def test_digits_are_prepared_at_the_size_asked_for():

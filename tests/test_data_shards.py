@@ -20,9 +20,7 @@ EFFECTIVE_BATCH = 12
 
 def png(number: int) -> bytes:
     file = io.BytesIO()
-    Image.fromarray(np.random.default_rng(number).integers(0, 256, (9, 7, 3), dtype=np.uint8)).save(
-        file, "PNG"
-    )
+    Image.fromarray(np.random.default_rng(number).integers(0, 256, (9, 7, 3), dtype=np.uint8)).save(file, "PNG")
     return file.getvalue()
 
 
@@ -93,9 +91,7 @@ def test_the_streams_hold_every_sample_once_a_pass(tmp_path, number_of_streams):
     assert len(everything) == 60
 
     def dealt(epoch: int) -> list[str]:
-        parts = [
-            streams.undecoded(source, 0, epoch, each, number_of_streams) for each in range(number_of_streams)
-        ]
+        parts = [streams.undecoded(source, 0, epoch, each, number_of_streams) for each in range(number_of_streams)]
         return [item.key for part in parts for item in part]
 
     assert sorted(dealt(0)) == sorted(dealt(1)) == everything
@@ -104,9 +100,7 @@ def test_the_streams_hold_every_sample_once_a_pass(tmp_path, number_of_streams):
 
 
 @pytest.mark.parametrize("world_size, workers", [(1, 0), (1, 1), (1, 3), (2, 0), (2, 1), (2, 3)])
-def test_a_resumed_run_gives_exactly_the_pairs_of_the_unbroken_one(
-    tmp_path, small_buffer, world_size, workers
-):
+def test_a_resumed_run_gives_exactly_the_pairs_of_the_unbroken_one(tmp_path, small_buffer, world_size, workers):
     source, _ = open_sources(make_shards(tmp_path, 4), None, None)
     for rank in range(world_size):
         unbroken = training_data(source, rank, world_size, workers)
@@ -237,9 +231,7 @@ def test_a_pickle_member_is_never_loaded(tmp_path):
     payload = pickle.dumps(Bomb(trap))
     suffixes = ("pyd", "pickle", "pkl", "pth", "pt", "npy")
     members = {"0.png": png(0), "0.txt": b"a"} | {f"0.{suffix}": payload for suffix in suffixes}
-    make_tar(
-        tmp_path / "a.tar", members | {"1.png": png(1), "1.json": payload, "2.png": payload, "2.txt": b"b"}
-    )
+    make_tar(tmp_path / "a.tar", members | {"1.png": png(1), "1.json": payload, "2.png": payload, "2.txt": b"b"})
     source, _ = open_sources(str(tmp_path / "a.tar"), None, None)
     list(training_data(source).steps(0, 2))
     evaluation_set = open_evaluation(str(tmp_path / "a.tar"), "auto", None)

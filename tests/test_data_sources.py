@@ -144,9 +144,7 @@ def test_errors_name_the_flag_the_value_and_the_remedy(tmp_path):
     columns = make_table(tmp_path / "columns.csv", [["url", "caption"], ["1.jpg", "a"]])
     gone = make_table(tmp_path / "gone.csv", [["image", "caption"], ["1.jpg", "a"]])
     split = make_table(tmp_path / "split.csv", [["image", "caption", "split"], ["pictures/1.jpg", "a", "x"]])
-    only_test = make_table(
-        tmp_path / "t.csv", [["image", "caption", "split"], ["pictures/1.jpg", "a", "test"]]
-    )
+    only_test = make_table(tmp_path / "t.csv", [["image", "caption", "split"], ["pictures/1.jpg", "a", "test"]])
     empty = make_table(tmp_path / "empty.csv", [["image", "caption"]])
     bank = tmp_path / "bank.yaml"
     bank.write_text("- no place for a name\n")

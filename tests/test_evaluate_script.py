@@ -88,9 +88,7 @@ def test_zeroshot_leaves_what_the_design_promises(run_folder, tmp_path):
         "accuracy", "top5", "macro_precision", "macro_recall", "macro_f1", "per_class", "confusion"
     ]  # fmt: skip
     assert list(metrics["per_class"]) == list(CLASSES)
-    assert all(
-        set(figures) == {"precision", "recall", "f1", "support"} for figures in metrics["per_class"].values()
-    )
+    assert all(set(figures) == {"precision", "recall", "f1", "support"} for figures in metrics["per_class"].values())
     confusion = np.array(metrics["confusion"])
     assert confusion.shape == (10, 10) and confusion.sum() == 80
     assert np.trace(confusion) / 80 == pytest.approx(metrics["accuracy"])
@@ -154,10 +152,7 @@ def test_the_wrong_task_names_the_right_one(run_folder, captions, tmp_path, caps
 def test_a_fault_of_the_users_is_one_line(run_folder, tmp_path, capsys, flags, words):
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("not a folder")
-    flags = [
-        flag.replace("EMPTY", str(tmp_path / "empty")).replace("FILE", str(tmp_path / "file"))
-        for flag in flags
-    ]
+    flags = [flag.replace("EMPTY", str(tmp_path / "empty")).replace("FILE", str(tmp_path / "file")) for flag in flags]
     defaults = {"--model": str(run_folder), "--output-dir": str(tmp_path / "out"), "--data": "digits"}
     given = defaults | dict(zip(flags[::2], flags[1::2], strict=True))
     assert evaluate.main(["zeroshot", *(word for flag in given.items() for word in flag)]) == 2

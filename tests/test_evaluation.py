@@ -250,9 +250,7 @@ def test_zeroshot_by_hand_with_a_class_without_images():
 
 
 def test_equal_embeddings_classify_at_chance():
-    found = zeroshot_metrics(
-        unit(1, 8).repeat(90, 1), np.arange(90) % 9, unit(1, 8).repeat(9, 1), "abcdefghi"
-    )
+    found = zeroshot_metrics(unit(1, 8).repeat(90, 1), np.arange(90) % 9, unit(1, 8).repeat(9, 1), "abcdefghi")
     assert found["accuracy"] == pytest.approx(1 / 9)
     assert found["top5"] == pytest.approx(5 / 9)
 

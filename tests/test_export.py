@@ -86,9 +86,7 @@ def test_transformers_alone_gets_the_same_logits_from_pictures_and_texts(trained
     export(towers, processing, tmp_path / "export", pairs)
     processor = AutoProcessor.from_pretrained(tmp_path / "export")
     pictures = [Image.fromarray(pixels.permute(1, 2, 0).numpy()) for pixels in pairs.pixel_values]
-    inputs = processor(
-        text=TEXTS, images=pictures, padding=processing.padding, truncation=True, return_tensors="pt"
-    )
+    inputs = processor(text=TEXTS, images=pictures, padding=processing.padding, truncation=True, return_tensors="pt")
     assert torch.equal(inputs["input_ids"], pairs.input_ids)
     found = AutoModel.from_pretrained(tmp_path / "export")(**inputs).logits_per_image
     bias = towers.logit_bias if processing.model_type == "clip" else 0  # CLIPModel itself adds none

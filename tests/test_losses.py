@@ -21,9 +21,7 @@ def small_tiles(monkeypatch):
 def autograd(naive, fresh: Pairs, remembered, scale, bias, **options):
     """Value and gradients of the naive twin, as a LossShare over the whole batch."""
     leaves = [t.clone().requires_grad_() for t in (fresh.image_embeds, fresh.text_embeds, scale, bias)]
-    value = naive(
-        Pairs(leaves[0], leaves[1], fresh.group, fresh.sample_id), remembered, *leaves[2:], **options
-    )
+    value = naive(Pairs(leaves[0], leaves[1], fresh.group, fresh.sample_id), remembered, *leaves[2:], **options)
     gradients = torch.autograd.grad(value, leaves, allow_unused=True)
     return LossShare(
         value.detach(),
@@ -34,9 +32,7 @@ def autograd(naive, fresh: Pairs, remembered, scale, bias, **options):
 def assert_same(share: LossShare, twin: LossShare, tolerance: float = 1e-12) -> None:
     for name, value in vars(share).items():
         expected = getattr(twin, name)
-        error = (value - expected).abs().max() / expected.abs().max().clamp(
-            min=1e-3
-        )  # a zero is compared absolutely
+        error = (value - expected).abs().max() / expected.abs().max().clamp(min=1e-3)  # a zero is compared absolutely
         assert error <= tolerance, f"{name}: relative error {error:.2e}"
 
 
@@ -117,9 +113,7 @@ def test_negative_control_stale_copies_matter():
 @pytest.mark.parametrize("loss", [infonce, sigmoid])
 def test_low_precision_embeddings_are_computed_in_float32(loss):
     fresh = random_pairs(17, DIM, seed=1)
-    half = replace(
-        fresh, image_embeds=fresh.image_embeds.bfloat16(), text_embeds=fresh.text_embeds.bfloat16()
-    )
+    half = replace(fresh, image_embeds=fresh.image_embeds.bfloat16(), text_embeds=fresh.text_embeds.bfloat16())
     exact = replace(fresh, image_embeds=half.image_embeds.double(), text_embeds=half.text_embeds.double())
     scale, bias = torch.tensor(100.0), torch.tensor(-10.0)
     share = loss(half, None, scale, bias, slice(0, 17))

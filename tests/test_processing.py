@@ -18,11 +18,7 @@ FAMILIES = ("clip", "siglip")
 
 
 def settings(processing: Processing) -> dict:
-    return {
-        field.name: getattr(processing, field.name)
-        for field in fields(processing)
-        if field.name != "tokenizer"
-    }
+    return {field.name: getattr(processing, field.name) for field in fields(processing) if field.name != "tokenizer"}
 
 
 def same_tokens(first, second) -> bool:

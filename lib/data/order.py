@@ -59,9 +59,7 @@ class ChunkPlan:
 
     def __post_init__(self):
         if self.effective_batch < 1 or self.effective_batch % self.world_size:
-            raise ValueError(
-                f"effective batch {self.effective_batch} does not divide over {self.world_size} ranks"
-            )
+            raise ValueError(f"effective batch {self.effective_batch} does not divide over {self.world_size} ranks")
         if self.chunk_size < 1:
             raise ValueError(f"chunk size {self.chunk_size} must be at least 1")
 

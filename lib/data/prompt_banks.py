@@ -21,11 +21,7 @@ def load_templates(prompts: str) -> tuple[str, ...]:
         ) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"--prompts {prompts} is not YAML: {' '.join(str(error).split())}") from None
-    if (
-        not isinstance(templates, list)
-        or not templates
-        or not all(isinstance(each, str) for each in templates)
-    ):
+    if not isinstance(templates, list) or not templates or not all(isinstance(each, str) for each in templates):
         raise InputError(f'--prompts {prompts} must hold a list of templates, as in: - "a photo of {{}}"')
     for template in templates:
         if "{}" not in template:

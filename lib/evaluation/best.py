@@ -33,9 +33,7 @@ class BestMetric:
         if name == "auto":
             name = "accuracy" if validation.classes is not None else "text_to_image.R@1"
         if name not in known:
-            raise InputError(
-                f"--best-metric {name} is not measured on this data; choose from {', '.join(known)}"
-            )
+            raise InputError(f"--best-metric {name} is not measured on this data; choose from {', '.join(known)}")
         return cls(name, name == "loss" or name.endswith("median_rank"))
 
     def value(self, metrics: dict) -> float:

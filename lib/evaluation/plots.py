@@ -19,9 +19,7 @@ def plot_recall(metrics: dict[str, dict[str, float]], path: Path) -> None:
     """Bars of Recall@1/5/10 for both directions; metrics as `retrieval_metrics` returns them."""
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.add_subplot()
-    for offset, colour, (direction, numbers) in zip(
-        (-0.2, 0.2), (RIGHT, WRONG), metrics.items(), strict=True
-    ):
+    for offset, colour, (direction, numbers) in zip((-0.2, 0.2), (RIGHT, WRONG), metrics.items(), strict=True):
         recalls = {key: value for key, value in numbers.items() if key.startswith("R@")}
         summary = f"MRR {numbers['MRR']:.3f}, median rank {numbers['median_rank']:g}"
         label = f"{direction.replace('_', ' ')} ({summary})"

@@ -66,9 +66,7 @@ def summarize_ranks(ranks: Tensor) -> dict[str, float]:
     return summary
 
 
-def _first_right_ranks(
-    queries: Tensor, candidates: Tensor, query_key: Tensor, candidate_key: Tensor
-) -> Tensor:
+def _first_right_ranks(queries: Tensor, candidates: Tensor, query_key: Tensor, candidate_key: Tensor) -> Tensor:
     """Rank of the best candidate with the query's own key: 1 + the wrong candidates at least as similar.
 
     Ties count against the model, so that equal embeddings for everything are no success. Equal vectors must

@@ -131,9 +131,7 @@ def _image_tower(
 
 
 @torch.enable_grad()
-def _text_tower(
-    trunk: PreTrainedModel, head: Head, pooling: Pooling, missing: set[str], name: str | Path
-) -> TextTower:
+def _text_tower(trunk: PreTrainedModel, head: Head, pooling: Pooling, missing: set[str], name: str | Path) -> TextTower:
     trunk.eval()
     masked = not trunk.config.model_type.startswith("siglip")
     tokens = torch.arange(4)[None]

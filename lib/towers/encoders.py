@@ -74,9 +74,7 @@ def load_image_encoder(name: str | Path) -> tuple[PreTrainedModel, set[str]]:
     """The image encoder of that name, or the image half of a CLIP or SigLIP; and the weights it lacks."""
     trunk, missing = _load_half(name, "vision_model")
     if trunk.main_input_name != "pixel_values":
-        raise InputError(
-            f"--image-tower {name}: a model of type {trunk.config.model_type!r} does not read images"
-        )
+        raise InputError(f"--image-tower {name}: a model of type {trunk.config.model_type!r} does not read images")
     return trunk, missing
 
 
@@ -85,18 +83,14 @@ def load_text_encoder(name: str | Path) -> tuple[PreTrainedModel, set[str]]:
     trunk, missing = _load_half(name, "text_model")
     if trunk.main_input_name != "input_ids" or trunk.config.is_encoder_decoder:
         kind = trunk.config.model_type
-        raise InputError(
-            f"--text-tower {name}: a model of type {kind!r} is not a text encoder without a decoder"
-        )
+        raise InputError(f"--text-tower {name}: a model of type {kind!r} is not a text encoder without a decoder")
     return trunk, missing
 
 
 def new_encoder(settings: dict) -> PreTrainedModel:
     """An encoder with drawn weights from the settings in its config.json."""
     config = AutoConfig.for_model(**settings)
-    if (
-        config.model_type == "siglip_text_model"
-    ):  # AutoModel knows SigLIP's image half alone, not its text half
+    if config.model_type == "siglip_text_model":  # AutoModel knows SigLIP's image half alone, not its text half
         return SiglipTextModel(config)
     return AutoModel.from_config(config, dtype=torch.float32)
 
@@ -114,9 +108,7 @@ def needs_interpolation(trunk: PreTrainedModel, image_size: int) -> bool:
     """Whether the encoder's position embeddings are for images of another side and can be interpolated."""
     own = getattr(trunk.config, "image_size", image_size)
     known = inspect.signature(trunk.forward).parameters
-    return (
-        own not in (image_size, [image_size] * 2, (image_size,) * 2) and "interpolate_pos_encoding" in known
-    )
+    return own not in (image_size, [image_size] * 2, (image_size,) * 2) and "interpolate_pos_encoding" in known
 
 
 @torch.no_grad()
@@ -161,9 +153,7 @@ def text_pooling(name: str | Path, config: PretrainedConfig) -> Pooling:
     return SENTENCE_POOLINGS[asked]
 
 
-def check_and_settle(
-    trunk: nn.Module, pooled: Tensor, missing: set[str], flag: str, name: str | Path
-) -> None:
+def check_and_settle(trunk: nn.Module, pooled: Tensor, missing: set[str], flag: str, name: str | Path) -> None:
     """Stop training what the pooled output does not depend on; what it depends on must not be missing.
 
     pooled: (1, H), with its graph. Unused parts are poolers and mask tokens; DistributedDataParallel would

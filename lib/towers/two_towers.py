@@ -87,7 +87,9 @@ class TwoTowers(nn.Module):
         if pixel_values.is_floating_point():
             return pixel_values
         mean, std = _at_least_float32(self.image_mean), _at_least_float32(self.image_std)
-        return ((pixel_values.to(mean.dtype) / 255 - mean) / std).to(self.image_mean.dtype)
+        # (pixels / 255 - mean) / std, in two passes over one new tensor
+        pixels = pixel_values.to(mean.dtype).mul_(1 / (255 * std)).sub_(mean / std)
+        return pixels.to(self.image_mean.dtype)
 
     @property
     def use_bias(self) -> bool:
@@ -124,9 +126,7 @@ class TwoTowers(nn.Module):
     def _part(self, name: str) -> list[nn.Parameter]:
         if name not in FREEZABLE:
             nearest = difflib.get_close_matches(name, FREEZABLE, n=1, cutoff=0.0)[0]
-            raise InputError(
-                f"--freeze {name}: no such part, the nearest is {nearest}; all are {', '.join(FREEZABLE)}"
-            )
+            raise InputError(f"--freeze {name}: no such part, the nearest is {nearest}; all are {', '.join(FREEZABLE)}")
         if name == "scale":
             return [self.logit_scale]
         if name == "bias":

@@ -1,0 +1,91 @@
+"""The plan's numbers: what a step needs, what auto chooses, and where the sigmoid loss's bias starts."""
+
+import math
+
+import pytest
+import torch
+from naive import random_pairs
+
+from lib.logit_bias import bias_from_counts, solved_bias
+from lib.losses import sigmoid
+from lib.plan import BatchPlan, largest_chunk, measure_activations, oversize_warning
+from lib.towers import build_preset
+
+
+def plan(**changes) -> BatchPlan:
+    settings = {
+        "effective_batch": 1000, "world_size": 2, "chunk_size": 64, "keep_graphs": 0, "xbm_size": 300,
+        "embed_dim": 16, "image_size": 32, "activation_bytes": 1000, "state_bytes": 10,
+    }  # fmt: skip
+    return BatchPlan(**settings | changes)
+
+
+def test_chunks_cover_the_rank_and_the_last_may_be_smaller():
+    assert (plan().per_rank, plan().chunks) == (500, 8)
+    assert plan(chunk_size=500).chunks == 1
+
+
+def test_more_of_anything_needs_more_memory():
+    for change in ({"keep_graphs": 3}, {"xbm_size": 9000}, {"chunk_size": 128}, {"effective_batch": 5000}):
+        assert plan(**change).device_bytes > plan().device_bytes, change
+
+
+def test_the_plan_names_fresh_and_remembered_negatives():
+    assert any("999 fresh and 300 remembered negatives per anchor" in line for line in plan().lines())
+
+
+def test_measured_activations_predict_what_autograd_saves():
+    """Twice as many layers save about twice as much, and a frozen tower saves nothing of its trunk."""
+    towers, processing = build_preset("tiny-clip", ["a photo of a cat"])
+    towers.train()
+    tokens = processing.tokenize(["a photo of a cat"] * 4)
+    whole = measure_activations(towers, *tokens, 32)
+    # 17 tokens of 64 numbers in float32 enter each of some 25 operations of two layers: a sanity band.
+    assert 17 * 64 * 4 * 20 < whole < 17 * 64 * 4 * 200
+    towers.freeze(["image"])
+    assert measure_activations(towers, *tokens, 32) < whole / 2
+
+
+def test_measuring_moves_neither_weights_nor_random_state():
+    towers, processing = build_preset("tiny-siglip", ["a photo of a cat"], dropout=0.3)
+    towers.train()
+    before, weights = torch.get_rng_state(), {n: p.clone() for n, p in towers.named_parameters()}
+    measure_activations(towers, *processing.tokenize(["a cat"] * 4), 32)
+    assert torch.equal(before, torch.get_rng_state())
+    assert all(torch.equal(weights[n], p) and p.grad is None for n, p in towers.named_parameters())
+
+
+def test_auto_chunks_shrink_with_the_activations():
+    cpu = torch.device("cpu")
+    assert largest_chunk(2**20, 10_000, cpu) == 256
+    assert largest_chunk(2**21, 10_000, cpu) == 128
+    assert largest_chunk(1, 100, cpu) == 64  # no more than the rank has
+    assert largest_chunk(2**40, 100, cpu) == 1
+
+
+def test_a_batch_above_the_data_set_is_told_with_what_to_use_instead():
+    warning = oversize_warning(32768, 32768, 1442)
+    assert "22.7 times" in warning and "about 23 times" in warning
+    assert "--effective-batch 4096 --xbm-size 28672" in warning
+    assert oversize_warning(1000, 0, 1442) is None and oversize_warning(1000, 0, None) is None
+
+
+@pytest.mark.parametrize("groups", [None, 3])
+@pytest.mark.parametrize("remembered", [0, 40])
+def test_the_start_bias_counts_negatives_per_positive(groups, remembered):
+    group = random_pairs(12, 4, seed=0, groups=groups).group
+    positives = sum(int(a == b) for a in group for b in group) / len(group)
+    share = (positives - 1) / (len(group) - 1)
+    total = len(group) + 2 * remembered
+    positives += 2 * remembered * share
+    assert bias_from_counts(group, remembered) == pytest.approx(-math.log((total - positives) / positives))
+
+
+def test_the_solved_bias_is_the_minimum_of_the_loss():
+    pairs, scale = random_pairs(30, 4, seed=1, groups=5), torch.tensor(20.0, dtype=torch.float64)
+    bias = solved_bias(pairs, scale)
+    losses = [
+        sigmoid(pairs, None, scale, torch.tensor(bias + move, dtype=torch.float64), slice(0, 30)).loss
+        for move in (-0.1, 0.0, 0.1)
+    ]
+    assert losses[1] < min(losses[0], losses[2])
