@@ -4,10 +4,15 @@
 prepare_venv() {
     local requirements=$1 python stamp
     stamp=.venv/installed-$(basename "$(dirname "$requirements")")
-    if [[ ! -x .venv/bin/python ]]; then
+    if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
         python=$(find_python)
         echo "making .venv with $($python --version)"
-        "$python" -m venv .venv
+        rm -rf .venv
+        if ! "$python" -m venv .venv; then
+            rm -rf .venv
+            echo "error: $python cannot make a virtual environment; on Debian and Ubuntu: apt install python3-venv" >&2
+            return 1
+        fi
     fi
     if ! cat requirements.txt "$requirements" | cmp --silent - "$stamp"; then
         echo "installing $requirements (about 6 GB with CUDA; a few minutes)"

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import DistributedType, ProjectConfiguration
+from accelerate.utils import DistributedType, ProjectConfiguration, is_wandb_available
 from torch import Tensor, nn
 
 from lib.errors import InputError
@@ -23,6 +23,8 @@ _SUPPORTED = (
 
 def start(tracker: str) -> Accelerator:
     """Set up devices and ranks; refuses what would train wrongly in silence."""
+    if tracker == "wandb" and not is_wandb_available():
+        raise InputError("--tracker wandb needs the wandb package; pip install wandb, or use tensorboard")
     on_cpu = not torch.accelerator.is_available()
     mixed_precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if on_cpu and mixed_precision in ("fp16", "fp8"):
@@ -41,6 +43,11 @@ def start(tracker: str) -> Accelerator:
         raise InputError(
             f"accelerate is set to {accelerator.distributed_type.value}, which this version does not train with; "
             "choose one process or DDP (accelerate_configs/single_gpu.yaml, ddp.yaml)"
+        )
+    if accelerator.gradient_accumulation_steps != 1:
+        raise InputError(
+            f"accelerate's gradient_accumulation_steps {accelerator.gradient_accumulation_steps} must be 1: "
+            "--effective-batch and --chunk-size do its work, exactly"
         )
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched != accelerator.num_processes:

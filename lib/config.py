@@ -145,6 +145,15 @@ class TrainConfig:
             )
         if self.effective_batch == 1 and not self.xbm_size:
             found.append("--effective-batch 1 without memory has no negatives; use at least 2")
+        if self.beta2 == 1 or self.epochs == float("inf"):
+            found.append(f"--beta2 {self.beta2} must be below 1, and --epochs {self.epochs} finite")
+        if self.image_tower and self.model != _default("model"):
+            found.append(f"--model {self.model} and --image-tower {self.image_tower} exclude each other; give one")
+        for name in ("projection", "projection_dim", "projection_hidden", "projection_dropout"):
+            if not self.image_tower and getattr(self, name) != _default(name):
+                found.append(
+                    f"{flag(name)} {getattr(self, name)} shapes heads of --image-tower and --text-tower; give them"
+                )
         if (self.image_tower is None) != (self.text_tower is None):
             found.append("--image-tower and --text-tower go together; give both, or use --model")
         if self.positives == "pair" and self.remembered_positives == "ignore":
@@ -168,6 +177,10 @@ _NOT_NEGATIVE = (
 )  # fmt: skip
 _FRACTIONS = ("max_bad", "label_smoothing", "projection_dropout", "dropout", "beta2")
 _POSITIVE = ("epochs", "lr", "pos_weight")
+
+
+def _default(name: str) -> object:
+    return TrainConfig.__dataclass_fields__[name].default
 
 
 def flag(name: str) -> str:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModel, AutoProcessor
 
+from lib.errors import RunError
 from lib.processing import Processing
 from lib.towers import TwoTowers
 from lib.towers.encoders import quiet
@@ -28,7 +29,7 @@ def export(towers: TwoTowers, processing: Processing, folder: str | Path, sample
     """Write the folder whole or not at all; returns the largest difference in a logit after loading it.
 
     A CLIP or SigLIP model is loaded with transformers' AutoModel and AutoProcessor, any other with
-    `TwoTowers.from_pretrained`. Above a difference of 1e-4 it raises RuntimeError; an older folder stays.
+    `TwoTowers.from_pretrained`. Above a difference of 1e-4 it raises RunError; an older folder stays.
     """
     folder = Path(folder)
     unfinished = folder.with_name(f".{folder.name}.unfinished")
@@ -38,7 +39,7 @@ def export(towers: TwoTowers, processing: Processing, folder: str | Path, sample
         processing.save_pretrained(unfinished)
         difference = _difference(towers, processing, unfinished, sample)
         if not difference <= TOLERANCE:  # a NaN is a failure too
-            raise RuntimeError(f"the export to {folder} differs from the model by {difference:.2e} in a logit")
+            raise RunError(f"the export to {folder} differs from the model by {difference:.2e} in a logit")
         _replace(unfinished, folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)

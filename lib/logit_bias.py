@@ -19,7 +19,7 @@ def bias_from_counts(group: Tensor, remembered: int) -> float:
 
     group: (N,) int64. Every row meets N fresh texts, Q remembered texts, and with its text Q remembered images.
     """
-    counts = group.unique(return_counts=True)[1].double()
+    counts = group.cpu().unique(return_counts=True)[1].double()
     size = len(group)
     others = max(size - 1, 1)
     share = ((counts * (counts - 1)).sum() / (size * others)).item()  # of other pairs that are positives

@@ -1,11 +1,13 @@
 """Optimizer and learning-rate schedule: which parameters decay, and how the rate moves."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
 
@@ -30,7 +32,16 @@ def build_optimizer(
 
 def build_schedule(
     optimizer: Optimizer, name: Literal["cosine", "constant", "linear"], warmup_steps: int, steps: int
-) -> LRScheduler:
-    """Linear warm-up over `warmup_steps`, then constant, linear or cosine decay to 0 at `steps`."""
+) -> LambdaLR:
+    """Linear warm-up over `warmup_steps`, then constant, linear or cosine decay towards 0 after `steps`.
+
+    transformers' factors count from 0, where warm-up is 0: they are read one step later, so that neither the first
+    step nor the last is a whole batch encoded for no update.
+    """
     kind = "constant_with_warmup" if name == "constant" else name
-    return get_scheduler(kind, optimizer, num_warmup_steps=warmup_steps, num_training_steps=steps)
+    published = get_scheduler(kind, optimizer, num_warmup_steps=warmup_steps, num_training_steps=steps + 1)
+    return LambdaLR(optimizer, [partial(_one_later, factor) for factor in published.lr_lambdas])
+
+
+def _one_later(factor: Callable[[int], float], step: int) -> float:
+    return factor(step + 1)

@@ -56,7 +56,8 @@ class BatchPlan:
     def device_bytes(self) -> int:
         """Predicted peak on one rank's device, beside the framework itself."""
         graphs = (self.keep_graphs + 1) * self.chunk_size * self.activation_bytes
-        return self.state_bytes + self.embedding_bytes + graphs
+        pixels = self.chunk_size * 3 * self.image_size**2 * (1 + 4)  # as they came, and normalized
+        return self.state_bytes + self.embedding_bytes + graphs + pixels
 
     @property
     def pixel_bytes(self) -> int:
@@ -92,7 +93,8 @@ def oversize_warning(effective_batch: int, xbm_size: int, pairs: int | None) -> 
 
 
 def measure_activations(towers: nn.Module, input_ids: Tensor, attention_mask: Tensor, image_size: int) -> int:
-    """Bytes that autograd saves for one pair in a forward of `towers` in training mode.
+    """Bytes that one pair takes in a forward of `towers` in training mode: what autograd saves, or, where a frozen
+    trunk saves nothing, four times the largest output of a layer.
 
     input_ids, attention_mask: at least 4 texts as long as the data's. Measured as the difference between 4 and 2
     pairs, so that what does not grow with the chunk drops out.
@@ -101,6 +103,14 @@ def measure_activations(towers: nn.Module, input_ids: Tensor, attention_mask: Te
     norms = [m for m in towers.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
     for norm in norms:  # a measurement must not move running statistics
         norm.eval()
+    largest_output = 0
+
+    def note_output(module: nn.Module, _: object, output: object) -> None:
+        nonlocal largest_output
+        if isinstance(output, Tensor) and output.ndim:
+            largest_output = max(largest_output, output.nbytes // output.shape[0])
+
+    hooks = [module.register_forward_hook(note_output) for module in towers.modules() if not list(module.children())]
     parameters = {parameter.untyped_storage().data_ptr() for parameter in towers.parameters()}
 
     def saved_bytes(pairs: int) -> int:
@@ -120,9 +130,11 @@ def measure_activations(towers: nn.Module, input_ids: Tensor, attention_mask: Te
 
     with torch.random.fork_rng():
         difference = (saved_bytes(4) - saved_bytes(2)) // 2
+    for hook in hooks:
+        hook.remove()
     for norm in norms:
         norm.train()
-    return max(difference, 1)
+    return max(difference, 4 * largest_output)
 
 
 def largest_chunk(activation_bytes: int, per_rank: int, device: torch.device) -> int:

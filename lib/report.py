@@ -24,7 +24,8 @@ class Reporter:
         self.last_evaluation: dict = {}
         self.active = accelerator.is_main_process
         if self.active:
-            _drop_lines_after(folder / METRICS, first_step)
+            for name in (METRICS, SKIPPED):
+                _drop_lines_after(folder / name, first_step)
         self.steps, self.first_step = steps, first_step
         self.bar: tqdm | None = None  # from the first step on: the plan stands above it
 
@@ -49,10 +50,10 @@ class Reporter:
         self._track({f"eval/{name}": value for name, value in flat.items()}, step)
         self.curve()
 
-    def skipped(self, skips: Sequence[tuple[str, str, str]]) -> None:
-        """Name samples that could not be used: (shard or source, key, reason)."""
+    def skipped(self, step: int, skips: Sequence[tuple[str, str, str]]) -> None:
+        """Name samples that could not be used: (shard or source, key, reason), met by any rank at this step."""
         for where, key, reason in skips:
-            self._append(SKIPPED, {"shard": where, "key": key, "reason": reason})
+            self._append(SKIPPED, {"step": step, "shard": where, "key": key, "reason": reason})
 
     def summary(self, values: dict) -> None:
         """Write summary.json, whole or not at all."""
@@ -64,7 +65,9 @@ class Reporter:
     def curve(self) -> None:
         """Draw training and validation loss, and the other validation figures, against the step."""
         if self.active:
-            draw_curve(read_metrics(self.folder), self.folder / CURVE)
+            lines = read_lines(self.folder / METRICS)
+            if lines:
+                draw_curve(lines, self.folder / CURVE)
 
     def close(self) -> None:
         """End the progress bar."""
@@ -97,9 +100,14 @@ class Reporter:
 
 
 def read_metrics(folder: Path) -> list[dict]:
-    """The lines of a run's metrics.jsonl; a last line cut off by a kill is left out."""
+    """The lines of a run's metrics.jsonl."""
+    return read_lines(folder / METRICS)
+
+
+def read_lines(file: Path) -> list[dict]:
+    """The lines of a JSONL file, none if there is no such file; a last line cut off by a kill is left out."""
     lines = []
-    for line in (folder / METRICS).read_text().splitlines():
+    for line in file.read_text().splitlines() if file.exists() else []:
         try:
             lines.append(json.loads(line))
         except json.JSONDecodeError:
@@ -154,7 +162,7 @@ def _drop_lines_after(file: Path, step: int) -> None:
     """A resumed run writes the steps after its checkpoint again: drop what the killed one wrote of them."""
     if not file.exists():
         return
-    kept = [json.dumps(line) + "\n" for line in read_metrics(file.parent) if line.get("step", 0) <= step]
+    kept = [json.dumps(line) + "\n" for line in read_lines(file) if line.get("step", 0) <= step]
     unfinished = file.with_name(f".{file.name}")
     unfinished.write_text("".join(kept))
     os.replace(unfinished, file)

@@ -1,5 +1,6 @@
 """A run's live objects: made from the settings, restored from a checkpoint, and saved into one."""
 
+import shutil
 from dataclasses import asdict, dataclass, field, replace
 from math import ceil
 from pathlib import Path
@@ -16,7 +17,7 @@ from lib.checkpoint import TrainingState
 from lib.collectives import gather_objects
 from lib.config import TrainConfig, flag
 from lib.data import EvaluationSet, ImagePipeline, Source, TrainingData, open_sources
-from lib.errors import InputError
+from lib.errors import InputError, RunError
 from lib.optim import build_optimizer, build_schedule
 from lib.plan import BatchPlan, graphs_that_fit, largest_chunk, measure_activations, state_bytes
 from lib.processing import Processing
@@ -51,7 +52,9 @@ class Run:
     first_step: int = 0
     """Steps that were done before this process began."""
     best: dict = field(default_factory=dict)
-    """{"step", "value"} of the best evaluation so far."""
+    """{"step", "metric", "value"} of the best evaluation so far."""
+    overflows: int = 0
+    """fp16 updates skipped in a row."""
 
     @property
     def checkpoints(self) -> Path:
@@ -76,8 +79,7 @@ class Run:
                 "workers": self.workers,
                 "chunk_size": self.plan.chunk_size,
                 "keep_graphs": self.plan.keep_graphs,
-                "effective_batch": self.plan.effective_batch,
-                "xbm_size": self.plan.xbm_size,
+                "settings": _settings_of_the_weights(self.config),
                 "steps": self.steps,
                 "best": self.best,
                 "switch": self.switch.state_dict(),
@@ -93,15 +95,23 @@ class Run:
             },
             memory=self.memory.state_dict() if self.memory.size else {},
         )
-        folder = checkpoint.save_checkpoint(
-            self.checkpoints,
-            step,
-            self.towers,
-            self.processing,
-            state,
-            rank=self.accelerator.process_index,
-            barrier=self.accelerator.wait_for_everyone,
-        )
+        try:
+            folder = checkpoint.save_checkpoint(
+                self.checkpoints,
+                step,
+                self.towers,
+                self.processing,
+                state,
+                rank=self.accelerator.process_index,
+                barrier=self.accelerator.wait_for_everyone,
+            )
+        except OSError as error:
+            standing = checkpoint.newest_whole(self.checkpoints)
+            raise RunError(
+                f"step {step}: the checkpoint cannot be written ({error}); the last whole one is {standing}. "
+                "Make room or name another --output-dir, and go on with --resume",
+                of_one_rank=True,
+            ) from error
         if self.accelerator.is_main_process:
             if self.best.get("step") == step:
                 checkpoint.mark_best(folder)
@@ -110,8 +120,16 @@ class Run:
 
     def restore(self, state: TrainingState) -> None:
         """Go on from a checkpoint's training state; the weights were loaded with the towers."""
+        # Learning rate and decay are the command line's, which may have changed; the moments are the checkpoint's.
+        asked = [
+            {name: g[name] for name in ("weight_decay", "betas") if name in g} for g in self.optimizer.param_groups
+        ]
         self.optimizer.load_state_dict(state.optimizer["optimizer"])
         self.schedule.load_state_dict(state.optimizer["schedule"])
+        self.schedule.base_lrs = [self.config.lr] * len(asked)
+        factors = [factor(self.schedule.last_epoch) for factor in self.schedule.lr_lambdas]
+        for group, settings, factor in zip(self.optimizer.param_groups, asked, factors, strict=True):
+            group.update(settings, initial_lr=self.config.lr, lr=self.config.lr * factor)
         if self.accelerator.scaler and state.optimizer["scaler"]:
             self.accelerator.scaler.load_state_dict(state.optimizer["scaler"])
         self.data.load_state_dict(state.rank["data"])
@@ -119,6 +137,12 @@ class Run:
             self.memory.load_state_dict(state.memory)
         self.switch.load_state_dict(state.progress["switch"])
         self.first_step, self.best = state.progress["step"], state.progress["best"]
+        if self.best:  # a kill may have come between the checkpoint and its mark, or the run has a new folder
+            folder = self.checkpoints / f"step_{self.best['step']:06d}"
+            if not checkpoint.is_whole(folder):
+                self.best = {}
+            elif self.accelerator.is_main_process:
+                checkpoint.mark_best(folder)
         random = state.rank["random"]
         if random:
             RandomState(random["cpu"], random["accelerator"], self.accelerator.device).restore()
@@ -131,7 +155,7 @@ def make_run(config: TrainConfig, family: str) -> Run:
     resume_from = checkpoint.find_resume(config.resume, folder / "checkpoints")
     state = _load_state(resume_from, accelerator)
     if state:
-        _check_same_run(config, state.progress)
+        _check_same_run(config, state.progress["settings"])
     source, validation = open_sources(config.data, config.val_data, config.prompts, config.captions)
     torch.manual_seed(config.seed)
     towers, processing, pretrained = _towers(config, family, source, resume_from)
@@ -140,8 +164,8 @@ def make_run(config: TrainConfig, family: str) -> Run:
     towers.to(accelerator.device).train()
     torch.manual_seed(config.seed + 1 + accelerator.process_index)  # ranks draw their own dropout masks
 
-    workers = _workers(config, state, accelerator.num_processes)
     plan = _plan(config, towers, processing, source, state, accelerator)
+    workers = _workers(config, state, plan)
     steps = config.steps or _steps_of_epochs(config, source)
     warmup = steps // 10 if config.warmup_steps == "auto" else config.warmup_steps
     optimizer = build_optimizer(
@@ -217,13 +241,22 @@ def _load_state(folder: Path | None, accelerator: Accelerator) -> TrainingState 
     return checkpoint.load_state(folder, accelerator.process_index, accelerator.num_processes)
 
 
-def _check_same_run(config: TrainConfig, progress: dict) -> None:
-    """A step number means the same pairs, and the memory fits, only with the checkpoint's own sizes."""
-    for name in ("effective_batch", "xbm_size"):
-        if progress[name] != getattr(config, name):
+def _settings_of_the_weights(config: TrainConfig) -> dict:
+    """What a checkpoint's weights, moments, memory and step number mean nothing without, as JSON values."""
+    names = (
+        "model", "image_tower", "text_tower", "projection", "projection_dim", "projection_hidden", "projection_dropout",
+        "image_size", "dropout", "freeze", "optimizer", "effective_batch", "xbm_size", "captions", "seed",
+    )  # fmt: skip
+    values = {name: getattr(config, name) for name in names}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+def _check_same_run(config: TrainConfig, saved: dict) -> None:
+    for name, value in _settings_of_the_weights(config).items():
+        if saved[name] != value:
             raise InputError(
-                f"{flag(name)} {getattr(config, name)} is not that of the checkpoint ({progress[name]}); resume with "
-                "the same, or start anew from its weights with --model CHECKPOINT_FOLDER"
+                f"{flag(name)} {value} is not that of the checkpoint ({saved[name]}); resume with the same, or start "
+                "anew from its weights with --model CHECKPOINT_FOLDER"
             )
 
 
@@ -255,12 +288,18 @@ def _towers(
     return towers, processing, pretrained
 
 
-def _workers(config: TrainConfig, state: TrainingState | None, ranks: int) -> int:
+def _workers(config: TrainConfig, state: TrainingState | None, plan: BatchPlan) -> int:
     if config.workers != "auto":
         return config.workers
     if state:  # a stream of shards goes on exactly only at the same number
         return state.progress["workers"]
-    return 0 if config.data == "digits" else min(4, max(1, backend.usable_cores() // ranks))
+    if config.data == "digits":
+        return 0
+    workers = min(4, max(1, backend.usable_cores() // plan.world_size))
+    if Path("/dev/shm").is_dir():  # chunks travel through it; a container may have little
+        chunk_bytes = plan.chunk_size * 3 * plan.image_size**2
+        workers = min(workers, shutil.disk_usage("/dev/shm").free // (2 * plan.world_size * chunk_bytes))
+    return min(gather_objects(workers))
 
 
 def _plan(

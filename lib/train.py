@@ -12,11 +12,11 @@ from torch import Tensor
 
 from lib import backend, verify
 from lib.cached_step import StepResult, cached_step
-from lib.checkpoint import merge_counts
+from lib.checkpoint import merge_counts, newest_whole
 from lib.collectives import gather_objects, gather_rows, rank_and_world_size, sum_over_ranks
 from lib.config import TrainConfig, save_config
 from lib.data import Chunk
-from lib.errors import RunError
+from lib.errors import InputError, RunError
 from lib.evaluation.best import BestMetric
 from lib.evaluation.validation import validate
 from lib.export import export
@@ -24,10 +24,12 @@ from lib.logit_bias import bias_from_counts, solved_bias
 from lib.losses import Loss, Pairs, diagonal
 from lib.objective import Objective
 from lib.plan import oversize_warning
-from lib.report import SUMMARY, Reporter
+from lib.report import SKIPPED, SUMMARY, Reporter
 from lib.run import Run, make_run
 from lib.towers import TwoTowers
 from lib.xbm import Drift
+
+MOST_OVERFLOWS = 50  # fp16 updates skipped in a row: by then the gradient scale is far below any useful one
 
 
 def train(config: TrainConfig, objective: Objective) -> None:
@@ -43,45 +45,49 @@ def train(config: TrainConfig, objective: Objective) -> None:
         run.accelerator.end_training()
         return
     with StopSignal() as stop:
-        step, chunks = _loop(run, objective, loss, best, stop, report)
-        _finish(run, report, step, chunks, time.perf_counter() - started)
+        step = _loop(run, objective, loss, best, stop, report)
+        _finish(run, report, step, time.perf_counter() - started)
 
 
-def _loop(
-    run: Run, objective: Objective, loss: Loss, best: BestMetric, stop: "StopSignal", report: Reporter
-) -> tuple[int, list[Chunk]]:
-    """Data to step, and what is due after it; returns the last step that was done, and its chunks."""
-    config, step, chunks = run.config, run.first_step, []
+def _loop(run: Run, objective: Objective, loss: Loss, best: BestMetric, stop: "StopSignal", report: Reporter) -> int:
+    """Data to step, and what is due after it; returns the last step that was done."""
+    config, step = run.config, run.first_step
     batches = run.data.steps(run.first_step, run.steps)
-    while (timed := _next_batch(batches)) is not None:
+    while (timed := _next_batch(batches, step + 1)) is not None:
         chunks, data_seconds = timed
         step += 1
         began = time.perf_counter()
-        if step == 1:
+        if step == run.first_step + 1:
             _prepare_first_step(run, objective, chunks, report)
         remembered = run.memory.pairs() if run.switch.on else None
-        result, grad_norm = _optimizer_step(run, loss, chunks, remembered, step)
-        drift = _remember(run, result.fresh, step)
+        update = _optimizer_step(run, loss, chunks, remembered, step)
+        drift = _remember(run, update.result.fresh, step, report)
         seconds = time.perf_counter() - began + data_seconds
-        memory = {} if not run.memory.size else _memory_metrics(run, step, remembered, drift)
-        report.step(_metrics(run, step, result, grad_norm, seconds, data_seconds) | memory)
-        report.skipped(run.data.new_skips())
-        if _due(step, config.eval_every, run.steps) and run.validation:
+        memory = _memory_metrics(run, step, remembered, drift) if run.memory.size else {}
+        report.step(_metrics(run, step, update, seconds, data_seconds) | memory)
+        if run.validation and _due(step, config.eval_every, run.steps):
             _evaluate(run, loss, best, step, report)
-        stopping = _agree(run, stop)
-        if stopping or (
-            config.save_every and (_due(step, config.save_every, run.steps) or run.best.get("step") == step)
-        ):
+        stopping = _agree(run, stop, step, report)
+        is_best = run.best.get("step") == step
+        if stopping or (config.save_every and (is_best or _due(step, config.save_every, run.steps))):
             run.save(step)
         if stopping and step < run.steps:
-            report.say(f"SIGTERM: saved step {step}; --resume auto goes on from here")
+            report.say(f"stopped by a signal: step {step} is saved, --resume auto goes on from here")
             break
-    return step, chunks
+        del timed, chunks  # or two steps' images would be held while the next is waited for
+    return step
 
 
-def _optimizer_step(
-    run: Run, loss: Loss, chunks: list[Chunk], remembered: Pairs | None, step: int
-) -> tuple[StepResult, Tensor]:
+@dataclasses.dataclass(frozen=True)
+class Update:
+    """One optimizer step: what the cached step found, the norm of the gradients, and the rate that was used."""
+
+    result: StepResult
+    grad_norm: float
+    lr: float
+
+
+def _optimizer_step(run: Run, loss: Loss, chunks: list[Chunk], remembered: Pairs | None, step: int) -> Update:
     """Gradients of the whole batch, clipped; one update of weights and rate."""
     result = cached_step(
         run.wrapped,
@@ -94,24 +100,32 @@ def _optimizer_step(
         keep_graphs=run.plan.keep_graphs,
         **run.recompute,
     )
-    grad_norm = backend.clip_gradients(run.accelerator, run.wrapped, run.config.grad_clip)
+    grad_norm = float(backend.clip_gradients(run.accelerator, run.wrapped, run.config.grad_clip))
+    lr = run.optimizer.param_groups[0]["lr"]
     scaled = run.accelerator.scaler is not None  # fp16: an overflow is skipped by the scaler, and no fault
-    if not math.isfinite(result.loss.item()) or (not scaled and not math.isfinite(float(grad_norm))):
-        raise RunError(_diverged(run, step, result.loss.item(), float(grad_norm)))
+    if not math.isfinite(result.loss.item()) or not (scaled or math.isfinite(grad_norm)):
+        raise RunError(_diverged(run, step, result.loss.item(), grad_norm))
     run.optimizer.step()
-    run.schedule.step()
+    run.overflows = run.overflows + 1 if run.optimizer.step_was_skipped else 0
+    if run.overflows > MOST_OVERFLOWS:
+        raise RunError(_diverged(run, step, result.loss.item(), grad_norm))
+    if not run.overflows:
+        run.schedule.step()
     run.optimizer.zero_grad()
     if run.config.scale_max:
         run.towers.clamp_logit_scale(run.config.scale_max)
-    return result, grad_norm
+    return Update(result, grad_norm, lr)
 
 
-def _remember(run: Run, fresh: Pairs, step: int) -> Drift:
+def _remember(run: Run, fresh: Pairs, step: int, report: Reporter) -> Drift:
     """Read the drift of recurring samples, then put this step's embeddings into the memory."""
     drift, was_full = run.memory.drift(fresh), len(run.memory) == run.memory.size
     run.memory.enqueue(fresh, step)
     if run.memory.size:
+        before = run.switch.on
         run.switch.update(step, drift, was_full)
+        if run.switch.on and not before:
+            report.say(f"step {step + 1}: the memory is used from here on")
     return drift
 
 
@@ -140,13 +154,15 @@ def _validation_loss(towers: TwoTowers, loss: Loss, image_embeds: Tensor, text_e
     pairs = Pairs(image_embeds, text_embeds, group, torch.arange(count, device=group.device))
     rank, world_size = rank_and_world_size()
     rows = slice(rank * count // world_size, (rank + 1) * count // world_size)
-    share = loss(pairs, None, towers.logit_scale.exp(), towers.logit_bias, rows)
+    with torch.autocast(group.device.type, enabled=False):  # losses are float32, whatever the towers' precision
+        share = loss(pairs, None, towers.logit_scale.exp(), towers.logit_bias, rows)
     return sum_over_ranks(share.loss.clone()).item()
 
 
 def _prepare_first_step(run: Run, objective: Objective, chunks: list[Chunk], report: Reporter) -> None:
     """Before the first update: start the bias where the data wants it, and verify the gradients if asked."""
-    if objective.family == "siglip" and run.towers.use_bias and not run.towers.pretrained_bias:
+    fresh_bias = run.first_step == 0 and run.towers.use_bias and not run.towers.pretrained_bias
+    if objective.family == "siglip" and fresh_bias:
         bias = _start_bias(run, chunks)
         run.towers.set_scale_and_bias(None, bias)
         report.say(f"logit_bias starts at {bias:.3f}")
@@ -192,43 +208,55 @@ def _verify(run: Run, objective: Objective, chunks: list[Chunk], report: Reporte
 
 
 class StopSignal:
-    """Within it, SIGTERM only sets a flag; the ranks agree on it after a step."""
+    """Within it, SIGTERM and a first Ctrl-C only set a flag; the ranks agree on it after a step."""
 
     def __init__(self) -> None:
         self.received = False
 
     def __enter__(self) -> "StopSignal":
-        self._before = signal.signal(signal.SIGTERM, self._note)
+        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
         return self
 
     def __exit__(self, *_: object) -> None:
-        signal.signal(signal.SIGTERM, self._before)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
-    def _note(self, *_: object) -> None:
+    def _note(self, number: int, _: object) -> None:
+        if self.received and number == signal.SIGINT:
+            raise KeyboardInterrupt
         self.received = True
 
 
-def _agree(run: Run, stop: "StopSignal") -> bool:
-    """One small reduction: whether any rank was told to stop; too many unreadable pairs end the run here."""
-    counts = run.data.counts
+def _agree(run: Run, stop: "StopSignal", step: int, report: Reporter) -> bool:
+    """One small reduction over the ranks: was any told to stop, and which pairs could none of them read?
+
+    Too many unreadable pairs end the run here.
+    """
+    counts, new_skips = run.data.counts, run.data.new_skips()
     found_early = len(run.source.skipped) if run.accelerator.is_main_process else 0
-    bad = sum(counts.skipped.values()) - found_early
-    told, bad, read = sum_over_ranks(
-        torch.tensor([int(stop.received), bad, counts.read - found_early], device=run.accelerator.device)
-    ).tolist()
+    bad, read = sum(counts.skipped.values()) - found_early, counts.read - found_early
+    numbers = torch.tensor([int(stop.received), len(new_skips), bad, read], device=run.accelerator.device)
+    told, fresh_skips, bad, read = sum_over_ranks(numbers).tolist()
+    if fresh_skips:
+        report.skipped(step, [skip for of_rank in gather_objects(new_skips) for skip in of_rank])
     total = run.source.size or max(read, 100)
     if bad > run.config.max_bad * total:
+        reasons = ", ".join(f"{reason} {count}" for reason, count in _all_counts(run)["skipped"].items())
         raise RunError(
-            f"{bad} of {total} pairs cannot be read {_all_counts(run)['skipped']}, more than --max-bad "
-            f"{run.config.max_bad}; they are listed in {run.folder / 'skipped.jsonl'}: mend them or raise --max-bad"
+            f"{bad} of {total} pairs cannot be read ({reasons}), more than --max-bad {run.config.max_bad}; they are "
+            f"listed in {run.folder / SKIPPED}: mend them or raise --max-bad"
         )
     return told > 0
 
 
-def _next_batch(batches: Iterator[list[Chunk]]) -> tuple[list[Chunk], float] | None:
+def _next_batch(batches: Iterator[list[Chunk]], step: int) -> tuple[list[Chunk], float] | None:
     """The next step's chunks and the seconds spent waiting for them."""
     began = time.perf_counter()
-    chunks = next(batches, None)
+    try:
+        chunks = next(batches, None)
+    except InputError as error:
+        rank = rank_and_world_size()[0]
+        raise RunError(f"step {step}, rank {rank}: {error}", of_one_rank=True) from error
     return None if chunks is None else (chunks, time.perf_counter() - began)
 
 
@@ -236,31 +264,23 @@ def _due(step: int, every: int, last: int) -> bool:
     return every > 0 and (step % every == 0 or step == last)
 
 
-def _metrics(
-    run: Run,
-    step: int,
-    result: StepResult,
-    grad_norm: Tensor,
-    seconds: float,
-    data_seconds: float,
-) -> dict:
+def _metrics(run: Run, step: int, update: Update, seconds: float, data_seconds: float) -> dict:
     """A line of metrics.jsonl."""
     pairs = step * run.plan.effective_batch
-    metrics = {
+    return {
         "step": step,
         "epoch": pairs / run.source.size if run.source.size else None,
-        "loss": result.loss.item(),
-        "lr": run.schedule.get_last_lr()[0],
+        "loss": update.result.loss.item(),
+        "lr": update.lr,
         "logit_scale": run.towers.logit_scale.exp().item(),
         "logit_bias": run.towers.logit_bias.item(),
-        "grad_norm": float(grad_norm),
+        "grad_norm": update.grad_norm,
         "pairs_per_second": run.plan.effective_batch / seconds,
         "step_seconds": seconds,
         "data_seconds": data_seconds,
         "peak_memory_bytes": backend.peak_memory_bytes(run.accelerator.device),
-        "replay_difference": result.replay_difference.item(),
+        "replay_difference": update.result.replay_difference.item(),
     }
-    return metrics
 
 
 def _memory_metrics(run: Run, step: int, remembered: Pairs | None, drift: Drift) -> dict:
@@ -294,6 +314,7 @@ def _announce(run: Run, report: Reporter) -> None:
         f"--lr {config.lr:g} is high for pretrained weights; 1e-5 is usual"
         if run.pretrained and config.lr > 2e-4
         else None,
+        "no validation data: --val-data measures while training" if config.eval_every and not run.validation else None,
         f"{len(run.source.skipped):,} pairs cannot be used and are left out" if run.source.skipped else None,
     ):
         if warning:
@@ -311,10 +332,8 @@ def _all_counts(run: Run) -> dict:
     return merge_counts(gather_objects(dataclasses.asdict(run.data.counts)))
 
 
-def _finish(run: Run, report: Reporter, step: int, chunks: list[Chunk], seconds: float) -> None:
+def _finish(run: Run, report: Reporter, step: int, seconds: float) -> None:
     """Curve, summary and, after the last step, the export of the best checkpoint."""
-    data = _all_counts(run)
-    report.curve()
     summary = {
         "steps": step,
         "pairs": step * run.plan.effective_batch,
@@ -322,31 +341,48 @@ def _finish(run: Run, report: Reporter, step: int, chunks: list[Chunk], seconds:
         "peak_memory_bytes": max(gather_objects(backend.peak_memory_bytes(run.accelerator.device))),
         "eval": report.last_evaluation,
         "best": run.best,
-        "data": data,
+        "data": _all_counts(run),
     }
-    if step == run.steps and run.accelerator.is_main_process:
-        summary["export_difference"] = _export(run, chunks, report)
+    if run.memory.size and not run.switch.on and step == run.steps:
+        report.say(
+            "warning: the memory was never used: warm-up lasted, or remembered embeddings kept drifting (drift_image "
+            "and drift_text in metrics.jsonl); --xbm-start STEP uses it from a step on, --xbm-size 0 saves its room"
+        )
+    report.curve()
     report.summary(summary)
+    if step == run.steps and run.accelerator.is_main_process:
+        report.summary(summary | {"export_difference": _export(run, report)})
     report.close()
     run.accelerator.wait_for_everyone()  # rank 0 exports alone: the others must not end the group before it has
     run.accelerator.end_training()
 
 
-def _export(run: Run, chunks: list[Chunk], report: Reporter) -> float | None:
+def _export(run: Run, report: Reporter) -> float:
     """Write the best model (the last one without evaluations) in the Hugging Face layout, and check it."""
-    towers, best = run.towers, run.checkpoints / "best"
-    if best.exists():
+    # Without Accelerate's mixed precision around forward: the check compares with a plain float32 model.
+    towers = run.accelerator.unwrap_model(run.wrapped, keep_fp32_wrapper=False)
+    best = run.checkpoints / "best"
+    if run.best and best.exists():
         towers = TwoTowers.from_pretrained(best)
-    few = verify.small_chunks(chunks)[0] if chunks else None
-    difference = export(towers.cpu().eval(), run.processing, run.folder / "export", few)
-    report.say(f"exported to {run.folder / 'export'}: largest logit difference {difference:.1e}")
+    folder = run.folder / "export"
+    difference = export(towers.cpu().eval(), run.processing, folder, _export_sample(run))
+    report.say(f"exported to {folder}: largest logit difference {difference:.1e}")
     return difference
+
+
+def _export_sample(run: Run) -> Chunk:
+    """Noise as images, and texts of the data: enough to tell one model from another."""
+    texts = (run.source.sample_texts(8) or ["a text"])[:8]
+    side, count = run.processing.image_size, len(texts)
+    generator = torch.Generator().manual_seed(run.config.seed)
+    pixels = torch.randint(256, (count, 3, side, side), generator=generator, dtype=torch.uint8)
+    return Chunk(pixels, *run.processing.tokenize(texts), torch.arange(count), torch.arange(count))
 
 
 def _diverged(run: Run, step: int, loss: float, grad_norm: float) -> str:
     """What to say about a loss or gradient that is not a number."""
-    last = sorted(run.checkpoints.glob("step_*"))
-    standing = f"the last good checkpoint is {last[-1]}" if last else "no checkpoint had been written"
+    last = newest_whole(run.checkpoints)
+    standing = f"the last good checkpoint is {last}" if last else "no checkpoint had been written"
     return (
         f"step {step}: loss {loss}, gradient norm {grad_norm}: training diverged; {standing}. "
         "Lower --lr, lengthen --warmup-steps or lower --grad-clip, and go on with --resume auto"

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -124,6 +125,24 @@ def finished(tmp_path_factory) -> Path:
     return folder
 
 
+def test_a_run_killed_between_its_last_checkpoint_and_its_export_is_finished(finished, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run, symlinks=True)
+    (run / "summary.json").unlink()
+    shutil.rmtree(run / "export")
+    flags = [*FLAGS, f"--output-dir={run}", "--steps=4", "--save-every=2", "--eval-every=0", "--resume=auto"]
+    train_clip.main(flags)
+    assert json.loads((run / "summary.json").read_text())["steps"] == 4
+    assert (run / "export" / "model.safetensors").exists()
+
+
+def test_a_lowered_learning_rate_holds_after_a_resume(finished, tmp_path):
+    resume = f"--resume={finished / 'checkpoints' / 'step_000002'}"
+    flags = [*FLAGS, "--steps=4", "--eval-every=0", "--schedule=constant", "--lr=1e-6", resume]
+    train_clip.main([*flags, f"--output-dir={tmp_path / 'lower'}"])
+    assert [line["lr"] for line in read_metrics(tmp_path / "lower")] == [1e-6, 1e-6]
+
+
 def test_a_cut_checkpoint_is_passed_over(finished, tmp_path):
     newest = finished / "checkpoints" / "step_000004"
     assert newest_whole(finished / "checkpoints") == newest
@@ -176,6 +195,8 @@ def test_a_checkpoint_of_two_ranks_goes_on_on_one_with_the_same_pairs(tmp_path):
     [
         ("--effective-batch=50", "--effective-batch 50 is not that of the checkpoint"),
         ("--xbm-size=30", "--xbm-size 30 is not that of the checkpoint"),
+        ("--optimizer=sgd", "--optimizer sgd is not that of the checkpoint"),
+        ("--freeze=text", "--freeze .* is not that of the checkpoint"),
     ],
 )
 def test_a_checkpoint_of_other_settings_is_refused(finished, tmp_path, flag, message):

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from accelerate.state import AcceleratorState
 from ranks import on_ranks
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoProcessor
@@ -34,6 +35,14 @@ def run(main, folder: Path, *flags: str) -> Path:
 
 def steps_of(folder: Path) -> list[dict]:
     return [line for line in read_metrics(folder) if "loss" in line]
+
+
+@pytest.fixture(autouse=True)
+def no_accelerate_state_from_other_runs():
+    """Accelerate remembers precision and devices for the whole process; a user's run has a process of its own."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="module")
@@ -247,6 +256,25 @@ def test_the_plan_names_negatives_texts_and_recurrence(tmp_path, capsys):
     assert "1.4 times the data set" in plan and "--effective-batch 256 --xbm-size 1792" in plan
 
 
+@pytest.mark.parametrize("flags", [(), ("--eval-every=0",)], ids=["best", "last"])
+@pytest.mark.parametrize("main", [train_clip.main, train_siglip.main], ids=["clip", "siglip"])
+def test_bf16_trains_evaluates_and_exports(main, flags, tmp_path, monkeypatch):
+    flags = (*flags, "--lr=1e-4")
+    plain = run(main, tmp_path / "plain", *flags)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    half = run(main, tmp_path / "half", *flags)
+    losses = [[step["loss"] for step in steps_of(folder)] for folder in (plain, half)]
+    assert losses[1] != losses[0]  # it is another precision
+    assert losses[1] == pytest.approx(losses[0], rel=0.05)
+
+
+def test_fp16_on_a_cpu_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    with pytest.raises(InputError, match="fp16 needs an accelerator"):
+        run(train_clip.main, tmp_path / "run")
+
+
 def test_tensorboard_gets_the_metrics(tmp_path):
     run(train_clip.main, tmp_path / "run", "--tracker=tensorboard", "--steps=2")
     assert list((tmp_path / "run").rglob("events.out.tfevents.*"))
@@ -268,6 +296,9 @@ def test_tensorboard_gets_the_metrics(tmp_path):
         (["--output-dir=/proc/nowhere"], "--output-dir /proc/nowhere cannot be written"),
         (["--dropout=1.5"], "--dropout 1.5 must be a fraction"),
         (["--model=tiny", "--dropout=0.1", "--image-size=33"], "33"),
+        (["--projection=mlp"], "--projection mlp shapes heads of --image-tower"),
+        (["--beta2=1"], "--beta2 1.0 must be below 1"),
+        (["--tracker=wandb"], "--tracker wandb needs the wandb package"),
     ],
 )
 def test_bad_input_gets_one_clear_error_before_the_first_batch(flags, message, tmp_path):
