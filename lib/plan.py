@@ -55,7 +55,7 @@ class BatchPlan:
     @property
     def device_bytes(self) -> int:
         """Predicted peak on one rank's device, beside the framework itself."""
-        graphs = (self.keep_graphs + 1) * self.chunk_size * self.activation_bytes
+        graphs = min(self.keep_graphs + 1, self.chunks) * self.chunk_size * self.activation_bytes
         pixels = self.chunk_size * 3 * self.image_size**2 * (1 + 4)  # as they came, and normalized
         return self.state_bytes + self.embedding_bytes + graphs + pixels
 
