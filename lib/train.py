@@ -359,8 +359,9 @@ def _finish(run: Run, report: Reporter, step: int, seconds: float) -> None:
 
 def _export(run: Run, report: Reporter) -> float:
     """Write the best model (the last one without evaluations) in the Hugging Face layout, and check it."""
-    # Without Accelerate's mixed precision around forward: the check compares with a plain float32 model.
-    towers = run.accelerator.unwrap_model(run.wrapped, keep_fp32_wrapper=False)
+    # Accelerate's mixed precision is an instance's own `forward`; the check compares with a plain float32 model.
+    vars(run.towers).pop("forward", None)
+    towers = run.towers
     best = run.checkpoints / "best"
     if run.best and best.exists():
         towers = TwoTowers.from_pretrained(best)
