@@ -1,30 +1,32 @@
-"""A run's live objects: made from the settings, restored from a checkpoint, and saved into one."""
+"""A run's live objects, restored from a checkpoint and saved into one."""
 
-import shutil
-from dataclasses import asdict, dataclass, field, replace
-from math import ceil
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import torch
 from accelerate import Accelerator
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from lib import backend, checkpoint
-from lib.cached_step import RandomState, Recompute
+from lib import checkpoint
+from lib.cached_step import RandomState, Recompute, StepResult
 from lib.checkpoint import TrainingState
-from lib.collectives import gather_objects
-from lib.config import TrainConfig, flag
-from lib.data import EvaluationSet, ImagePipeline, Source, TrainingData, open_sources
-from lib.errors import InputError, RunError
-from lib.optim import build_optimizer, build_schedule
-from lib.plan import BatchPlan, graphs_that_fit, largest_chunk, measure_activations, state_bytes
+from lib.config import TrainConfig
+from lib.data import EvaluationSet, Source, TrainingData
+from lib.errors import RunError
+from lib.plan import BatchPlan
 from lib.processing import Processing
-from lib.report import METRICS
-from lib.towers import PRESETS, TwoTowers, load_towers
-from lib.towers.presets import SIZES
+from lib.towers import TwoTowers
 from lib.xbm import CrossBatchMemory, MemorySwitch
+
+
+@dataclass(frozen=True)
+class Update:
+    """One optimizer step: what the cached step found, the norm of the gradients, and the rate that was used."""
+
+    result: StepResult
+    grad_norm: float
+    lr: float
 
 
 @dataclass
@@ -79,7 +81,7 @@ class Run:
                 "workers": self.workers,
                 "chunk_size": self.plan.chunk_size,
                 "keep_graphs": self.plan.keep_graphs,
-                "settings": _settings_of_the_weights(self.config),
+                "settings": settings_of_the_weights(self.config),
                 "steps": self.steps,
                 "best": self.best,
                 "switch": self.switch.state_dict(),
@@ -148,100 +150,7 @@ class Run:
             RandomState(random["cpu"], random["accelerator"], self.accelerator.device).restore()
 
 
-def make_run(config: TrainConfig, family: str) -> Run:
-    """Build everything that the settings ask for, or raise InputError before the first batch."""
-    accelerator = backend.start(config.tracker)
-    folder = _claim_folder(config, family, accelerator)
-    resume_from = checkpoint.find_resume(config.resume, folder / "checkpoints")
-    state = _load_state(resume_from, accelerator)
-    if state:
-        _check_same_run(config, state.progress["settings"])
-    source, validation = open_sources(config.data, config.val_data, config.prompts, config.captions)
-    torch.manual_seed(config.seed)
-    towers, processing, pretrained = _towers(config, family, source, resume_from)
-    if not any(parameter.requires_grad for parameter in towers.parameters()):
-        raise InputError(f"--freeze {' '.join(config.freeze)} leaves nothing to train")
-    towers.to(accelerator.device).train()
-    torch.manual_seed(config.seed + 1 + accelerator.process_index)  # ranks draw their own dropout masks
-
-    plan = _plan(config, towers, processing, source, state, accelerator)
-    workers = _workers(config, state, plan)
-    steps = config.steps or _steps_of_epochs(config, source)
-    warmup = steps // 10 if config.warmup_steps == "auto" else config.warmup_steps
-    optimizer = build_optimizer(
-        towers, config.optimizer, lr=config.lr, weight_decay=config.weight_decay, beta2=config.beta2
-    )
-    schedule = build_schedule(optimizer, config.schedule, warmup, steps)
-    wrapped, prepared_optimizer = accelerator.prepare(towers, optimizer)
-    run = Run(
-        config=config,
-        accelerator=accelerator,
-        folder=folder,
-        source=source,
-        validation=validation,
-        towers=towers,
-        processing=processing,
-        wrapped=wrapped,
-        optimizer=prepared_optimizer,
-        schedule=schedule,  # not prepared: Accelerate would step it once per process
-        plan=plan,
-        data=TrainingData(
-            source,
-            ImagePipeline(processing.image_size, processing.resize, config.augment),
-            processing.tokenize,
-            effective_batch=config.effective_batch,
-            chunk_size=plan.chunk_size,
-            rank=accelerator.process_index,
-            world_size=accelerator.num_processes,
-            workers=workers,
-            seed=config.seed,
-            pin_memory=accelerator.device.type == "cuda",
-        ),
-        memory=CrossBatchMemory(config.xbm_size, towers.embed_dim, accelerator.device),
-        switch=MemorySwitch(config.xbm_start, warmup),
-        steps=steps,
-        workers=workers,
-        pretrained=pretrained,
-    )
-    if state:
-        run.restore(state)
-    return run
-
-
-def _claim_folder(config: TrainConfig, family: str, accelerator: Accelerator) -> Path:
-    """The run's folder, chosen by rank 0 for all; refuses to write over another run."""
-    choice = _choose_folder(config, family) if accelerator.is_main_process else None
-    choice = gather_objects(choice)[0]
-    if isinstance(choice, InputError):
-        raise choice
-    return choice
-
-
-def _choose_folder(config: TrainConfig, family: str) -> Path | InputError:
-    folder = config.output_dir
-    if folder is None:
-        names = [Path("runs") / (family if number == 1 else f"{family}-{number}") for number in range(1, 10_000)]
-        folder = next(name for name in names if not name.exists())
-    elif config.resume != "auto" and (folder / METRICS).exists():
-        return InputError(
-            f"--output-dir {folder} already holds a run; go on with it by --resume auto, or name another folder"
-        )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / ".writable").touch()
-        (folder / ".writable").unlink()
-    except OSError as error:
-        return InputError(f"--output-dir {folder} cannot be written ({error.strerror}); name another folder")
-    return folder
-
-
-def _load_state(folder: Path | None, accelerator: Accelerator) -> TrainingState | None:
-    if folder is None:
-        return None
-    return checkpoint.load_state(folder, accelerator.process_index, accelerator.num_processes)
-
-
-def _settings_of_the_weights(config: TrainConfig) -> dict:
+def settings_of_the_weights(config: TrainConfig) -> dict:
     """What a checkpoint's weights, moments, memory and step number mean nothing without, as JSON values."""
     names = (
         "model", "image_tower", "text_tower", "projection", "projection_dim", "projection_hidden", "projection_dropout",
@@ -249,100 +158,6 @@ def _settings_of_the_weights(config: TrainConfig) -> dict:
     )  # fmt: skip
     values = {name: getattr(config, name) for name in names}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
-
-
-def _check_same_run(config: TrainConfig, saved: dict) -> None:
-    for name, value in _settings_of_the_weights(config).items():
-        if saved[name] != value:
-            raise InputError(
-                f"{flag(name)} {value} is not that of the checkpoint ({saved[name]}); resume with the same, or start "
-                "anew from its weights with --model CHECKPOINT_FOLDER"
-            )
-
-
-def _towers(
-    config: TrainConfig, family: str, source: Source, resume_from: Path | None
-) -> tuple[TwoTowers, Processing, bool]:
-    if resume_from:
-        towers, processing = TwoTowers.from_pretrained(resume_from), Processing.from_pretrained(resume_from)
-    else:
-        towers, processing = load_towers(
-            family=family,
-            model=None if config.image_tower else config.model,
-            image_tower=config.image_tower,
-            text_tower=config.text_tower,
-            projection=config.projection,
-            projection_dim=config.projection_dim,
-            projection_hidden=config.projection_hidden,
-            projection_dropout=config.projection_dropout,
-            image_size=config.image_size,
-            texts=source.sample_texts,
-            use_bias=family == "siglip",
-            dropout=config.dropout,
-            seed=config.seed,
-        )
-    if config.resize != "auto":
-        processing = replace(processing, resize=config.resize)
-    towers.freeze(config.freeze)
-    pretrained = config.image_tower is None and config.model not in (*PRESETS, *SIZES)
-    return towers, processing, pretrained
-
-
-def _workers(config: TrainConfig, state: TrainingState | None, plan: BatchPlan) -> int:
-    if config.workers != "auto":
-        return config.workers
-    if state:  # a stream of shards goes on exactly only at the same number
-        return state.progress["workers"]
-    if config.data == "digits":
-        return 0
-    workers = min(4, max(1, backend.usable_cores() // plan.world_size))
-    if Path("/dev/shm").is_dir():  # chunks travel through it; a container may have little
-        chunk_bytes = plan.chunk_size * 3 * plan.image_size**2
-        workers = min(workers, shutil.disk_usage("/dev/shm").free // (2 * plan.world_size * chunk_bytes))
-    return min(gather_objects(workers))
-
-
-def _plan(
-    config: TrainConfig,
-    towers: TwoTowers,
-    processing: Processing,
-    source: Source,
-    state: TrainingState | None,
-    accelerator: Accelerator,
-) -> BatchPlan:
-    """Measure the towers on texts of the data, and settle what is `auto`, alike on all ranks."""
-    device, world_size = accelerator.device, accelerator.num_processes
-    texts = (source.sample_texts(64) or ["a text"]) * 4
-    input_ids, attention_mask = (tokens.to(device) for tokens in processing.tokenize(texts))
-    with accelerator.autocast():
-        activations = measure_activations(towers, input_ids, attention_mask, processing.image_size)
-    per_rank = config.effective_batch // world_size
-    chunk_size, keep = config.chunk_size, config.keep_graphs
-    if state:  # what was measured then holds, so that dropout's masks and sums stay the same
-        chunk_size = state.progress["chunk_size"] if chunk_size == "auto" else chunk_size
-        keep = state.progress["keep_graphs"] if keep == "auto" else keep
-    if chunk_size == "auto":
-        chunk_size = min(gather_objects(largest_chunk(activations, per_rank, device)))
-    plan = BatchPlan(
-        effective_batch=config.effective_batch,
-        world_size=world_size,
-        chunk_size=chunk_size,
-        keep_graphs=0,
-        xbm_size=config.xbm_size,
-        embed_dim=towers.embed_dim,
-        image_size=processing.image_size,
-        activation_bytes=activations,
-        state_bytes=state_bytes(list(towers.parameters()), moments=2 if config.optimizer == "adamw" else 0),
-    )
-    if keep == "auto":
-        keep = min(gather_objects(graphs_that_fit(plan, device, world_size)))
-    return replace(plan, keep_graphs=min(keep, plan.chunks))
-
-
-def _steps_of_epochs(config: TrainConfig, source: Source) -> int:
-    if source.size is None:
-        raise InputError(f"--epochs {config.epochs}: the size of {config.data} is not known; give --steps instead")
-    return max(1, ceil(config.epochs * source.size / config.effective_batch))
 
 
 def _recompute(tower_frozen: bool, trunk_frozen: bool) -> Recompute:

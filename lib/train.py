@@ -1,6 +1,5 @@
 """The training loop: data to step, and what is due after a step."""
 
-import dataclasses
 import math
 import signal
 import time
@@ -10,22 +9,23 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lib import backend, verify
-from lib.cached_step import StepResult, cached_step
-from lib.checkpoint import merge_counts, newest_whole
-from lib.collectives import gather_objects, gather_rows, rank_and_world_size, sum_over_ranks
-from lib.config import TrainConfig, save_config
+from lib import backend
+from lib.cached_step import cached_step
+from lib.checkpoint import newest_whole
+from lib.collectives import gather_objects, rank_and_world_size, sum_over_ranks
+from lib.config import TrainConfig
 from lib.data import Chunk
 from lib.errors import InputError, RunError
 from lib.evaluation.best import BestMetric
 from lib.evaluation.validation import validate
-from lib.export import export
-from lib.logit_bias import bias_from_counts, solved_bias
+from lib.finish import finish
+from lib.first_step import prepare_first_step
 from lib.losses import Loss, Pairs, diagonal
+from lib.narration import all_counts, announce, memory_metrics, step_metrics
 from lib.objective import Objective
-from lib.plan import oversize_warning
 from lib.report import SKIPPED, SUMMARY, Reporter
-from lib.run import Run, make_run
+from lib.run import Run, Update
+from lib.setup import make_run
 from lib.towers import TwoTowers
 from lib.xbm import Drift
 
@@ -39,14 +39,14 @@ def train(config: TrainConfig, objective: Objective) -> None:
     loss = diagonal(objective.loss) if config.positives == "pair" else objective.loss
     best = BestMetric.resolve(config.best_metric, run.validation if config.eval_every else None)
     report = Reporter(run.folder, run.accelerator, run.steps, run.first_step)
-    _announce(run, report)
+    announce(run, report)
     if run.first_step >= run.steps and (run.folder / SUMMARY).exists():
         report.say(f"the run has its {run.steps} steps: nothing is left to do; more with a larger --steps or --epochs")
         run.accelerator.end_training()
         return
     with StopSignal() as stop:
         step = _loop(run, objective, loss, best, stop, report)
-        _finish(run, report, step, time.perf_counter() - started)
+        finish(run, report, step, time.perf_counter() - started)
 
 
 def _loop(run: Run, objective: Objective, loss: Loss, best: BestMetric, stop: "StopSignal", report: Reporter) -> int:
@@ -58,13 +58,13 @@ def _loop(run: Run, objective: Objective, loss: Loss, best: BestMetric, stop: "S
         step += 1
         began = time.perf_counter()
         if step == run.first_step + 1:
-            _prepare_first_step(run, objective, chunks, report)
+            prepare_first_step(run, objective, chunks, report)
         remembered = run.memory.pairs() if run.switch.on else None
         update = _optimizer_step(run, loss, chunks, remembered, step)
         drift = _remember(run, update.result.fresh, step, report)
         seconds = time.perf_counter() - began + data_seconds
-        memory = _memory_metrics(run, step, remembered, drift) if run.memory.size else {}
-        report.step(_metrics(run, step, update, seconds, data_seconds) | memory)
+        memory = memory_metrics(run, step, remembered, drift) if run.memory.size else {}
+        report.step(step_metrics(run, step, update, seconds, data_seconds) | memory)
         if run.validation and _due(step, config.eval_every, run.steps):
             _evaluate(run, loss, best, step, report)
         stopping = _agree(run, stop, step, report)
@@ -76,15 +76,6 @@ def _loop(run: Run, objective: Objective, loss: Loss, best: BestMetric, stop: "S
             break
         del timed, chunks  # or two steps' images would be held while the next is waited for
     return step
-
-
-@dataclasses.dataclass(frozen=True)
-class Update:
-    """One optimizer step: what the cached step found, the norm of the gradients, and the rate that was used."""
-
-    result: StepResult
-    grad_norm: float
-    lr: float
 
 
 def _optimizer_step(run: Run, loss: Loss, chunks: list[Chunk], remembered: Pairs | None, step: int) -> Update:
@@ -159,54 +150,6 @@ def _validation_loss(towers: TwoTowers, loss: Loss, image_embeds: Tensor, text_e
     return sum_over_ranks(share.loss.clone()).item()
 
 
-def _prepare_first_step(run: Run, objective: Objective, chunks: list[Chunk], report: Reporter) -> None:
-    """Before the first update: start the bias where the data wants it, and verify the gradients if asked."""
-    fresh_bias = run.first_step == 0 and run.towers.use_bias and not run.towers.pretrained_bias
-    if objective.family == "siglip" and fresh_bias:
-        bias = _start_bias(run, chunks)
-        run.towers.set_scale_and_bias(None, bias)
-        report.say(f"logit_bias starts at {bias:.3f}")
-    if run.config.verify_gradients:
-        _verify(run, objective, chunks, report)
-
-
-@torch.no_grad()
-def _start_bias(run: Run, chunks: list[Chunk]) -> float:
-    """From the counts for towers that start fresh; solved on embeddings for a softmax-trained CLIP."""
-    device = run.accelerator.device
-    group = gather_rows(torch.cat([chunk.group for chunk in chunks]).to(device))
-    if run.config.positives == "pair":
-        group = torch.arange(len(group), device=device)
-    if not run.pretrained:
-        return bias_from_counts(group, run.config.xbm_size)
-    first = chunks[0].to(device)
-    output = run.wrapped(first.pixel_values, first.input_ids, first.attention_mask)
-    images, texts = gather_rows(output.image_embeds), gather_rows(output.text_embeds)
-    own = gather_rows(first.group) if run.config.positives == "group" else torch.arange(len(images), device=device)
-    return solved_bias(Pairs(images, texts, own, own), output.logit_scale)
-
-
-def _verify(run: Run, objective: Objective, chunks: list[Chunk], report: Reporter) -> None:
-    """Compare the cached step with plain autograd on a few pairs; stop where they differ."""
-    few, device = verify.small_chunks(chunks), run.accelerator.device
-    pairwise = run.config.positives == "pair"
-    loss = diagonal(objective.loss) if pairwise else objective.loss
-    no_sync = backend.no_sync(run.accelerator, run.wrapped)
-    cached = partial(cached_step, run.wrapped, few, loss, None, device=device, no_sync=no_sync, **run.recompute)
-    plain = partial(verify.plain_autograd, run.wrapped, run.towers, few, objective.dense, pairwise, device)
-    differences = verify.compare_gradients(run.towers, cached, plain, device)
-    tolerance = verify.TOLERANCE[run.accelerator.mixed_precision]
-    report.say(
-        "verify-gradients: largest relative difference "
-        + ", ".join(f"{part} {difference:.1e}" for part, difference in differences.items())
-    )
-    if not all(difference <= tolerance for difference in differences.values()):
-        raise RunError(
-            f"--verify-gradients: the cached step's gradients differ from plain autograd's by more than {tolerance} "
-            f"({differences}); batch norm in training mode and chunk-dependent layers do this, else it is a fault here"
-        )
-
-
 class StopSignal:
     """Within it, SIGTERM and a first Ctrl-C only set a flag; the ranks agree on it after a step."""
 
@@ -241,7 +184,7 @@ def _agree(run: Run, stop: "StopSignal", step: int, report: Reporter) -> bool:
         report.skipped(step, [skip for of_rank in gather_objects(new_skips) for skip in of_rank])
     total = run.source.size or max(read, 100)
     if bad > run.config.max_bad * total:
-        reasons = ", ".join(f"{reason} {count}" for reason, count in _all_counts(run)["skipped"].items())
+        reasons = ", ".join(f"{reason} {count}" for reason, count in all_counts(run)["skipped"].items())
         raise RunError(
             f"{bad} of {total} pairs cannot be read ({reasons}), more than --max-bad {run.config.max_bad}; they are "
             f"listed in {run.folder / SKIPPED}: mend them or raise --max-bad"
@@ -262,122 +205,6 @@ def _next_batch(batches: Iterator[list[Chunk]], step: int) -> tuple[list[Chunk],
 
 def _due(step: int, every: int, last: int) -> bool:
     return every > 0 and (step % every == 0 or step == last)
-
-
-def _metrics(run: Run, step: int, update: Update, seconds: float, data_seconds: float) -> dict:
-    """A line of metrics.jsonl."""
-    pairs = step * run.plan.effective_batch
-    return {
-        "step": step,
-        "epoch": pairs / run.source.size if run.source.size else None,
-        "loss": update.result.loss.item(),
-        "lr": update.lr,
-        "logit_scale": run.towers.logit_scale.exp().item(),
-        "logit_bias": run.towers.logit_bias.item(),
-        "grad_norm": update.grad_norm,
-        "pairs_per_second": run.plan.effective_batch / seconds,
-        "step_seconds": seconds,
-        "data_seconds": data_seconds,
-        "peak_memory_bytes": backend.peak_memory_bytes(run.accelerator.device),
-        "replay_difference": update.result.replay_difference.item(),
-    }
-
-
-def _memory_metrics(run: Run, step: int, remembered: Pairs | None, drift: Drift) -> dict:
-    return {
-        "xbm_used": 0 if remembered is None else len(remembered),
-        "xbm_filled": len(run.memory),
-        "xbm_age": run.memory.mean_age(step),
-        "drift_image": drift.image,
-        "drift_text": drift.text,
-        "drift_samples": drift.samples,
-    }
-
-
-def _announce(run: Run, report: Reporter) -> None:
-    """The start-up plan, and the settings as a file."""
-    config, towers = run.config, run.towers
-    total = sum(p.numel() for p in towers.parameters())
-    trained = sum(p.numel() for p in towers.parameters() if p.requires_grad)
-    texts = "" if run.source.distinct_texts is None else f", {run.source.distinct_texts:,} distinct texts"
-    name = f"{config.image_tower} and {config.text_tower}" if config.image_tower else config.model
-    report.say(
-        f"model      {name}: {total:,} parameters, {trained:,} train; {towers.embed_dim} dimensions, "
-        f"{towers.image_size} px",
-        f"data       {run.source.description}{texts}",
-        *run.plan.lines(),
-        f"steps      {run.steps:,} (from {run.first_step:,})" if run.first_step else f"steps      {run.steps:,}",
-        f"run        {run.folder}",
-    )
-    for warning in (
-        oversize_warning(config.effective_batch, config.xbm_size, run.source.size),
-        f"--lr {config.lr:g} is high for pretrained weights; 1e-5 is usual"
-        if run.pretrained and config.lr > 2e-4
-        else None,
-        "no validation data: --val-data measures while training" if config.eval_every and not run.validation else None,
-        f"{len(run.source.skipped):,} pairs cannot be used and are left out" if run.source.skipped else None,
-    ):
-        if warning:
-            report.say(f"warning: {warning}")
-    if run.accelerator.is_main_process:
-        save_config(config, run.folder / "config.yaml")
-    if config.tracker != "none":
-        run.accelerator.project_configuration.logging_dir = str(run.folder)
-        flat = {n: v for n, v in dataclasses.asdict(config).items() if isinstance(v, int | float | str)}
-        run.accelerator.init_trackers("image-text", config=flat)
-
-
-def _all_counts(run: Run) -> dict:
-    """Pairs read, used and skipped in the first pass over the data, over all ranks."""
-    return merge_counts(gather_objects(dataclasses.asdict(run.data.counts)))
-
-
-def _finish(run: Run, report: Reporter, step: int, seconds: float) -> None:
-    """Curve, summary and, after the last step, the export of the best checkpoint."""
-    summary = {
-        "steps": step,
-        "pairs": step * run.plan.effective_batch,
-        "wall_seconds": seconds,
-        "peak_memory_bytes": max(gather_objects(backend.peak_memory_bytes(run.accelerator.device))),
-        "eval": report.last_evaluation,
-        "best": run.best,
-        "data": _all_counts(run),
-    }
-    if run.memory.size and not run.switch.on and step == run.steps:
-        report.say(
-            "warning: the memory was never used: warm-up lasted, or remembered embeddings kept drifting (drift_image "
-            "and drift_text in metrics.jsonl); --xbm-start STEP uses it from a step on, --xbm-size 0 saves its room"
-        )
-    report.curve()
-    report.summary(summary)
-    if step == run.steps and run.accelerator.is_main_process:
-        report.summary(summary | {"export_difference": _export(run, report)})
-    report.close()
-    run.accelerator.wait_for_everyone()  # rank 0 exports alone: the others must not end the group before it has
-    run.accelerator.end_training()
-
-
-def _export(run: Run, report: Reporter) -> float:
-    """Write the best model (the last one without evaluations) in the Hugging Face layout, and check it."""
-    # Accelerate's mixed precision is an instance's own `forward`; the check compares with a plain float32 model.
-    vars(run.towers).pop("forward", None)
-    towers = run.towers
-    best = run.checkpoints / "best"
-    if run.best and best.exists():
-        towers = TwoTowers.from_pretrained(best)
-    folder = run.folder / "export"
-    difference = export(towers.cpu().eval(), run.processing, folder, _export_sample(run))
-    report.say(f"exported to {folder}: largest logit difference {difference:.1e}")
-    return difference
-
-
-def _export_sample(run: Run) -> Chunk:
-    """Noise as images, and texts of the data: enough to tell one model from another."""
-    texts = (run.source.sample_texts(8) or ["a text"])[:8]
-    side, count = run.processing.image_size, len(texts)
-    generator = torch.Generator().manual_seed(run.config.seed)
-    pixels = torch.randint(256, (count, 3, side, side), generator=generator, dtype=torch.uint8)
-    return Chunk(pixels, *run.processing.tokenize(texts), torch.arange(count), torch.arange(count))
 
 
 def _diverged(run: Run, step: int, loss: float, grad_norm: float) -> str:

@@ -1,0 +1,60 @@
+"""The end of a run: curve, summary, and the checked export of its best model."""
+
+import torch
+
+from lib import backend
+from lib.collectives import gather_objects
+from lib.data import Chunk
+from lib.export import export
+from lib.narration import all_counts
+from lib.report import Reporter
+from lib.run import Run
+from lib.towers import TwoTowers
+
+
+def finish(run: Run, report: Reporter, step: int, seconds: float) -> None:
+    """Curve, summary and, after the last step, the export of the best checkpoint."""
+    summary = {
+        "steps": step,
+        "pairs": step * run.plan.effective_batch,
+        "wall_seconds": seconds,
+        "peak_memory_bytes": max(gather_objects(backend.peak_memory_bytes(run.accelerator.device))),
+        "eval": report.last_evaluation,
+        "best": run.best,
+        "data": all_counts(run),
+    }
+    if run.memory.size and not run.switch.on and step == run.steps:
+        report.say(
+            "warning: the memory was never used: warm-up lasted, or remembered embeddings kept drifting (drift_image "
+            "and drift_text in metrics.jsonl); --xbm-start STEP uses it from a step on, --xbm-size 0 saves its room"
+        )
+    report.curve()
+    report.summary(summary)
+    if step == run.steps and run.accelerator.is_main_process:
+        report.summary(summary | {"export_difference": _export(run, report)})
+    report.close()
+    run.accelerator.wait_for_everyone()  # rank 0 exports alone: the others must not end the group before it has
+    run.accelerator.end_training()
+
+
+def _export(run: Run, report: Reporter) -> float:
+    """Write the best model (the last one without evaluations) in the Hugging Face layout, and check it."""
+    # Accelerate's mixed precision is an instance's own `forward`; the check compares with a plain float32 model.
+    vars(run.towers).pop("forward", None)
+    towers = run.towers
+    best = run.checkpoints / "best"
+    if run.best and best.exists():
+        towers = TwoTowers.from_pretrained(best)
+    folder = run.folder / "export"
+    difference = export(towers.cpu().eval(), run.processing, folder, _export_sample(run))
+    report.say(f"exported to {folder}: largest logit difference {difference:.1e}")
+    return difference
+
+
+def _export_sample(run: Run) -> Chunk:
+    """Noise as images, and texts of the data: enough to tell one model from another."""
+    texts = (run.source.sample_texts(8) or ["a text"])[:8]
+    side, count = run.processing.image_size, len(texts)
+    generator = torch.Generator().manual_seed(run.config.seed)
+    pixels = torch.randint(256, (count, 3, side, side), generator=generator, dtype=torch.uint8)
+    return Chunk(pixels, *run.processing.tokenize(texts), torch.arange(count), torch.arange(count))

@@ -1,0 +1,64 @@
+"""Before the first update: where the bias starts, and whether the gradients are right."""
+
+from functools import partial
+
+import torch
+
+from lib import backend, verify
+from lib.cached_step import cached_step
+from lib.collectives import gather_rows
+from lib.data import Chunk
+from lib.errors import RunError
+from lib.logit_bias import bias_from_counts, solved_bias
+from lib.losses import Pairs, diagonal
+from lib.objective import Objective
+from lib.report import Reporter
+from lib.run import Run
+
+
+def prepare_first_step(run: Run, objective: Objective, chunks: list[Chunk], report: Reporter) -> None:
+    """Before the first update: start the bias where the data wants it, and verify the gradients if asked."""
+    fresh_bias = run.first_step == 0 and run.towers.use_bias and not run.towers.pretrained_bias
+    if objective.family == "siglip" and fresh_bias:
+        bias = _start_bias(run, chunks)
+        run.towers.set_scale_and_bias(None, bias)
+        report.say(f"logit_bias starts at {bias:.3f}")
+    if run.config.verify_gradients:
+        _verify(run, objective, chunks, report)
+
+
+@torch.no_grad()
+def _start_bias(run: Run, chunks: list[Chunk]) -> float:
+    """From the counts for towers that start fresh; solved on embeddings for a softmax-trained CLIP."""
+    device = run.accelerator.device
+    group = gather_rows(torch.cat([chunk.group for chunk in chunks]).to(device))
+    if run.config.positives == "pair":
+        group = torch.arange(len(group), device=device)
+    if not run.pretrained:
+        return bias_from_counts(group, run.config.xbm_size)
+    first = chunks[0].to(device)
+    output = run.wrapped(first.pixel_values, first.input_ids, first.attention_mask)
+    images, texts = gather_rows(output.image_embeds), gather_rows(output.text_embeds)
+    own = gather_rows(first.group) if run.config.positives == "group" else torch.arange(len(images), device=device)
+    return solved_bias(Pairs(images, texts, own, own), output.logit_scale)
+
+
+def _verify(run: Run, objective: Objective, chunks: list[Chunk], report: Reporter) -> None:
+    """Compare the cached step with plain autograd on a few pairs; stop where they differ."""
+    few, device = verify.small_chunks(chunks), run.accelerator.device
+    pairwise = run.config.positives == "pair"
+    loss = diagonal(objective.loss) if pairwise else objective.loss
+    no_sync = backend.no_sync(run.accelerator, run.wrapped)
+    cached = partial(cached_step, run.wrapped, few, loss, None, device=device, no_sync=no_sync, **run.recompute)
+    plain = partial(verify.plain_autograd, run.wrapped, run.towers, few, objective.dense, pairwise, device)
+    differences = verify.compare_gradients(run.towers, cached, plain, device)
+    tolerance = verify.TOLERANCE[run.accelerator.mixed_precision]
+    report.say(
+        "verify-gradients: largest relative difference "
+        + ", ".join(f"{part} {difference:.1e}" for part, difference in differences.items())
+    )
+    if not all(difference <= tolerance for difference in differences.values()):
+        raise RunError(
+            f"--verify-gradients: the cached step's gradients differ from plain autograd's by more than {tolerance} "
+            f"({differences}); batch norm in training mode and chunk-dependent layers do this, else it is a fault here"
+        )

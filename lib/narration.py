@@ -1,0 +1,81 @@
+"""What a run says of itself: the start-up plan, a line per step, and the counts of its data."""
+
+import dataclasses
+
+from lib import backend
+from lib.checkpoint import merge_counts
+from lib.collectives import gather_objects
+from lib.config import save_config
+from lib.losses import Pairs
+from lib.plan import oversize_warning
+from lib.report import Reporter
+from lib.run import Run, Update
+from lib.xbm import Drift
+
+
+def announce(run: Run, report: Reporter) -> None:
+    """The start-up plan, and the settings as a file."""
+    config, towers = run.config, run.towers
+    total = sum(p.numel() for p in towers.parameters())
+    trained = sum(p.numel() for p in towers.parameters() if p.requires_grad)
+    texts = "" if run.source.distinct_texts is None else f", {run.source.distinct_texts:,} distinct texts"
+    name = f"{config.image_tower} and {config.text_tower}" if config.image_tower else config.model
+    report.say(
+        f"model      {name}: {total:,} parameters, {trained:,} train; {towers.embed_dim} dimensions, "
+        f"{towers.image_size} px",
+        f"data       {run.source.description}{texts}",
+        *run.plan.lines(),
+        f"steps      {run.steps:,} (from {run.first_step:,})" if run.first_step else f"steps      {run.steps:,}",
+        f"run        {run.folder}",
+    )
+    for warning in (
+        oversize_warning(config.effective_batch, config.xbm_size, run.source.size),
+        f"--lr {config.lr:g} is high for pretrained weights; 1e-5 is usual"
+        if run.pretrained and config.lr > 2e-4
+        else None,
+        "no validation data: --val-data measures while training" if config.eval_every and not run.validation else None,
+        f"{len(run.source.skipped):,} pairs cannot be used and are left out" if run.source.skipped else None,
+    ):
+        if warning:
+            report.say(f"warning: {warning}")
+    if run.accelerator.is_main_process:
+        save_config(config, run.folder / "config.yaml")
+    if config.tracker != "none":
+        run.accelerator.project_configuration.logging_dir = str(run.folder)
+        flat = {n: v for n, v in dataclasses.asdict(config).items() if isinstance(v, int | float | str)}
+        run.accelerator.init_trackers("image-text", config=flat)
+
+
+def step_metrics(run: Run, step: int, update: Update, seconds: float, data_seconds: float) -> dict:
+    """A line of metrics.jsonl."""
+    pairs = step * run.plan.effective_batch
+    return {
+        "step": step,
+        "epoch": pairs / run.source.size if run.source.size else None,
+        "loss": update.result.loss.item(),
+        "lr": update.lr,
+        "logit_scale": run.towers.logit_scale.exp().item(),
+        "logit_bias": run.towers.logit_bias.item(),
+        "grad_norm": update.grad_norm,
+        "pairs_per_second": run.plan.effective_batch / seconds,
+        "step_seconds": seconds,
+        "data_seconds": data_seconds,
+        "peak_memory_bytes": backend.peak_memory_bytes(run.accelerator.device),
+        "replay_difference": update.result.replay_difference.item(),
+    }
+
+
+def memory_metrics(run: Run, step: int, remembered: Pairs | None, drift: Drift) -> dict:
+    return {
+        "xbm_used": 0 if remembered is None else len(remembered),
+        "xbm_filled": len(run.memory),
+        "xbm_age": run.memory.mean_age(step),
+        "drift_image": drift.image,
+        "drift_text": drift.text,
+        "drift_samples": drift.samples,
+    }
+
+
+def all_counts(run: Run) -> dict:
+    """Pairs read, used and skipped in the first pass over the data, over all ranks."""
+    return merge_counts(gather_objects(dataclasses.asdict(run.data.counts)))
