@@ -1,6 +1,5 @@
 """Collective operations over all ranks; on one process each returns its argument unchanged."""
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -30,13 +29,6 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     return values
 
 
-def max_over_ranks(values: Tensor) -> Tensor:
-    """Largest entry over the ranks, elementwise, in place."""
-    if rank_and_world_size()[1] > 1:
-        dist.all_reduce(values, op=dist.ReduceOp.MAX)
-    return values
-
-
 def gather_objects(value: object) -> list:
     """Every rank's (picklable) value, in rank order, on every rank."""
     _, world_size = rank_and_world_size()
@@ -45,11 +37,6 @@ def gather_objects(value: object) -> list:
     values: list = [None] * world_size
     dist.all_gather_object(values, value)
     return values
-
-
-def any_rank(flag: bool, device: torch.device | str = "cpu") -> bool:
-    """Whether the flag is set on at least one rank."""
-    return bool(max_over_ranks(torch.tensor(int(flag), device=device)).item())
 
 
 def logsumexp_over_ranks(partial: Tensor) -> Tensor:

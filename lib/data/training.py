@@ -157,7 +157,7 @@ class TrainingData:
             collate_fn=_unchanged,
             num_workers=self._workers,
             prefetch_factor=self._prefetch_factor(),
-            worker_init_fn=_start_worker,
+            worker_init_fn=start_worker,
             pin_memory=self._pin_memory,
             # Without its own, every loader would draw a number from the generator that dropout draws from.
             generator=torch.Generator(),
@@ -195,7 +195,8 @@ def _unchanged(prepared: Prepared) -> Prepared:
     return prepared
 
 
-def _start_worker(_: int) -> None:
+def start_worker(_: int) -> None:
+    """What a DataLoader worker does first: leave signals to the main process, and keep to one tokenizer thread."""
     # A cluster signals every process of a job, and Ctrl-C every one of a terminal: the main process saves and
     # then stops the workers, so they must outlive the signal.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

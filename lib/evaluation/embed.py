@@ -1,6 +1,5 @@
 """The embedding pass: every image and text of a data set through the towers once, shared out over ranks."""
 
-import signal
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from lib.collectives import gather_objects, gather_rows, rank_and_world_size
 from lib.data.evaluation_set import EvaluationSet
 from lib.data.images import BadImage
 from lib.data.pipeline import ImagePipeline
+from lib.data.training import start_worker
 from lib.errors import InputError
 
 Tokenize = Callable[[list[str]], tuple[Tensor, Tensor]]
@@ -54,7 +54,7 @@ def embed_images(
         _Images(images, pipeline, rows),
         batch_size=batch_size,
         num_workers=workers,
-        worker_init_fn=_leave_signals_to_the_main_process,
+        worker_init_fn=start_worker,
         pin_memory=torch.device(device).type == "cuda",
         # A loader draws its seed from the global generator by default; a validation must not move that.
         generator=torch.Generator(),
@@ -172,9 +172,3 @@ def _gather(pieces: list[Tensor], count: int) -> Tensor:
 def _bar(what: str, total: int, progress: bool) -> tqdm:
     rank, _ = rank_and_world_size()
     return tqdm(total=total, desc=f"embedding {what}", disable=not progress or rank > 0, leave=False)
-
-
-def _leave_signals_to_the_main_process(worker: int) -> None:
-    # Ctrl-C and a cluster's SIGTERM reach the whole process group; the main process decides what they mean.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
