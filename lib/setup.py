@@ -12,7 +12,7 @@ from lib import backend, checkpoint
 from lib.checkpoint import TrainingState
 from lib.collectives import gather_objects
 from lib.config import TrainConfig, flag
-from lib.data import ImagePipeline, Source, TrainingData, open_sources
+from lib.data import ImagePipeline, Prepare, Source, TrainingData, open_sources
 from lib.errors import InputError
 from lib.optim import build_optimizer, build_schedule
 from lib.plan import BatchPlan, graphs_that_fit, largest_chunk, measure_activations, state_bytes
@@ -63,8 +63,7 @@ def make_run(config: TrainConfig, family: str) -> Run:
         plan=plan,
         data=TrainingData(
             source,
-            ImagePipeline(processing.image_size, processing.resize, config.augment),
-            processing.tokenize,
+            Prepare(ImagePipeline(processing.image_size, processing.resize, config.augment), processing.tokenize),
             effective_batch=config.effective_batch,
             chunk_size=plan.chunk_size,
             rank=accelerator.process_index,

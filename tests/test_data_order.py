@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from lib.data import BadImage, ImagePipeline, TrainingData, open_sources
+from lib.data import BadImage, ImagePipeline, Prepare, TrainingData, open_sources
 from lib.data.pairs import IndexedSource, prompted_source
 from lib.errors import InputError
 
@@ -29,7 +29,7 @@ class Noise:
     def __len__(self) -> int:
         return len(self.keys)
 
-    def open(self, index: int) -> Image.Image:
+    def open(self, index: int, extent=None) -> Image.Image:
         if index in self.bad:
             raise BadImage("truncated" if index % 2 else "empty")
         return Image.fromarray(np.random.default_rng(index).integers(0, 256, (9, 7, 3), dtype=np.uint8))
@@ -50,8 +50,7 @@ def characters(texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
 def training_data(pairs: IndexedSource, rank=0, world_size=1, workers=0, chunk_size=7, seed=3, batch=EFFECTIVE_BATCH):
     return TrainingData(
         pairs,
-        PIPELINE,
-        characters,
+        Prepare(PIPELINE, characters),
         effective_batch=batch,
         chunk_size=chunk_size,
         rank=rank,
@@ -177,8 +176,7 @@ def test_errors_of_workers_arrive_and_nothing_is_left_running(workers):
     children = len(multiprocessing.active_children())
     data = TrainingData(
         source(),
-        PIPELINE,
-        refuse,
+        Prepare(PIPELINE, refuse),
         effective_batch=4,
         chunk_size=2,
         rank=0,
@@ -254,8 +252,7 @@ def test_digits_are_prepared_at_the_size_asked_for():
     pairs, held_out = open_sources("digits", None, None)
     data = TrainingData(
         pairs,
-        ImagePipeline(28),
-        characters,
+        Prepare(ImagePipeline(28), characters),
         effective_batch=64,
         chunk_size=64,
         rank=0,

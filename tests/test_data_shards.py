@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from lib.data import BadImage, ImagePipeline, TrainingData, open_evaluation, open_sources, streams
+from lib.data import BadImage, ImagePipeline, Prepare, TrainingData, open_evaluation, open_sources, streams
 from lib.data.tars import Damage, index_samples, stream_samples
 from lib.errors import InputError
 
@@ -53,8 +53,7 @@ def characters(texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
 def training_data(source, rank=0, world_size=1, workers=0, seed=3) -> TrainingData:
     return TrainingData(
         source,
-        ImagePipeline(8, augment="strong"),
-        characters,
+        Prepare(ImagePipeline(8, augment="strong"), characters),
         effective_batch=EFFECTIVE_BATCH,
         chunk_size=5,
         rank=rank,

@@ -72,7 +72,7 @@ class SmallImages:
     def __len__(self) -> int:
         return len(self.keys)
 
-    def open(self, index: int) -> Image.Image:
+    def open(self, index: int, extent=None) -> Image.Image:
         if index in self.bad:
             raise BadImage(self.bad[index])
         pixels = np.random.default_rng(index).integers(0, 255, (4, 4, 3), dtype=np.uint8)

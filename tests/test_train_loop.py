@@ -15,7 +15,7 @@ from transformers import AutoModel, AutoProcessor
 import train_clip
 import train_siglip
 from lib import cached_step
-from lib.data import ImagePipeline, TrainingData, open_sources
+from lib.data import ImagePipeline, Prepare, TrainingData, open_sources
 from lib.errors import InputError, RunError
 from lib.processing import Processing
 from lib.report import read_metrics
@@ -170,7 +170,7 @@ def test_a_softmax_clip_gets_its_bias_solved_from_the_first_batch(tmp_path):
     towers = TwoTowers.from_pretrained(tmp_path / "siglip" / "export").eval()
     source, _ = open_sources("digits", None, None)
     data = TrainingData(
-        source, ImagePipeline(32, "crop"), Processing.from_pretrained(clip / "export").tokenize,
+        source, Prepare(ImagePipeline(32, "crop"), Processing.from_pretrained(clip / "export").tokenize),
         effective_batch=64, chunk_size=64, rank=0, world_size=1, workers=0, seed=0,
     )  # fmt: skip
     (chunk,) = next(data.steps(0, 1))

@@ -5,6 +5,7 @@ from lib.data.evaluation_set import EvaluationSet
 from lib.data.images import BadImage, decode_image
 from lib.data.pairs import IndexedSource, Skip, Source
 from lib.data.pipeline import ImagePipeline
+from lib.data.prepare import Prepare
 from lib.data.sources import open_evaluation, open_sources
 from lib.data.training import Counts, TrainingData
 
@@ -15,6 +16,7 @@ __all__ = [
     "EvaluationSet",
     "ImagePipeline",
     "IndexedSource",
+    "Prepare",
     "Skip",
     "Source",
     "TrainingData",

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,28 +42,3 @@ class Chunk:
 
     def _tensors(self) -> list[Tensor]:
         return [getattr(self, field.name) for field in fields(self)]
-
-
-class Pair(NamedTuple):
-    """One image and one text, ready to be stacked into a chunk."""
-
-    pixels: Tensor
-    """(3, H, W) uint8"""
-    text: str
-    group: int
-    sample_id: int
-
-
-def assemble(pairs: list[Pair], tokenize: Tokenize) -> Chunk:
-    """Stack pairs into a chunk."""
-    # Prompts repeat: tokenizing the distinct texts only gives the same rows, the longest being the same.
-    row_of_text = {text: row for row, text in enumerate(dict.fromkeys(pair.text for pair in pairs))}
-    input_ids, attention_mask = tokenize(list(row_of_text))
-    rows = torch.tensor([row_of_text[pair.text] for pair in pairs])
-    return Chunk(
-        pixel_values=torch.stack([pair.pixels for pair in pairs]),
-        input_ids=input_ids[rows],
-        attention_mask=attention_mask[rows],
-        group=torch.tensor([pair.group for pair in pairs], dtype=torch.int64),
-        sample_id=torch.tensor([pair.sample_id for pair in pairs], dtype=torch.int64),
-    )

@@ -6,7 +6,8 @@ import numpy as np
 from PIL import Image
 
 from lib.data.evaluation_set import EvaluationSet
-from lib.data.pairs import IndexedSource, prompted_source
+from lib.data.images import Extent
+from lib.data.pairs import IndexedSource, class_groups, prompted_source
 
 CLASSES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 SIZE = 32
@@ -23,7 +24,7 @@ class DigitImages:
     def __len__(self) -> int:
         return len(self.keys)
 
-    def open(self, index: int) -> Image.Image:
+    def open(self, index: int, extent: Extent | None = None) -> Image.Image:
         """Image `index`, RGB; not to be changed."""
         return self.images[index]
 
@@ -57,7 +58,7 @@ def digits_evaluation(split: str, templates: tuple[str, ...]) -> EvaluationSet:
     return EvaluationSet(
         name=f"digits ({split})",
         images=images,
-        group=labels,
+        group=class_groups(CLASSES)[labels],
         labels=labels,
         classes=CLASSES,
         templates=templates,

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
+from lib.data.images import Extent
 from lib.data.pairs import Images
 
 
@@ -34,6 +35,6 @@ class EvaluationSet:
         """The images' names, in order."""
         return self.images.keys
 
-    def open_image(self, index: int) -> Image.Image:
-        """Image `index`, RGB and upright; raises BadImage."""
-        return self.images.open(index)
+    def open_image(self, index: int, extent: Extent | None = None) -> Image.Image:
+        """Image `index`, RGB and upright, in full or at `extent` or larger; raises BadImage."""
+        return self.images.open(index, extent)

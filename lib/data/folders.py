@@ -8,7 +8,7 @@ import numpy as np
 
 from lib.data.evaluation_set import EvaluationSet
 from lib.data.images import EXTENSIONS, ImageFiles
-from lib.data.pairs import IndexedSource, prompted_source
+from lib.data.pairs import IndexedSource, class_groups, prompted_source
 from lib.errors import InputError
 
 SPLIT_FOLDERS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
@@ -71,7 +71,7 @@ def folder_evaluation(folders: ClassFolders, split: str, templates: tuple[str, .
     return EvaluationSet(
         name=f"{folders.root.resolve().name} ({split})",
         images=images,
-        group=labels,
+        group=class_groups(classes)[labels],
         labels=labels,
         classes=classes,
         templates=templates,

@@ -4,6 +4,7 @@ import io
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -23,6 +24,15 @@ _ORIENTATION = 0x0112
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
+class Extent(NamedTuple):
+    """How small an image may be decoded, for one that is made smaller anyway."""
+
+    side: int
+    """Pixels that are enough."""
+    of: Literal["shorter", "longer"]
+    """Which side of the image they are."""
+
+
 class BadImage(Exception):
     """An image that cannot be used.
 
@@ -34,7 +44,7 @@ class BadImage(Exception):
         self.reason = reason
 
 
-def decode_image(file: bytes | str | Path) -> Image.Image:
+def decode_image(file: bytes | str | Path, extent: Extent | None = None) -> Image.Image:
     """Decode a file's bytes, or the file at a path, into an upright RGB image.
 
     The first frame of an animation is taken, transparency is laid over white, 16-bit gray is scaled to
@@ -120,6 +130,6 @@ class ImageFiles:
     def __len__(self) -> int:
         return len(self.keys)
 
-    def open(self, index: int) -> Image.Image:
-        """Image `index`, RGB and upright; raises BadImage."""
-        return decode_image(self.paths[index])
+    def open(self, index: int, extent: Extent | None = None) -> Image.Image:
+        """Image `index`, RGB and upright, in full or at `extent` or larger; raises BadImage."""
+        return decode_image(self.paths[index], extent)

@@ -1,15 +1,16 @@
 """Owns the reading of indexed sources: chunk numbers in, decoded and tokenized chunks out."""
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 from torch.utils.data import Dataset
 
-from lib.data.batch import Chunk, Pair, Tokenize, assemble
+from lib.data.batch import Chunk
 from lib.data.images import BadImage
 from lib.data.order import ChunkPlan, draw, locate, substitutes
 from lib.data.pairs import IndexedSource, Skip
-from lib.data.pipeline import ImagePipeline
+from lib.data.prepare import Pair, Prepare
 from lib.errors import InputError
 
 
@@ -35,8 +36,8 @@ class Prepared(NamedTuple):
 class IndexedChunks(Dataset):
     """Item `number` is that chunk of the endless order, whichever worker makes it."""
 
-    def __init__(self, source: IndexedSource, images: ImagePipeline, tokenize: Tokenize, plan: ChunkPlan, seed: int):
-        self.source, self.images, self.tokenize, self.plan, self.seed = source, images, tokenize, plan, seed
+    def __init__(self, source: IndexedSource, prepare: Prepare, plan: ChunkPlan, seed: int):
+        self.source, self.prepare, self.plan, self.seed = source, prepare, plan, seed
 
     def __getitem__(self, number: int) -> Prepared | InputError:
         tally = Tally()
@@ -44,7 +45,7 @@ class IndexedChunks(Dataset):
             pairs = [self._pair(position, tally) for position in self.plan.positions(number)]
         except InputError as error:
             return error  # raised in a worker it would arrive wrapped in a traceback
-        return Prepared(assemble(pairs, self.tokenize), tally)
+        return Prepared(self.prepare.chunk(pairs), tally)
 
     def _pair(self, position: int, tally: Tally) -> Pair:
         epoch, index = locate(position, self.source.size, self.seed)
@@ -69,13 +70,15 @@ class IndexedChunks(Dataset):
     def _read(self, pair: int, epoch: int, place: int) -> Pair:
         """The pair, with the text and the augmentation that belong to its place in the epoch."""
         source = self.source
-        image = source.images.open(int(source.image[pair]))
+        image = int(source.image[pair])
         text = int(source.first_text[pair])
         if source.text_count[pair] > 1:
             text += draw("text", self.seed, epoch, place) % int(source.text_count[pair])
-        return Pair(
-            pixels=self.images(image, draw("augment", self.seed, epoch, place)),
-            text=source.texts[text],
-            group=int(source.group[pair]),
-            sample_id=source.sample_id(pair, text),
+        return self.prepare.pair(
+            partial(source.images.open, image),
+            int(source.image_id[image]),
+            source.texts[text],
+            int(source.group[pair]),
+            source.sample_id(pair, text),
+            draw("augment", self.seed, epoch, place),
         )

@@ -7,6 +7,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from PIL import Image
 
+from lib.data.images import Extent
 from lib.data.order import sample_id, stable_hash
 
 
@@ -17,8 +18,8 @@ class Images(Protocol):
 
     def __len__(self) -> int: ...
 
-    def open(self, index: int) -> Image.Image:
-        """Image `index`, RGB and upright; raises BadImage."""
+    def open(self, index: int, extent: Extent | None = None) -> Image.Image:
+        """Image `index`, RGB and upright, in full or at `extent` or larger; raises BadImage."""
 
 
 class Skip(NamedTuple):
@@ -117,8 +118,13 @@ def prompted_source(
         text_number=np.zeros(len(texts), dtype=np.int64),
         first_text=labels * len(templates),
         text_count=np.full(len(images), len(templates)),
-        group=labels,
+        group=class_groups(classes)[labels],
     )
+
+
+def class_groups(classes: tuple[str, ...]) -> np.ndarray:
+    """(classes,) int64: a class is the same group in every source that has it."""
+    return np.array([stable_hash(name) for name in classes], dtype=np.int64)
 
 
 def fill(template: str, class_name: str) -> str:

@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
+from lib.data.images import Extent
 from lib.errors import InputError
 
 Resize = Literal["crop", "pad", "squash"]
@@ -34,6 +35,11 @@ class ImagePipeline:
             raise InputError(f"resize {self.resize!r} is not one of {', '.join(get_args(Resize))}")
         if self.augment not in get_args(Augment):
             raise InputError(f"--augment {self.augment} is not one of {', '.join(get_args(Augment))}")
+
+    @property
+    def extent(self) -> Extent:
+        """How small an image may be decoded before it comes here."""
+        return Extent(self.size, "longer" if self.resize == "pad" else "shorter")
 
     def __call__(self, image: Image.Image, seed: int) -> Tensor:
         """Pixels of one image, uint8 (3, size, size); `seed`, 0 to 2**63 - 1, decides the augmentation."""

@@ -8,7 +8,7 @@ from PIL import Image
 
 from lib.data.annotations import Annotation, annotate_indexed, first_annotation, listed_classes, shard_names
 from lib.data.evaluation_set import EvaluationSet
-from lib.data.images import decode_image
+from lib.data.images import Extent, decode_image
 from lib.data.order import stable_hash
 from lib.data.shards import find_shards
 from lib.data.tars import Damage, index_samples, read_member
@@ -26,10 +26,10 @@ class TarImages:
     def __len__(self) -> int:
         return len(self.keys)
 
-    def open(self, index: int) -> Image.Image:
-        """Image `index`, RGB and upright; raises BadImage."""
+    def open(self, index: int, extent: Extent | None = None) -> Image.Image:
+        """Image `index`, RGB and upright, in full or at `extent` or larger; raises BadImage."""
         shard, offset, size = self.places[index]
-        return decode_image(read_member(self.paths[shard], (offset, size)))
+        return decode_image(read_member(self.paths[shard], (offset, size)), extent)
 
 
 def shard_evaluation(data: str, flag: str, templates: tuple[str, ...]) -> EvaluationSet:

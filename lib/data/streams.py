@@ -1,17 +1,17 @@
 """Owns the endless streams that shards are read as: their order, their shuffling and their exact position."""
 
 from collections.abc import Iterator
+from functools import partial
 from itertools import chain, islice
 
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
-from lib.data.batch import Pair, Tokenize, assemble
 from lib.data.images import BadImage, decode_image
 from lib.data.indexed import Prepared, Tally
 from lib.data.order import ChunkPlan, draw, permutation, sample_id, stable_hash
 from lib.data.pairs import Skip
-from lib.data.pipeline import ImagePipeline
+from lib.data.prepare import Pair, Prepare
 from lib.data.shards import Item, ShardSource
 from lib.errors import InputError
 
@@ -33,14 +33,13 @@ class ShardChunks(IterableDataset):
     def __init__(
         self,
         source: ShardSource,
-        images: ImagePipeline,
-        tokenize: Tokenize,
+        prepare: Prepare,
         plan: ChunkPlan,
         seed: int,
         positions: list[tuple[int, int]],
         numbers: range,
     ):
-        self.source, self.images, self.tokenize, self.plan, self.seed = source, images, tokenize, plan, seed
+        self.source, self.prepare, self.plan, self.seed = source, prepare, plan, seed
         self.positions, self.numbers = positions, numbers
 
     def __iter__(self) -> Iterator[Prepared | InputError]:
@@ -49,7 +48,7 @@ class ShardChunks(IterableDataset):
         own = (self.numbers.start + offset) % workers
         streams = self.plan.world_size * workers
         stream = _Stream(
-            self.source, self.seed, self.plan.rank * workers + own, streams, self.positions[own], self.images
+            self.source, self.seed, self.plan.rank * workers + own, streams, self.positions[own], self.prepare
         )
         for number in self.numbers[offset::workers]:
             tally = Tally()
@@ -58,7 +57,7 @@ class ShardChunks(IterableDataset):
             except InputError as error:
                 yield error  # raised in a worker it would arrive wrapped in a traceback
                 return
-            yield Prepared(assemble(pairs, self.tokenize), tally, own, stream.position)
+            yield Prepared(self.prepare.chunk(pairs), tally, own, stream.position)
 
 
 def undecoded(source: ShardSource, seed: int, epoch: int, stream: int, streams: int) -> Iterator[Item]:
@@ -100,9 +99,9 @@ class _Stream:
         stream: int,
         streams: int,
         position: tuple[int, int],
-        images: ImagePipeline,
+        prepare: Prepare,
     ):
-        self.source, self.seed, self.stream, self.streams, self.images = source, seed, stream, streams, images
+        self.source, self.seed, self.stream, self.streams, self.prepare = source, seed, stream, streams, prepare
         self.epoch, self.consumed = position
         self.empty_passes = 0
         # What was consumed before is read again and dropped undecoded: the shuffling repeats itself exactly.
@@ -148,11 +147,13 @@ class _Stream:
         choice = draw("text", self.seed, self.epoch, image_id) % len(item.texts)
         number = item.numbers[choice]
         augmentation = draw("augment", self.seed, self.epoch, image_id, number)
-        return Pair(
-            pixels=self.images(decode_image(item.image), augmentation),
-            text=item.texts[choice],
-            group=item.group,
-            sample_id=sample_id(image_id, number),
+        return self.prepare.pair(
+            partial(decode_image, item.image),
+            image_id,
+            item.texts[choice],
+            item.group,
+            sample_id(image_id, number),
+            augmentation,
         )
 
     def _nothing_readable(self) -> InputError:

@@ -12,11 +12,11 @@ import torch
 from torch.utils.data import DataLoader
 
 from lib.data.ahead import ahead
-from lib.data.batch import Chunk, Tokenize
+from lib.data.batch import Chunk
 from lib.data.indexed import IndexedChunks, Prepared
 from lib.data.order import ChunkPlan
 from lib.data.pairs import Skip, Source
-from lib.data.pipeline import ImagePipeline
+from lib.data.prepare import Prepare
 from lib.data.shards import ShardSource
 from lib.data.streams import ShardChunks
 from lib.errors import InputError
@@ -51,8 +51,7 @@ class TrainingData:
     def __init__(
         self,
         source: Source,
-        images: ImagePipeline,
-        tokenize: Tokenize,
+        prepare: Prepare,
         *,
         effective_batch: int,
         chunk_size: int,
@@ -62,7 +61,7 @@ class TrainingData:
         seed: int,
         pin_memory: bool = False,
     ):
-        self._source, self._images, self._tokenize = source, images, tokenize
+        self._source, self._prepare = source, prepare
         self._plan = ChunkPlan(effective_batch, chunk_size, rank, world_size)
         self._workers, self._seed, self._pin_memory = workers, seed, pin_memory
         self._step = 0
@@ -142,7 +141,7 @@ class TrainingData:
 
     def _loader(self, first: int, last: int) -> DataLoader:
         numbers = range(first * self._plan.chunks_per_step, last * self._plan.chunks_per_step)
-        common = (self._source, self._images, self._tokenize, self._plan, self._seed)
+        common = (self._source, self._prepare, self._plan, self._seed)
         if isinstance(self._source, ShardSource):
             if first != self._step:
                 raise ValueError(f"shards stand at step {self._step}, not {first}: load that step's state")
@@ -170,7 +169,7 @@ class TrainingData:
         return prepared._replace(chunk=prepared.chunk.clone())
 
     def _chunk_bytes(self) -> int:
-        return self._plan.size(0) * 3 * self._images.size**2
+        return self._plan.size(0) * 3 * self._prepare.images.size**2
 
     def _chunks_ahead(self) -> int:
         return max(1, min(self._plan.chunks_per_step, _BYTES_AHEAD // self._chunk_bytes()))

@@ -136,7 +136,7 @@ class _Images(Dataset):
     def __getitem__(self, position: int) -> tuple[Tensor, str]:
         row = self.rows[position]
         try:
-            return self.pipeline(self.images.open_image(row), seed=row), ""
+            return self.pipeline(self.images.open_image(row, self.pipeline.extent), seed=row), ""
         except BadImage as fault:
             # A blank keeps the batch, and with it the number of forwards on every rank, as planned.
             return torch.zeros(3, self.pipeline.size, self.pipeline.size, dtype=torch.uint8), fault.reason

@@ -6,6 +6,7 @@ import numpy as np
 from PIL import Image
 
 from lib.data.evaluation_set import EvaluationSet
+from lib.data.images import Extent
 from lib.data.pairs import Images
 
 
@@ -44,5 +45,5 @@ class _Chosen:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def open(self, index: int) -> Image.Image:
-        return self.images.open(int(self.rows[index]))
+    def open(self, index: int, extent: Extent | None = None) -> Image.Image:
+        return self.images.open(int(self.rows[index]), extent)
