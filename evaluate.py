@@ -8,7 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -16,6 +16,7 @@ import torch
 import tyro
 from accelerate import PartialState
 
+from lib.data.fetch import default_fetcher
 from lib.data.sources import open_evaluation
 from lib.errors import InputError
 from lib.evaluation.html import aligned, write_report
@@ -32,7 +33,13 @@ class Common:
     model: str
     """Run, checkpoint or export folder, or the hub id or folder of a CLIP or SigLIP model."""
     data: str = "digits"
-    """As in training: digits, a folder of class folders, a table of captions, or tar shards."""
+    """As in training: digits, class folders, a table of captions, COCO, Flickr or Karpathy files, or tar shards."""
+    image_root: str | None = None
+    """Folder of the images that a table or annotation file names, where they do not lie beside it."""
+    cache_dir: Path | None = None
+    """Folder for remote shards; default: contrastive-training in ~/.cache."""
+    allow_pipe: bool = False
+    """Run what follows `pipe:` in --data as a command that writes a tar."""
     output_dir: Path
     """Folder for metrics.json, the pictures and report.html."""
     split: Literal["auto", "train", "val", "test"] = "auto"
@@ -102,7 +109,10 @@ def evaluate(config: Retrieval | Zeroshot, state: PartialState) -> None:
     config.check()
     make_folder(config.output_dir)
     zeroshot = isinstance(config, Zeroshot)
-    data = open_evaluation(config.data, config.split, config.prompts if zeroshot else None)
+    prompts = config.prompts if zeroshot else None
+    fetcher = default_fetcher()
+    fetcher = replace(fetcher, cache=config.cache_dir or fetcher.cache, allow_pipe=config.allow_pipe)
+    data = open_evaluation(config.data, config.split, prompts, image_root=config.image_root, fetcher=fetcher)
     if zeroshot and data.classes is None:
         raise InputError(f"{data.name} has captions and no classes: run `evaluate.py retrieval` on it instead")
     if not zeroshot and data.captions is None:

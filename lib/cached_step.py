@@ -22,11 +22,13 @@ Recompute = Literal["all", "head", "none"]
 
 
 class TowerChunk(Protocol):
-    """One tower forward's worth of pairs (see lib.data.Chunk): inputs of both towers, group and sample_id (C,)."""
+    """One tower forward's worth of pairs (see lib.data.Chunk): group and sample_id (C,), and what the forward takes.
 
-    pixel_values: Tensor
-    input_ids: Tensor
-    attention_mask: Tensor
+    `inputs` names pixel_values, or image_pooled where the image trunk is frozen and its output stored; and input_ids
+    with attention_mask, or text_pooled.
+    """
+
+    inputs: dict[str, Tensor]
     group: Tensor
     sample_id: Tensor
 
@@ -107,11 +109,11 @@ class _ChunkPass:
     def again(self, towers: nn.Module, device, image: Recompute, text: Recompute):
         """Pass 2: what has to run again, with the random state of pass 1, so that dropout draws the same masks."""
         self.random_state.restore()
-        chunk = self.chunk.to(device)
+        inputs = self.chunk.to(device).inputs
         return towers(
-            pixel_values=chunk.pixel_values if image == "all" else None,
-            input_ids=chunk.input_ids if text == "all" else None,
-            attention_mask=chunk.attention_mask if text == "all" else None,
+            pixel_values=inputs["pixel_values"] if image == "all" else None,
+            input_ids=inputs["input_ids"] if text == "all" else None,
+            attention_mask=inputs["attention_mask"] if text == "all" else None,
             image_pooled=self.image_pooled if image == "head" else None,
             text_pooled=self.text_pooled if text == "head" else None,
         )
@@ -132,8 +134,7 @@ class _ChunkPass:
 def _embed(towers, chunk, device, kept: bool, image: Recompute, text: Recompute) -> _ChunkPass:
     """Pass 1 of one chunk; a graph is kept where gradients are enabled."""
     random_state = RandomState.capture(device)
-    there = chunk.to(device)
-    output = towers(pixel_values=there.pixel_values, input_ids=there.input_ids, attention_mask=there.attention_mask)
+    output = towers(**chunk.to(device).inputs)
     image_pooled = output.image_pooled if image == "head" and not kept else None
     text_pooled = output.text_pooled if text == "head" and not kept else None
     output = output._replace(image_pooled=None, text_pooled=None)  # held only where pass 2 starts from them

@@ -11,6 +11,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -36,6 +37,8 @@ class TrainingState:
     """This rank's random states and data position."""
     memory: dict[str, torch.Tensor]
     """The memory bank's tensors; empty without one."""
+    data_of_all_ranks: Callable[[], list[dict]] = list
+    """Of a checkpoint: reads every rank's data position, which streams of another layout go on from."""
 
 
 def save_checkpoint(
@@ -84,14 +87,15 @@ def load_state(folder: Path, rank: int, world_size: int) -> TrainingState:
     if saved == world_size:
         own = _load(folder / _rank_file(rank))
     else:
-        ranks = [_load(folder / _rank_file(number)) for number in range(saved)]
-        counts = merge_counts([state["data"]["counts"] for state in ranks] if rank == 0 else [])
-        own = {"random": None, "data": ranks[0]["data"] | {"counts": counts}}
+        data = _data_of_ranks(folder, saved)
+        counts = merge_counts([state["counts"] for state in data] if rank == 0 else [])
+        own = {"random": None, "data": data[0] | {"counts": counts}}
     return TrainingState(
         progress=progress,
         optimizer=_load(folder / "optimizer.pt"),
         rank=own,
         memory=load_file(memory) if memory.exists() else {},
+        data_of_all_ranks=partial(_data_of_ranks, folder, saved),
     )
 
 
@@ -154,6 +158,10 @@ def prune(root: Path, keep: int) -> None:
         if folder.resolve() != best:
             (folder / MANIFEST).unlink(missing_ok=True)  # a removal that is cut short leaves no checkpoint behind
             shutil.rmtree(folder)
+
+
+def _data_of_ranks(folder: Path, world_size: int) -> list[dict]:
+    return [_load(folder / _rank_file(number))["data"] for number in range(world_size)]
 
 
 def _load(file: Path) -> dict:

@@ -20,9 +20,10 @@ class TrainConfig:
     """Settings of a run. 0 switches a thing off where a number says how much or how often."""
 
     # Data
-    data: str = "digits"
+    data: tuple[str, ...] = ("digits",)
     """Training pairs: `digits` (embedded), a folder with train/<class>/ images, a .csv/.tsv/.jsonl table of captions,
-    or WebDataset .tar shards (glob or brace pattern)."""
+    COCO, Flickr or Karpathy files, cifar10, cifar100, imagenette, or WebDataset .tar shards (glob, braces, URL).
+    Several are mixed, by weight where each has one: a::0.7 b::0.3."""
     val_data: str | None = None
     """Validation pairs, as --data; without it, the val or test part of --data where it has one."""
     prompts: str | None = None
@@ -33,8 +34,34 @@ class TrainConfig:
     """Processes that decode images on each rank; auto: none for the digits, else up to 4 of the rank's cores."""
     max_bad: float = 0.5
     """Stop when more than this fraction of the pairs cannot be read."""
+    image_root: str | None = None
+    """Folder of the images that a table or annotation file names, where they do not lie beside it."""
+    shuffle_buffer: int = 1000
+    """Undecoded samples that each stream of shards keeps, to give out in random order."""
+    cache_dir: Path | None = None
+    """Folder for remote shards and stored tower outputs; default: contrastive-training in ~/.cache."""
+    shard_cache_gib: float = 50.0
+    """Remote shards kept in --cache-dir, the least recently used go first; 0: all are kept."""
+    allow_pipe: bool = False
+    """Run what follows `pipe:` in --data as a command that writes a tar."""
+    cache_text: bool = False
+    """Compute a frozen text trunk's outputs once and store them in --cache-dir."""
+    cache_image: bool = False
+    """The same for a frozen image trunk, while nothing is augmented."""
+    data_info: bool = False
+    """Print what the data holds, leave a picture of random pairs in --output-dir, and exit."""
     augment: Literal["none", "light", "jitter", "strong"] = "none"
     """Image augmentation; light: flip and mild crop, jitter: colour, strong: both with rotation and RandAugment."""
+    crop_scale: tuple[float, float] = (0.7, 1.0)
+    """Part of the area that a random crop keeps, least and most (light, strong)."""
+    flip: float = 0.5
+    """Probability of a horizontal flip (light, strong)."""
+    color_jitter: tuple[float, float, float, float] = (0.2, 0.2, 0.2, 0.1)
+    """Largest change of brightness, contrast, saturation and hue (jitter, strong)."""
+    rotation: float = 10.0
+    """Largest rotation in degrees (strong)."""
+    randaugment: tuple[int, int] = (2, 9)
+    """Operations of RandAugment and their magnitude, 0 to 30 (strong)."""
     resize: Literal["auto", "crop", "pad", "squash"] = "auto"
     """How images become square; auto: as the model's own image processor does."""
     image_size: int | None = None
@@ -158,6 +185,10 @@ class TrainConfig:
             found.append("--image-tower and --text-tower go together; give both, or use --model")
         if self.positives == "pair" and self.remembered_positives == "ignore":
             found.append("--remembered-positives ignore has no meaning with --positives pair; leave it out")
+        if self.cache_image and self.augment != "none":
+            found.append(
+                f"--cache-image and --augment {self.augment} exclude each other: it makes new images every time"
+            )
         if self.resume == "auto" and self.output_dir is None:
             found.append("--resume auto needs the --output-dir whose run should go on")
         return found
@@ -170,10 +201,11 @@ _AT_LEAST_ONE = (
     "projection_dim",
     "projection_hidden",
     "image_size",
+    "shuffle_buffer",
 )
 _NOT_NEGATIVE = (
     "keep_graphs", "xbm_size", "xbm_start", "weight_decay", "warmup_steps", "grad_clip", "seed",
-    "save_every", "keep_checkpoints", "eval_every", "workers", "scale_max",
+    "save_every", "keep_checkpoints", "eval_every", "workers", "scale_max", "shard_cache_gib",
 )  # fmt: skip
 _FRACTIONS = ("max_bad", "label_smoothing", "projection_dropout", "dropout", "beta2")
 _POSITIVE = ("epochs", "lr", "pos_weight")

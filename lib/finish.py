@@ -4,7 +4,7 @@ import torch
 
 from lib import backend
 from lib.collectives import gather_objects
-from lib.data import Chunk
+from lib.data import Chunk, IndexedSource
 from lib.export import export
 from lib.narration import all_counts
 from lib.report import Reporter
@@ -21,7 +21,7 @@ def finish(run: Run, report: Reporter, step: int, seconds: float) -> None:
         "peak_memory_bytes": max(gather_objects(backend.peak_memory_bytes(run.accelerator.device))),
         "eval": report.last_evaluation,
         "best": run.best,
-        "data": all_counts(run),
+        "data": all_counts(run) | ({"images": len(run.source.images)} if isinstance(run.source, IndexedSource) else {}),
     }
     if run.memory.size and not run.switch.on and step == run.steps:
         report.say(

@@ -37,7 +37,7 @@ def _start_bias(run: Run, chunks: list[Chunk]) -> float:
     if not run.pretrained:
         return bias_from_counts(group, run.config.xbm_size)
     first = chunks[0].to(device)
-    output = run.wrapped(first.pixel_values, first.input_ids, first.attention_mask)
+    output = run.wrapped(**first.inputs)
     images, texts = gather_rows(output.image_embeds), gather_rows(output.text_embeds)
     own = gather_rows(first.group) if run.config.positives == "group" else torch.arange(len(images), device=device)
     return solved_bias(Pairs(images, texts, own, own), output.logit_scale)

@@ -6,6 +6,8 @@ from lib import backend
 from lib.checkpoint import merge_counts
 from lib.collectives import gather_objects
 from lib.config import save_config
+from lib.data import Prepare
+from lib.evaluation.embed import counted
 from lib.losses import Pairs
 from lib.plan import oversize_warning
 from lib.report import Reporter
@@ -24,6 +26,7 @@ def announce(run: Run, report: Reporter) -> None:
         f"model      {name}: {total:,} parameters, {trained:,} train; {towers.embed_dim} dimensions, "
         f"{towers.image_size} px",
         f"data       {run.source.description}{texts}",
+        *_stored_lines(run.prepare),
         *run.plan.lines(),
         f"steps      {run.steps:,} (from {run.first_step:,})" if run.first_step else f"steps      {run.steps:,}",
         f"run        {run.folder}",
@@ -34,7 +37,7 @@ def announce(run: Run, report: Reporter) -> None:
         if run.pretrained and config.lr > 2e-4
         else None,
         "no validation data: --val-data measures while training" if config.eval_every and not run.validation else None,
-        f"{len(run.source.skipped):,} pairs cannot be used and are left out" if run.source.skipped else None,
+        f"left out: {counted(reason for _, reason in run.source.skipped)}" if run.source.skipped else None,
     ):
         if warning:
             report.say(f"warning: {warning}")
@@ -44,6 +47,16 @@ def announce(run: Run, report: Reporter) -> None:
         run.accelerator.project_configuration.logging_dir = str(run.folder)
         flat = {n: v for n, v in dataclasses.asdict(config).items() if isinstance(v, int | float | str)}
         run.accelerator.init_trackers("image-text", config=flat)
+
+
+def _stored_lines(prepare: Prepare) -> list[str]:
+    """What frozen trunks gave, where it is stored."""
+    lines = []
+    for tower, outputs in (("image", prepare.image_outputs), ("text", prepare.text_outputs)):
+        if outputs is not None:
+            bad = f", {len(outputs.unreadable):,} could not be read" if outputs.unreadable else ""
+            lines.append(f"stored     {len(outputs):,} outputs of the {tower} trunk in {outputs.folder}{bad}")
+    return lines
 
 
 def step_metrics(run: Run, step: int, update: Update, seconds: float, data_seconds: float) -> dict:

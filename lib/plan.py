@@ -29,7 +29,8 @@ class BatchPlan:
     """Q"""
     embed_dim: int
     """D"""
-    image_size: int
+    image_bytes: int
+    """Bytes of one image as it comes from the data."""
     activation_bytes: int
     """Activations of one pair that a backward pass needs."""
     state_bytes: int
@@ -56,13 +57,13 @@ class BatchPlan:
     def device_bytes(self) -> int:
         """Predicted peak on one rank's device, beside the framework itself."""
         graphs = min(self.keep_graphs + 1, self.chunks) * self.chunk_size * self.activation_bytes
-        pixels = self.chunk_size * 3 * self.image_size**2 * (1 + 4)  # as they came, and normalized
+        pixels = self.chunk_size * self.image_bytes * (1 + 4)  # as they came, and normalized
         return self.state_bytes + self.embedding_bytes + graphs + pixels
 
     @property
     def pixel_bytes(self) -> int:
         """Host memory of a step's images on one rank."""
-        return self.per_rank * 3 * self.image_size**2
+        return self.per_rank * self.image_bytes
 
     def lines(self) -> list[str]:
         """The batch and its memory, for the start-up plan."""
@@ -92,14 +93,13 @@ def oversize_warning(effective_batch: int, xbm_size: int, pairs: int | None) -> 
     )
 
 
-def measure_activations(towers: nn.Module, input_ids: Tensor, attention_mask: Tensor, image_size: int) -> int:
+def measure_activations(towers: nn.Module, inputs: dict[str, Tensor]) -> int:
     """Bytes that one pair takes in a forward of `towers` in training mode: what autograd saves, or, where a frozen
     trunk saves nothing, four times the largest output of a layer.
 
-    input_ids, attention_mask: at least 4 texts as long as the data's. Measured as the difference between 4 and 2
-    pairs, so that what does not grow with the chunk drops out.
+    inputs: what the forward takes, by name, of at least 4 pairs like the data's. Measured as the difference between 4
+    and 2 pairs, so that what does not grow with the chunk drops out.
     """
-    device = input_ids.device
     norms = [m for m in towers.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
     for norm in norms:  # a measurement must not move running statistics
         norm.eval()
@@ -122,9 +122,8 @@ def measure_activations(towers: nn.Module, input_ids: Tensor, attention_mask: Te
                 seen[storage.data_ptr()] = storage.nbytes()
             return tensor
 
-        pixels = torch.zeros(pairs, 3, image_size, image_size, dtype=torch.uint8, device=device)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            output = towers(pixel_values=pixels, input_ids=input_ids[:pairs], attention_mask=attention_mask[:pairs])
+            output = towers(**{name: tensor[:pairs] for name, tensor in inputs.items()})
         del output
         return sum(seen.values())
 

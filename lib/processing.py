@@ -1,5 +1,6 @@
 """What a model wants of its inputs: one form of texts and images for training, evaluation and export."""
 
+import json
 import re
 import string
 from dataclasses import dataclass, replace
@@ -84,6 +85,18 @@ class Processing:
             return_tensors="pt",
         )
         return tokens["input_ids"], tokens["attention_mask"]
+
+    def text_identity(self) -> str:
+        """Everything that the tokens of a text depend on; changes when any of it does."""
+        if not self.tokenizer.is_fast:
+            return repr((sorted(self.tokenizer.get_vocab().items()), self._text_form()))
+        rules = json.loads(self.tokenizer.backend_tokenizer.to_str())
+        # These two are set by every call.
+        rules |= {"truncation": None, "padding": None}
+        return json.dumps([rules, self._text_form()])
+
+    def _text_form(self) -> tuple:
+        return self.max_length, self.padding, self.canonical, self.tokenizer.pad_token_id
 
     def image_processor(self) -> CLIPImageProcessor | SiglipImageProcessor:
         """The transformers image processor that does to a PIL image what our own pipeline does."""

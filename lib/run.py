@@ -12,7 +12,7 @@ from lib import checkpoint
 from lib.cached_step import RandomState, Recompute, StepResult
 from lib.checkpoint import TrainingState
 from lib.config import TrainConfig
-from lib.data import EvaluationSet, Source, TrainingData
+from lib.data import EvaluationSet, Prepare, Source, TrainingData
 from lib.errors import RunError
 from lib.plan import BatchPlan
 from lib.processing import Processing
@@ -40,6 +40,7 @@ class Run:
     validation: EvaluationSet | None
     towers: TwoTowers
     processing: Processing
+    prepare: Prepare
     wrapped: nn.Module
     optimizer: Optimizer
     schedule: LRScheduler
@@ -134,7 +135,7 @@ class Run:
             group.update(settings, initial_lr=self.config.lr, lr=self.config.lr * factor)
         if self.accelerator.scaler and state.optimizer["scaler"]:
             self.accelerator.scaler.load_state_dict(state.optimizer["scaler"])
-        self.data.load_state_dict(state.rank["data"])
+        self.data.load_state_dict(state.rank["data"], state.data_of_all_ranks)
         if self.memory.size and state.memory:
             self.memory.load_state_dict(state.memory)
         self.switch.load_state_dict(state.progress["switch"])

@@ -2,7 +2,6 @@
 
 import shutil
 from dataclasses import replace
-from math import ceil
 from pathlib import Path
 
 import torch
@@ -12,7 +11,8 @@ from lib import backend, checkpoint
 from lib.checkpoint import TrainingState
 from lib.collectives import gather_objects
 from lib.config import TrainConfig, flag
-from lib.data import ImagePipeline, Prepare, Source, TrainingData, open_sources
+from lib.data import Prepare, Source, TrainingData
+from lib.data_setup import make_fetcher, make_prepare, most_workers, open_data, sample_inputs, steps_of_epochs
 from lib.errors import InputError
 from lib.optim import build_optimizer, build_schedule
 from lib.plan import BatchPlan, graphs_that_fit, largest_chunk, measure_activations, state_bytes
@@ -32,7 +32,8 @@ def make_run(config: TrainConfig, family: str) -> Run:
     state = _load_state(resume_from, accelerator)
     if state:
         _check_same_run(config, state.progress["settings"])
-    source, validation = open_sources(config.data, config.val_data, config.prompts, config.captions)
+    fetcher = make_fetcher(config)
+    source, validation = open_data(config, fetcher)
     torch.manual_seed(config.seed)
     towers, processing, pretrained = _towers(config, family, source, resume_from)
     if not any(parameter.requires_grad for parameter in towers.parameters()):
@@ -40,9 +41,10 @@ def make_run(config: TrainConfig, family: str) -> Run:
     towers.to(accelerator.device).train()
     torch.manual_seed(config.seed + 1 + accelerator.process_index)  # ranks draw their own dropout masks
 
-    plan = _plan(config, towers, processing, source, state, accelerator)
-    workers = _workers(config, state, plan)
-    steps = config.steps or _steps_of_epochs(config, source)
+    prepare = make_prepare(config, towers, processing, source, fetcher.cache, accelerator.device)
+    plan = _plan(config, towers, source, prepare, state, accelerator)
+    workers = _workers(config, state, plan, prepare)
+    steps = config.steps or steps_of_epochs(config, source)
     warmup = steps // 10 if config.warmup_steps == "auto" else config.warmup_steps
     optimizer = build_optimizer(
         towers, config.optimizer, lr=config.lr, weight_decay=config.weight_decay, beta2=config.beta2
@@ -57,19 +59,21 @@ def make_run(config: TrainConfig, family: str) -> Run:
         validation=validation,
         towers=towers,
         processing=processing,
+        prepare=prepare,
         wrapped=wrapped,
         optimizer=prepared_optimizer,
         schedule=schedule,  # not prepared: Accelerate would step it once per process
         plan=plan,
         data=TrainingData(
             source,
-            Prepare(ImagePipeline(processing.image_size, processing.resize, config.augment), processing.tokenize),
+            prepare,
             effective_batch=config.effective_batch,
             chunk_size=plan.chunk_size,
             rank=accelerator.process_index,
             world_size=accelerator.num_processes,
             workers=workers,
             seed=config.seed,
+            shuffle_buffer=config.shuffle_buffer,
             pin_memory=accelerator.device.type == "cuda",
         ),
         memory=CrossBatchMemory(config.xbm_size, towers.embed_dim, accelerator.device),
@@ -153,16 +157,16 @@ def _towers(
     return towers, processing, pretrained
 
 
-def _workers(config: TrainConfig, state: TrainingState | None, plan: BatchPlan) -> int:
+def _workers(config: TrainConfig, state: TrainingState | None, plan: BatchPlan, prepare: Prepare) -> int:
     if config.workers != "auto":
         return config.workers
     if state:  # a stream of shards goes on exactly only at the same number
         return state.progress["workers"]
-    if config.data == "digits":
+    if prepare.image_outputs is not None:  # nothing to decode
         return 0
-    workers = min(4, max(1, backend.usable_cores() // plan.world_size))
-    if Path("/dev/shm").is_dir():  # chunks travel through it; a container may have little
-        chunk_bytes = plan.chunk_size * 3 * plan.image_size**2
+    workers = most_workers(config, plan.world_size)
+    if workers and Path("/dev/shm").is_dir():  # chunks travel through it; a container may have little
+        chunk_bytes = plan.chunk_size * plan.image_bytes
         workers = min(workers, shutil.disk_usage("/dev/shm").free // (2 * plan.world_size * chunk_bytes))
     return min(gather_objects(workers))
 
@@ -170,17 +174,16 @@ def _workers(config: TrainConfig, state: TrainingState | None, plan: BatchPlan) 
 def _plan(
     config: TrainConfig,
     towers: TwoTowers,
-    processing: Processing,
     source: Source,
+    prepare: Prepare,
     state: TrainingState | None,
     accelerator: Accelerator,
 ) -> BatchPlan:
     """Measure the towers on texts of the data, and settle what is `auto`, alike on all ranks."""
     device, world_size = accelerator.device, accelerator.num_processes
-    texts = (source.sample_texts(64) or ["a text"]) * 4
-    input_ids, attention_mask = (tokens.to(device) for tokens in processing.tokenize(texts))
+    inputs = {name: tensor.to(device) for name, tensor in sample_inputs(source, prepare).items()}
     with accelerator.autocast():
-        activations = measure_activations(towers, input_ids, attention_mask, processing.image_size)
+        activations = measure_activations(towers, inputs)
     per_rank = config.effective_batch // world_size
     chunk_size, keep = config.chunk_size, config.keep_graphs
     if state:  # what was measured then holds, so that dropout's masks and sums stay the same
@@ -195,16 +198,10 @@ def _plan(
         keep_graphs=0,
         xbm_size=config.xbm_size,
         embed_dim=towers.embed_dim,
-        image_size=processing.image_size,
+        image_bytes=prepare.image_bytes,
         activation_bytes=activations,
         state_bytes=state_bytes(list(towers.parameters()), moments=2 if config.optimizer == "adamw" else 0),
     )
     if keep == "auto":
         keep = min(gather_objects(graphs_that_fit(plan, device, world_size)))
     return replace(plan, keep_graphs=min(keep, plan.chunks))
-
-
-def _steps_of_epochs(config: TrainConfig, source: Source) -> int:
-    if source.size is None:
-        raise InputError(f"--epochs {config.epochs}: the size of {config.data} is not known; give --steps instead")
-    return max(1, ceil(config.epochs * source.size / config.effective_batch))

@@ -15,6 +15,7 @@ from lib.checkpoint import newest_whole
 from lib.collectives import gather_objects, rank_and_world_size, sum_over_ranks
 from lib.config import TrainConfig
 from lib.data import Chunk
+from lib.data_setup import show_data
 from lib.errors import InputError, RunError
 from lib.evaluation.best import BestMetric
 from lib.evaluation.validation import validate
@@ -34,6 +35,9 @@ MOST_OVERFLOWS = 50  # fp16 updates skipped in a row: by then the gradient scale
 
 def train(config: TrainConfig, objective: Objective) -> None:
     """Train as `config` says, from the first batch or a checkpoint to the export; files as the README lists them."""
+    if config.data_info:
+        show_data(config)
+        return
     started = time.perf_counter()
     run = make_run(config, objective.family)
     loss = diagonal(objective.loss) if config.positives == "pair" else objective.loss

@@ -27,9 +27,7 @@ def small_chunks(chunks: Sequence[Chunk]) -> list[Chunk]:
     first = chunks[0]
     count = min(PAIRS, len(first))
     size = max(1, count // CHUNKS)
-    fields = (first.pixel_values, first.input_ids, first.attention_mask, first.group, first.sample_id)
-    parts = zip(*(tensor[:count].split(size) for tensor in fields), strict=True)
-    return [Chunk(*part) for part in parts]
+    return [first.rows(start, min(start + size, count)) for start in range(0, count, size)]
 
 
 def compare_gradients(
@@ -69,7 +67,7 @@ def plain_autograd(
 ) -> None:
     """Leave on `towers` the gradient of the N x N loss over all ranks' chunks, with all graphs kept."""
     with getattr(wrapped, "no_sync", nullcontext)():
-        outputs = [wrapped(c.pixel_values, c.input_ids, c.attention_mask) for c in (c.to(device) for c in chunks)]
+        outputs = [wrapped(**chunk.to(device).inputs) for chunk in chunks]
     images = torch.cat([output.image_embeds for output in outputs])
     texts = torch.cat([output.text_embeds for output in outputs])
     group = gather_rows(torch.cat([chunk.group for chunk in chunks]).to(device))

@@ -10,8 +10,11 @@ import torch
 from PIL import Image, ImageOps
 
 from lib.data import BadImage, ImagePipeline, decode_image
-from lib.data.images import MAX_PIXELS
+from lib.data.images import MAX_PIXELS, Extent
 from lib.errors import InputError
+
+AUGMENT = ("none", "light", "jitter", "strong")
+SIDES = (slice(0, 16), slice(16, 32))
 
 
 def picture(width: int = 40, height: int = 30, seed: int = 0) -> Image.Image:
@@ -122,6 +125,104 @@ def test_no_cut_of_a_file_raises_anything_else():
                 assert bad.reason in ("empty", "truncated", "not_an_image", "unreadable")
 
 
+def reduced_sizes(content: bytes, *extents: Extent) -> list[tuple[int, int]]:
+    return [decode_image(content, extent).size for extent in extents]
+
+
+def test_a_jpeg_is_decoded_as_small_as_the_extent_allows():
+    content = encode(picture(403, 300), "JPEG")
+    shorter = [Extent(side, "shorter") for side in (300, 151, 150, 76, 75, 38, 10)]
+    full, half, quarter, eighth = (403, 300), (202, 150), (101, 75), (51, 38)
+    assert reduced_sizes(content, *shorter) == [full, full, half, half, quarter, eighth, eighth]
+    assert reduced_sizes(content, Extent(203, "longer"), Extent(202, "longer")) == [full, half]
+    assert reduced_sizes(content, Extent(102, "longer"), Extent(101, "longer")) == [half, quarter]
+    assert decode_image(content).size == full
+    line = encode(picture(5000, 1), "JPEG")
+    for size in reduced_sizes(line, Extent(8, "longer"), Extent(8, "shorter"), Extent(1, "shorter")):
+        assert max(size) >= 8 and min(size) == 1
+    for format in ("PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM"):
+        assert reduced_sizes(encode(picture(), format), Extent(1, "shorter")) == [picture().size]
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("progressive", [False, True])
+def test_a_reduced_jpeg_shows_what_the_full_one_shows(mode, progressive):
+    content = encode(picture(400, 296).convert(mode), "JPEG", quality=95, progressive=progressive)
+    full = decode_image(content)
+    for scale in (2, 4, 8):
+        reduced = decode_image(content, Extent(296 // scale, "shorter"))
+        assert reduced.mode == "RGB" and reduced.size == (400 // scale, 296 // scale)
+        assert difference(reduced, full.resize(reduced.size, Image.Resampling.BOX)) < 2
+        assert difference(reduced, picture(seed=1).resize(reduced.size)) > 20
+
+
+def test_a_reduced_jpeg_is_upright():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    content = encode(picture(400, 304).transpose(Image.Transpose.ROTATE_90), "JPEG", exif=exif)
+    reduced = decode_image(content, Extent(76, "shorter"))
+    assert reduced.size == (100, 76)
+    assert difference(reduced, picture(400, 304).resize((100, 76), Image.Resampling.BOX)) < 3
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_reduced_decoding_finds_every_cut_that_full_decoding_finds(progressive):
+    content = encode(picture(240, 160), "JPEG", progressive=progressive)
+
+    def fate(content: bytes, extent: Extent | None) -> str:
+        try:
+            return str(decode_image(content, extent).mode)
+        except BadImage as bad:
+            return bad.reason
+
+    fates = set()
+    for length in range(0, len(content), 1 + len(content) // 80):
+        full = fate(content[:length], None)
+        assert all(fate(content[:length], Extent(side, "shorter")) == full for side in (80, 40, 20)), length
+        fates.add(full)
+    assert "truncated" in fates
+    assert fate(content, Extent(20, "shorter")) == "RGB"
+
+
+def test_the_size_cap_is_on_the_whole_image_however_small_it_is_wanted():
+    content = bytearray(encode(picture(), "JPEG"))
+    frame = content.index(b"\xff\xc0")  # the frame header: length, bits, then height and width
+    content[frame + 5 : frame + 9] = struct.pack(">HH", 9000, 9000)
+    with pytest.raises(BadImage, match="oversized"):
+        decode_image(bytes(content), Extent(8, "shorter"))
+
+
+def test_pixels_for_evaluation_hardly_depend_on_reduced_decoding(shared):
+    paths = sorted((shared / "data" / "coco" / "val2017").iterdir())[:24:2]
+
+    def large(path) -> bytes:
+        image = Image.open(path).convert("RGB")
+        scale = 1600 / max(image.size)
+        return encode(image.resize([round(side * scale) for side in image.size]), "JPEG", quality=90)
+
+    files = [large(path) for path in paths]
+    for resize, bound in (("crop", 0.6), ("squash", 0.5), ("pad", 0.6)):
+        pipeline = ImagePipeline(224, resize)
+
+        def mean_difference(extent: Extent, pipeline=pipeline) -> float:
+            pairs = [(decode_image(file), decode_image(file, extent)) for file in files]
+            assert all(reduced.width < full.width for full, reduced in pairs[:3])
+            pixels = [[pipeline(image, 0).float() for image in pair] for pair in pairs]
+            return float(np.mean([(full - reduced).abs().mean() for full, reduced in pixels]))
+
+        assert mean_difference(pipeline.extent) < bound
+        if resize == "crop":
+            assert mean_difference(Extent(112, "shorter")) > 3 * bound  # what too small a decoding does
+
+
+def test_an_image_for_training_may_be_as_small_as_its_smallest_crop_allows():
+    assert ImagePipeline(224).extent == Extent(448, "shorter")
+    assert ImagePipeline(224, "pad").extent == Extent(448, "longer")
+    assert ImagePipeline(224, augment="jitter").extent == Extent(224, "shorter")
+    assert ImagePipeline(100, augment="light", crop_scale=(0.25, 1)).extent == Extent(200, "shorter")
+    assert ImagePipeline(100, "pad", "strong", crop_scale=(0.25, 1)).extent == Extent(100, "longer")
+
+
 def test_the_files_made_to_break_readers(shared):
     reasons = {
         "bomb_196_megapixels.png": "oversized",
@@ -159,13 +260,23 @@ def test_crop_is_resize_and_then_crop(size):
         assert difference(Image.fromarray(squashed), naive) > 1
 
 
+@pytest.mark.parametrize("size", [(300, 225), (225, 300), (333, 250), (97, 320)])
+def test_crop_is_what_the_exported_image_processor_does(size):
+    from transformers import CLIPImageProcessor
+
+    square = {"height": 64, "width": 64}
+    theirs = CLIPImageProcessor(size={"shortest_edge": 64}, crop_size=square, do_normalize=False, do_rescale=False)
+    found = theirs(picture(*size), return_tensors="pt")["pixel_values"][0]
+    assert (ImagePipeline(64)(picture(*size), 0).float() - found.float()).abs().max() <= 1
+
+
 def test_pad_keeps_the_aspect_between_black_bars():
     pixels = ImagePipeline(32, "pad")(Image.new("RGB", (64, 16), "white"), 0)
     assert pixels[:, 12:20].min() == 255 and pixels[:, :12].max() == 0 and pixels[:, 20:].max() == 0
 
 
 @pytest.mark.parametrize("resize", ["crop", "pad", "squash"])
-@pytest.mark.parametrize("augment", ["none", "light", "jitter", "strong"])
+@pytest.mark.parametrize("augment", AUGMENT)
 def test_any_shape_gives_the_size_asked_for(resize, augment):
     for size in ((1, 1), (1, 5000), (5000, 1), (3, 500), (32, 32)):
         pixels = ImagePipeline(32, resize, augment)(Image.new("RGB", size, "red"), 3)
@@ -184,6 +295,81 @@ def test_augmentation_is_a_function_of_its_seed(augment):
     assert not all(torch.equal(pipeline(picture(), seed), first) for seed in range(8, 12))
     plain = ImagePipeline(32)
     assert torch.equal(plain(picture(), 7), plain(picture(), 8))
+
+
+def test_a_very_long_image_keeps_its_middle():
+    colours = np.zeros((1, 1001, 3), dtype=np.uint8)
+    colours[:, 500] = 255
+    for image in (Image.fromarray(colours), Image.fromarray(colours.transpose(1, 0, 2).copy())):
+        brightness = ImagePipeline(32)(image, 0).float().mean(dim=0)
+        assert brightness.mean() > 200 and abs(float(brightness[:, 0].mean() - brightness[:, -1].mean())) < 1
+
+
+def test_pixels_do_not_depend_on_the_number_of_threads():
+    threads = torch.get_num_threads()
+    try:
+        pixels = []
+        for number in (1, 3):
+            torch.set_num_threads(number)
+            pixels.append([ImagePipeline(48, augment=augment)(picture(300, 200), 5) for augment in AUGMENT])
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(one, three) for one, three in zip(*pixels, strict=True))
+
+
+def strong(seed: int, **settings) -> torch.Tensor:
+    """Strong augmentation of one picture with everything off but what is set."""
+    off = {"crop_scale": (1.0, 1.0), "flip": 0.0, "color_jitter": (0, 0, 0, 0), "rotation": 0, "randaugment": (0, 9)}
+    return ImagePipeline(32, "squash", "strong", **off | settings)(picture(), seed).float()
+
+
+def change(**settings) -> float:
+    """How much it changes the picture, on average over seeds."""
+    plain = ImagePipeline(32, "squash")(picture(), 0).float()
+    return float(np.mean([(strong(seed, **settings) - plain).abs().mean() for seed in range(12)]))
+
+
+def test_each_augmentation_is_as_large_as_its_setting():
+    assert change() == 0
+    assert 0 < change(crop_scale=(0.9, 0.9)) < change(crop_scale=(0.2, 0.2))
+    assert 0 < change(flip=0.3) < change(flip=1.0)
+    for channel in range(4):
+        small, large = ([0.0] * 4 for _ in range(2))
+        small[channel], large[channel] = 0.05, 0.5
+        assert 0 < change(color_jitter=tuple(small)) < change(color_jitter=tuple(large))
+    assert 0 < change(rotation=2.0) < change(rotation=45.0)
+    assert change(randaugment=(1, 0)) < change(randaugment=(1, 9)) < change(randaugment=(3, 25))
+
+
+def test_a_flip_mirrors():
+    seen, mirrored = (ImagePipeline(32, augment="light", flip=flip)(picture(), 4) for flip in (0.0, 1.0))
+    assert torch.equal(seen.flip(-1), mirrored) and not torch.equal(seen, mirrored)
+
+
+def test_light_leaves_colours_and_jitter_leaves_places():
+    red = Image.new("RGB", (60, 40), (200, 30, 30))
+    assert torch.equal(ImagePipeline(32, augment="light")(red, 3), ImagePipeline(32)(red, 3))
+    half = Image.new("RGB", (32, 32))
+    half.paste((120, 120, 120), (0, 0, 16, 32))
+    for seed in range(5):
+        jittered = ImagePipeline(32, augment="jitter")(half, seed)
+        assert all(len(jittered[:, :, columns].flatten(1).unique(dim=1)[0]) == 1 for columns in SIDES)
+
+
+def test_wrong_augmentation_settings_name_their_flag():
+    wrong = {
+        "--crop-scale 0 1": {"crop_scale": (0, 1)},
+        "--crop-scale 0.9 0.5": {"crop_scale": (0.9, 0.5)},
+        "--flip 1.5": {"flip": 1.5},
+        "--color-jitter 0.2 0.2 0.2 0.7": {"color_jitter": (0.2, 0.2, 0.2, 0.7)},
+        "--color-jitter -1 0 0 0": {"color_jitter": (-1, 0, 0, 0)},
+        "--rotation 200": {"rotation": 200},
+        "--randaugment 2 31": {"randaugment": (2, 31)},
+        "--randaugment -1 9": {"randaugment": (-1, 9)},
+    }
+    for told, settings in wrong.items():
+        with pytest.raises(InputError, match=told):
+            ImagePipeline(8, **settings)
 
 
 def test_wrong_settings_are_named():

@@ -3,125 +3,154 @@
 import io
 import json
 import pickle
-import tarfile
+import warnings
+from dataclasses import asdict, replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
+from made_shards import (
+    Remote,
+    all_ranks,
+    captioned,
+    make_shards,
+    make_tar,
+    plain,
+    png,
+    rows,
+    through_a_file,
+    totals,
+    training_data,
+)
 from PIL import Image
 
-from lib.data import BadImage, ImagePipeline, Prepare, TrainingData, open_evaluation, open_sources, streams
-from lib.data.tars import Damage, index_samples, stream_samples
+from lib.data import BadImage, open_evaluation, open_sources, shard_stream, streams
+from lib.data.annotations import shard_names
+from lib.data.dealing import Dealing, Part
+from lib.data.order import stable_hash
+from lib.data.positions import ShardPosition
+from lib.data.shard_index import ShardEntry, ShardIndex, write_index
+from lib.data.shard_stream import ShardStream
+from lib.data.shards import count_pairs
+from lib.data.tars import ALL, Damage, index_samples, read_samples
 from lib.errors import InputError
 
-EFFECTIVE_BATCH = 12
+
+def uncounted(source):
+    """The source as if it were too large to be counted when it is opened."""
+    return replace(source, samples=None, size=None)
 
 
-def png(number: int) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(np.random.default_rng(number).integers(0, 256, (9, 7, 3), dtype=np.uint8)).save(file, "PNG")
-    return file.getvalue()
+def items(source, shard: int, wanted=ALL) -> list:
+    return [item for _, found in source.read(shard, wanted) for item in found]
 
 
-def make_tar(path: Path, members: dict[str, bytes]) -> None:
-    with tarfile.open(path, "w") as tar:
-        for name, content in members.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
+def everything(source) -> list[str]:
+    return sorted(item.key for shard in range(len(source.shards)) for item in items(source, shard))
 
 
-def make_shards(folder: Path, shards: int, samples: int = 12) -> str:
-    """Captioned shards; in each, sample 1 has a broken image, 2 no text and 3 an empty caption."""
-    for shard in range(shards):
-        members = {}
-        for number in range(samples):
-            image = png(shard * samples + number)
-            members[f"{number:04d}.png"] = image[:40] if number == 1 else image
-            if number != 2:
-                members[f"{number:04d}.txt"] = b" \n" if number == 3 else f"{shard} {number}".encode()
-        make_tar(folder / f"part-{shard}.tar", members)
-    return str(folder / "part-*.tar")
+def one_pass(source, dealing: Dealing, stream: int, epoch: int = 0) -> list[str]:
+    """The keys that a stream gives out in a pass."""
+    reader, keys = ShardStream(source, dealing, stream, 4, None, ShardPosition(epoch)), []
+    while (found := reader.next())[0] == epoch:
+        keys.append(found[1].key)
+    return keys
 
 
-def characters(texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-    input_ids = torch.tensor([[ord(letter) for letter in text.ljust(12)[:12]] for text in texts])
-    return input_ids, torch.ones_like(input_ids)
-
-
-def training_data(source, rank=0, world_size=1, workers=0, seed=3) -> TrainingData:
-    return TrainingData(
-        source,
-        Prepare(ImagePipeline(8, augment="strong"), characters),
-        effective_batch=EFFECTIVE_BATCH,
-        chunk_size=5,
-        rank=rank,
-        world_size=world_size,
-        workers=workers,
-        seed=seed,
-    )
-
-
-def rows(step: list) -> list[tuple]:
-    """A step's pairs, each with every bit that a tower sees."""
-    return [
-        (
-            int(chunk.sample_id[row]),
-            int(chunk.group[row]),
-            chunk.input_ids[row].tolist(),
-            chunk.pixel_values[row].tolist(),
-        )
-        for chunk in step
-        for row in range(len(chunk))
-    ]
-
-
-@pytest.fixture
-def small_buffer(monkeypatch):
-    """A shuffle buffer smaller than a shard, so that it is both filled and drained."""
-    monkeypatch.setattr(streams, "SHUFFLE_BUFFER", 4)
-
-
-@pytest.mark.parametrize("number_of_streams", [1, 2, 5, 6, 31])
-def test_the_streams_hold_every_sample_once_a_pass(tmp_path, number_of_streams):
+@pytest.mark.parametrize("counted", [True, False])
+@pytest.mark.parametrize("number", [1, 2, 5, 6, 31])
+def test_the_streams_hold_every_sample_once_a_pass(tmp_path, number, counted):
     source, _ = open_sources(make_shards(tmp_path, 5), None, None)
-    everything = sorted(item.key for shard in range(5) for item in source.items(shard))
-    assert len(everything) == 60
+    dealing = Dealing(5, source.samples if counted else None, 0, number, {2: frozenset({1, 4})})
 
-    def dealt(epoch: int) -> list[str]:
-        parts = [streams.undecoded(source, 0, epoch, each, number_of_streams) for each in range(number_of_streams)]
-        return [item.key for part in parts for item in part]
+    def dealt(epoch: int) -> list[list[Part]]:
+        return [dealing.parts(epoch, stream) for stream in range(number)]
 
-    assert sorted(dealt(0)) == sorted(dealt(1)) == everything
-    assert dealt(0) == dealt(0) != dealt(1)
-    assert dealt(0) != everything
+    def keys(epoch: int) -> list[str]:
+        return [item.key for part in chain(*dealt(epoch)) for item in items(source, part.shard, part.samples)]
+
+    assert sorted(keys(0)) == sorted(keys(1)) == everything(source) and len(keys(0)) == 60
+    assert keys(0) == keys(0) != keys(1)
+    assert sorted(keys(2)) == [key for key in everything(source) if key[5] in "023"]
+    if counted:  # the 65 places are shared out evenly, and a stream opens only the shards of its own
+        places = [sum(len(set(range(13)) & set(part.samples[:13])) for part in parts) for parts in dealt(0)]
+        assert sum(places) == 65 and max(places) - min(places) <= 1
+        assert max(map(len, dealt(0))) <= -(-5 // number) + 1
 
 
-@pytest.mark.parametrize("world_size, workers", [(1, 0), (1, 1), (1, 3), (2, 0), (2, 1), (2, 3)])
-def test_a_resumed_run_gives_exactly_the_pairs_of_the_unbroken_one(tmp_path, small_buffer, world_size, workers):
+def test_a_stream_shuffles_what_it_reads(tmp_path):
+    source, _ = open_sources(make_shards(tmp_path, 2), None, None)
+    dealing = Dealing(2, source.samples, 0, 1, {})
+    first = one_pass(source, dealing, 0)
+    assert sorted(first) == everything(source) and first != [item.key for n in (0, 1) for item in items(source, n)]
+    assert first != one_pass(source, dealing, 0, epoch=1)
+    together = ShardStream(source, dealing, 0, 100, None, ShardPosition())
+    assert {together.next()[1].key[5] for _ in range(8)} == {"0", "1"}  # a large buffer mixes the shards
+
+
+@pytest.mark.parametrize("counted", [True, False])
+@pytest.mark.parametrize("workers", [0, 1, 3])
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_each_good_sample_is_used_once_a_pass_and_no_rank_waits(tmp_path, world_size, workers, counted):
+    """Five shards on up to twelve streams."""
+    source, _ = open_sources(make_shards(tmp_path, 5), None, None)
+    source = source if counted else uncounted(source)
+    parts = all_ranks(source, world_size, workers=workers, augment="none")
+    for part in parts:
+        steps = list(part.steps(0, 12))
+        assert [sum(map(len, step)) for step in steps] == [12 // world_size] * 12
+        assert max(len(chunk) for step in steps for chunk in step) <= 5
+    good = [stable_hash(f"part-{shard}.tar/{n:04d}") for shard in range(5) for n in range(12) if n not in (1, 2, 3)]
+    assert sorted(id for part in parts for id in part.first_pass) == sorted(good)
+    assert totals(parts) == (60, 45, {"truncated": 5, "no_text": 5, "empty_caption": 5})
+
+
+# Places in the first pass, at its end and in later ones.
+@pytest.mark.parametrize("world_size, workers, counted", [(1, 0, True), (1, 3, False), (2, 1, True), (4, 3, True)])
+def test_a_killed_and_resumed_run_gives_exactly_the_pairs_of_the_unbroken_one(tmp_path, world_size, workers, counted):
     source, _ = open_sources(make_shards(tmp_path, 4), None, None)
-    for rank in range(world_size):
-        unbroken = training_data(source, rank, world_size, workers)
-        walk = unbroken.steps(0, 7)
-        whole = [rows(step) for step in walk]
-        broken = training_data(source, rank, world_size, workers)
-        walk = broken.steps(0, 7)
-        assert [rows(next(walk)) for _ in range(3)] == whole[:3]
-        state = broken.state_dict()  # taken while workers are further ahead
-        next(walk)
-        walk.close()
+    source = source if counted else uncounted(source)
+    rank = world_size - 1
+    unbroken = training_data(source, rank, world_size, workers)
+    whole, states = [], [through_a_file(unbroken.state_dict())]
+    for step in unbroken.steps(0, 12):
+        whole.append(rows(step))
+        states.append(through_a_file(unbroken.state_dict()))  # while workers are further ahead
+    for place in (1, 3, 4, 8) if not workers else (2, 7):
         resumed = training_data(source, rank, world_size, workers)
-        resumed.load_state_dict(state)
-        assert [rows(step) for step in resumed.steps(3, 7)] == whole[3:]
+        resumed.load_state_dict(states[place])
+        assert [rows(step) for step in resumed.steps(place, 12)] == whole[place:]
         assert resumed.counts == unbroken.counts and sum(resumed.counts.skipped.values()) > 0
-        assert resumed.state_dict() == unbroken.state_dict()
-        forgetful = training_data(source, rank, world_size, workers)
-        forgetful.load_state_dict(state | {"positions": [(0, 0)] * max(1, workers)})
-        assert [rows(step) for step in forgetful.steps(3, 7)] != whole[3:]
+        assert plain(resumed.state_dict()) == plain(unbroken.state_dict())
+    forgetful = training_data(source, rank, world_size, workers)
+    forgetful.load_state_dict(states[place] | {"positions": states[0]["positions"]})
+    assert [rows(step) for step in forgetful.steps(place, 12)] != whole[place:]
 
 
-def test_steps_may_be_taken_in_parts(tmp_path, small_buffer):
+def test_a_resumed_stream_opens_and_decodes_nothing_that_was_finished(tmp_path, monkeypatch):
+    source, _ = open_sources(make_shards(tmp_path, 6), None, None)
+    remote = Remote(tmp_path, 0, log=tmp_path / "log")
+    source = replace(source, fetcher=remote)
+    data = training_data(source)
+    walk = data.steps(0, 4)
+    before = [row for _ in range(3) for row in rows(next(walk))]
+    state = data.state_dict()
+    walk.close()
+    opened = remote.opened()
+    assert 4 <= len(opened) < 6  # 36 pairs of 9 a shard
+    decoded = []
+    original = shard_stream.decode_image
+    monkeypatch.setattr(shard_stream, "decode_image", lambda *given: decoded.append(1) or original(*given))
+    resumed = training_data(source)
+    resumed.load_state_dict(state)
+    after = rows(next(resumed.steps(3, 4)))
+    assert not {row[0] for row in before} & {row[0] for row in after}
+    assert len(opened & remote.opened()) <= 2  # that of the cursor, and another that waits in the buffer
+    assert len(decoded) <= 12 + 2  # the pairs of the step, and broken images among them
+
+
+def test_steps_may_be_taken_in_parts(tmp_path):
     source, _ = open_sources(make_shards(tmp_path, 4), None, None)
     whole = [rows(step) for step in training_data(source, workers=2).steps(0, 4)]
     data = training_data(source, workers=2)
@@ -130,69 +159,107 @@ def test_steps_may_be_taken_in_parts(tmp_path, small_buffer):
     walk.close()
     parts += [rows(step) for step in data.steps(1, 4)]
     assert parts == whole
-    with pytest.raises(ValueError, match="shards stand at step 4, not 2"):
+    with pytest.raises(ValueError, match="streams stand at step 4, not 2"):
         next(data.steps(2, 4))
 
 
-def test_fewer_shards_than_streams_do_not_hang(tmp_path):
-    source, _ = open_sources(make_shards(tmp_path, 5), None, None)
-    for rank in range(2):
-        steps = list(training_data(source, rank, 2, workers=3).steps(0, 12))
-        assert [[len(chunk) for chunk in step] for step in steps] == [[5, 1]] * 12
+@pytest.mark.parametrize("counted", [True, False])
+@pytest.mark.parametrize("before, after", [((1, 0), (1, 2)), ((2, 2), (1, 0)), ((2, 0), (4, 0))])
+def test_another_layout_goes_on_without_the_finished_shards(tmp_path, before, after, counted):
+    source, _ = open_sources(make_shards(tmp_path, 8), None, None)
+    source = source if counted else uncounted(source)
+    first = all_ranks(source, before[0], workers=before[1])
+    for part in first:
+        list(part.steps(0, 4))
+    states = [through_a_file(part.state_dict()) for part in first]
+    second = all_ranks(source, after[0], workers=after[1], augment="none")
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for part in second:
+            part.load_state_dict(states[0] | {"counts": asdict(part.counts)}, lambda: states)
+    (said,) = [str(each.message) for each in told]
+    for part in second:
+        list(part.steps(4, 20))
+    ids = [{stable_hash(f"part-{shard}.tar/{n:04d}") for n in (0, *range(4, 12))} for shard in range(8)]
+    used_before = [id for part in first for id in part.first_pass]
+    used_after = [id for part in second for id in part.first_pass]
+    left = [shard for shard in ids if shard & set(used_after)]
+    finished = [shard for shard in ids if shard not in left]
+    assert finished and all(shard <= set(used_before) for shard in finished)
+    assert sorted(used_after) == sorted(chain(*left))  # all of what was not finished, and nothing else
+    assert f"without the {len(finished)} shards that were finished" in said
 
 
-@pytest.mark.parametrize("world_size, workers", [(1, 0), (2, 0), (2, 3), (1, 2)])
-def test_counts_are_exact_after_the_first_pass(tmp_path, world_size, workers):
-    data = make_shards(tmp_path, 5)
-    whole = (tmp_path / "part-0.tar").read_bytes()
-    (tmp_path / "part-5.tar").write_bytes(whole[: len(whole) * 2 // 3])
-    (tmp_path / "part-6.tar").write_bytes(b"no tar at all")
-    source, _ = open_sources(data, None, None)
-    parts = [training_data(source, rank, world_size, workers) for rank in range(world_size)]
-    for part in parts:
-        list(part.steps(0, 40))
-    items = [item for shard in range(7) for item in source.items(shard)]
-    cut = sum(item.where.endswith("part-5.tar") and item.reason is None for item in items)
-    assert 0 < cut < 12  # good and broken images among them
-    used, read = sum(part.counts.used for part in parts), sum(part.counts.read for part in parts)
-    skipped: dict[str, int] = {}
-    for part in parts:
-        for reason, count in part.counts.skipped.items():
-            skipped[reason] = skipped.get(reason, 0) + count
-    assert read == used + sum(skipped.values()) == len(items)
-    assert used == 5 * 9 + cut - 1
-    assert skipped == {
-        "truncated": 6,
-        "no_text": 6,
-        "empty_caption": 6,
-        "truncated_tar": 1,
-        "unreadable_tar": 1,
-    }
-    reported = [skip for part in parts for skip in part.new_skips()]
-    assert len(reported) == sum(skipped.values())
-    assert ("truncated", "part-3.tar/0001") in {(skip.reason, skip.key) for skip in reported}
+def test_finished_shards_are_those_of_which_nothing_is_left(tmp_path):
+    """Against a count of what was given out, at random places, with fast streams ahead, and twice in a row."""
+    source, _ = open_sources(make_shards(tmp_path, 6, samples=5), None, None)
+    random = np.random.default_rng(0)
+    for trial in range(30):
+        counts = source.samples if trial % 2 else None
+        excluded: dict[int, frozenset[int]] = {}
+        start = 0
+        for number in (2, 3):
+            dealing = Dealing(6, counts, trial, number, excluded)
+            readers = [ShardStream(source, dealing, n, 4, None, ShardPosition(start)) for n in range(number)]
+            given: dict[int, list[str]] = {}
+            for reader in readers:
+                for _ in range(int(random.integers(0, 30))):
+                    epoch, item = reader.next()
+                    given.setdefault(epoch, []).append(item.key)
+            found = dealing.finished([reader.position for reader in readers])
+            assert set(found) >= set(excluded) - set(range(min(found)))  # what was known of later passes stays known
+            for epoch, shards in found.items():
+                keys = given.get(epoch, [])
+                assert len(keys) == len(set(keys))
+                naive = {n for n in range(6) if sum(key.startswith(f"part-{n}.") for key in keys) == 5}
+                assert shards == naive | excluded.get(epoch, frozenset())
+            excluded, start = found, min(found)
 
 
 def test_wherever_a_tar_is_cut_the_rest_is_one_event(tmp_path):
     make_shards(tmp_path, 1, samples=5)
     content = (tmp_path / "part-0.tar").read_bytes()
-    whole = list(stream_samples(str(tmp_path / "part-0.tar")))
-    assert len(whole) == 5 and list(map(str, index_samples(str(tmp_path / "part-0.tar"))))
+    whole = list(index_samples(str(tmp_path / "part-0.tar")))
+    assert len(whole) == 5
     path = tmp_path / "cut.tar"
     for length in range(0, len(content), 256):
         path.write_bytes(content[:length])
-        for found in (list(stream_samples(str(path))), list(index_samples(str(path)))):
+        read = list(read_samples(str(path), ALL))
+        assert [number for number, _ in read] == list(range(len(read)))
+        for found in ([sample for _, sample in read], list(index_samples(str(path)))):
             samples = [item for item in found if not isinstance(item, Damage)]
             assert [sample.key for sample in samples] == [sample.key for sample in whole[: len(samples)]]
             assert not any(isinstance(item, Damage) for item in found[:-1])
             damaged = isinstance(found[-1], Damage)
             assert damaged or (len(samples) == 5 and not any(content[length:]))  # padding alone was cut
+        # However its numbers are dealt, each sample and the damage is in exactly one part.
+        for slices in ([range(0, 2), range(2, 4), range(4, 9)], [range(n, 9, 3) for n in range(3)]):
+            parts = [found for wanted in slices for found in read_samples(str(path), wanted)]
+            assert sorted(parts, key=lambda found: found[0]) == read
     path.write_bytes(content[:700])
-    assert list(stream_samples(str(path))) == [Damage("unreadable_tar")]
-    assert list(stream_samples(str(tmp_path / "gone.tar"))) == [Damage("unreadable_tar")]
+    assert list(index_samples(str(path))) == [Damage("unreadable_tar")]
+    assert list(read_samples(str(tmp_path / "gone.tar"), ALL)) == [(0, Damage("unreadable_tar"))]
 
 
-def test_shards_without_a_usable_pair_are_an_error_and_no_endless_loop(tmp_path):
+def test_a_damaged_header_in_the_middle_is_not_taken_for_the_end(tmp_path):
+    make_tar(tmp_path / "a.tar", captioned(range(5)))
+    content = bytearray((tmp_path / "a.tar").read_bytes())
+    content[content.index(b"0003.png")] ^= 255
+    (tmp_path / "a.tar").write_bytes(content)
+    found = list(index_samples(str(tmp_path / "a.tar")))
+    assert [type(each).__name__ for each in found] == ["Sample"] * 3 + ["Damage"]
+    assert found[-1] == Damage("truncated_tar")
+
+
+def test_a_shard_with_more_samples_than_its_index_says_loses_none(tmp_path):
+    source, _ = open_sources(make_shards(tmp_path, 3), None, None)
+    source = replace(source, samples=(7, 20, 12))
+    dealing = Dealing(3, source.samples, 0, 4, {})
+    assert sorted(key for stream in range(4) for key in one_pass(source, dealing, stream)) == everything(source)
+
+
+def test_shards_without_a_usable_pair_are_an_error_and_no_endless_loop(tmp_path, monkeypatch):
+    monkeypatch.setattr(streams, "_MOST_BAD_IN_A_ROW", 300)
     members = {f"{number}.{suffix}": b"nothing" for number in range(9) for suffix in ("jpg", "txt")}
     make_tar(tmp_path / "bad.tar", members)
     source, _ = open_sources(str(tmp_path / "bad.tar"), None, None)
@@ -200,19 +267,6 @@ def test_shards_without_a_usable_pair_are_an_error_and_no_endless_loop(tmp_path)
         with pytest.raises(InputError, match="no pair that can be used") as error:
             list(training_data(source, workers=workers).steps(0, 1))
         assert "Traceback" not in str(error.value)
-
-
-def test_other_ranks_or_workers_go_on_with_a_new_pass_and_say_so(tmp_path):
-    source, _ = open_sources(make_shards(tmp_path, 4), None, None)
-    first = training_data(source, workers=0)
-    list(first.steps(0, 2))
-    for settings in ({"workers": 2}, {"world_size": 2}):
-        second = training_data(source, **settings)
-        with pytest.warns(UserWarning, match="goes on with a new pass"):
-            second.load_state_dict(first.state_dict())
-        list(second.steps(2, 4))
-        assert second.counts == first.counts  # the first pass is over
-        assert min(epoch for epoch, _ in second.state_dict()["positions"]) >= 1
 
 
 class Bomb:
@@ -241,12 +295,11 @@ def test_a_pickle_member_is_never_loaded(tmp_path):
     assert trap.exists()
 
 
-def test_commands_and_other_machines_are_refused(tmp_path):
+def test_commands_and_missing_files_are_refused(tmp_path):
     trap = tmp_path / "executed"
     for data, message in (
-        (f"pipe:touch {trap}", "commands are not run"),
-        (f"pipe:touch {trap}.tar", "commands are not run"),
-        ("s3://bucket/a.tar", "only local files"),
+        (f"pipe:touch {trap}", "commands are not run unless --allow-pipe"),
+        (f"pipe:touch {trap}.tar", "commands are not run unless --allow-pipe"),
         (str(tmp_path / "none-{0..3}.tar"), "there is no file .*none-0.tar"),
         (str(tmp_path / "none-*.tar"), "there is no file"),
         (str(tmp_path / "a{0,1.tar"), "brace is not closed"),
@@ -263,7 +316,7 @@ def test_patterns_find_the_same_files(tmp_path):
     by_brace, _ = open_sources(str(tmp_path / "part-{0..2}.tar"), None, None)
     one, _ = open_sources(str(tmp_path / "part-1.tar"), None, None)
     assert by_glob.names == by_brace.names == ("part-0.tar", "part-1.tar", "part-2.tar")
-    assert one.names == ("part-1.tar",) and one.size is None
+    assert one.names == ("part-1.tar",)
 
 
 def test_shards_of_one_name_in_two_folders_are_told_apart(tmp_path):
@@ -271,12 +324,18 @@ def test_shards_of_one_name_in_two_folders_are_told_apart(tmp_path):
         (tmp_path / folder).mkdir()
         make_shards(tmp_path / folder, 1)
     source, _ = open_sources(str(tmp_path / "{a,b}" / "part-0.tar"), None, None)
-    keys = [item.key for shard in range(2) for item in source.items(shard)]
+    keys = everything(source)
     assert len(set(keys)) == len(keys) == 24 and keys[0] == "a/part-0.tar/0000"
     assert len(set(open_evaluation(str(tmp_path / "*" / "part-*.tar"), "auto", None).image_keys)) == 20
     odd = tmp_path / "a" / "[1]{2}.tar"
     (tmp_path / "a" / "part-0.tar").rename(odd)
     assert open_sources(str(odd), None, None)[0].names == ("[1]{2}.tar",)
+
+
+def test_addresses_are_told_apart_without_their_keys_of_access():
+    assert shard_names(("s3://b/x/0.tar?key=1", "s3://b/x/y/0.tar?key=1")) == ("0.tar", "y/0.tar")
+    assert len(set(shard_names(("https://h/get?id=1", "https://h/get?id=2")))) == 2
+    assert shard_names(("pipe:cat /a/b/0.tar", "pipe:cat /a/b/1.tar")) == ("0.tar", "1.tar")
 
 
 def test_json_captions_groups_and_keys(tmp_path):
@@ -289,14 +348,15 @@ def test_json_captions_groups_and_keys(tmp_path):
     members = {}
     for number, record in enumerate(records):
         members |= {f"{number}.PNG": png(number), f"{number}.json": json.dumps(record).encode()}
+        members[f"{number}.txt"] = b"the captions of .json go before this"
     make_tar(tmp_path / "a.tar", members)
     every, _ = open_sources(str(tmp_path / "a.tar"), None, None, captions="all")
-    items = list(every.items(0))
-    assert [(item.texts, item.numbers) for item in items[:3]] == [(("a",), (0,)), ((), ()), (("b",), (2,))]
-    assert items[0].group == items[3].group != items[4].group
-    assert [item.key for item in items[2:]] == ["k0", "a.tar/1", "a.tar/2", "k0"]
+    found = items(every, 0)
+    assert [(item.texts, item.numbers) for item in found[:3]] == [(("a",), (0,)), ((), ()), (("b",), (2,))]
+    assert found[0].group == found[3].group != found[4].group
+    assert [item.key for item in found[2:]] == ["k0", "a.tar/1", "a.tar/2", "k0"]
     one, _ = open_sources(str(tmp_path / "a.tar"), None, None, captions="one")
-    assert [item.texts for item in one.items(0)] == [("a", "b"), ("c",), ("d",), ("e",)]
+    assert [item.texts for item in items(one, 0)] == [("a", "b"), ("c",), ("d",), ("e",)]
     evaluation_set = open_evaluation(str(tmp_path / "a.tar"), "auto", None)
     assert evaluation_set.captions == ["a", "b", "c", "d", "e"]
     assert evaluation_set.caption_image.tolist() == [0, 0, 1, 2, 3]
@@ -315,9 +375,9 @@ def test_class_shards_give_prompts_and_labels(tmp_path, numbers):
             open_sources(str(tmp_path / "a.tar"), None, None)
         (tmp_path / "classes.txt").write_text("\n".join(names) + "\n")
     source, _ = open_sources(str(tmp_path / "a.tar"), None, None)
-    items = list(source.items(0))
-    assert [item.texts for item in items] == [("a photo of ant",), ("a photo of big bee",)] * 2
-    assert items[0].group == items[2].group != items[1].group
+    found = items(source, 0)
+    assert [item.texts for item in found] == [("a photo of ant",), ("a photo of big bee",)] * 2
+    assert found[0].group == found[2].group != found[1].group
     evaluation_set = open_evaluation(str(tmp_path / "a.tar"), "auto", "objects")
     assert evaluation_set.classes == ("ant", "big bee") and evaluation_set.labels.tolist() == [0, 1, 0, 1]
 
@@ -334,3 +394,59 @@ def test_an_evaluation_set_reads_images_where_they_lie(tmp_path):
         evaluation_set.open_image(1)
     validation = open_sources("digits", str(tmp_path / "part-0.tar"), None)[1]
     assert len(validation) == 10
+
+
+def test_a_packed_folder_has_splits_counts_and_classes(tmp_path):
+    for name, numbers in (("train-0.tar", range(4)), ("train-1.tar", range(4, 7)), ("val-0.tar", range(7, 9))):
+        members = {}
+        for number in numbers:
+            record = {"key": f"k{number}", "group": f"k{number}", "captions": [f"one {number}", f"two {number}"]}
+            members |= {f"{number:09d}.png": png(number), f"{number:09d}.json": json.dumps(record).encode()}
+        make_tar(tmp_path / name, members)
+    entries = {"train-0.tar": ("train", 4, 8), "train-1.tar": ("train", 3, 6), "val-0.tar": ("val", 2, 4)}
+    write_index(tmp_path, ShardIndex({name: ShardEntry(*entry, 1) for name, entry in entries.items()}))
+    assert [file.name for file in sorted(tmp_path.iterdir())] == ["index.json", *entries]
+    for data in (str(tmp_path), str(tmp_path / "*.tar")):
+        source, validation = open_sources(data, None, None)
+        assert source.names == ("train-0.tar", "train-1.tar")
+        assert (source.samples, source.size, count_pairs(source)) == ((4, 3), 14, 14)
+        assert validation.image_keys == ["k7", "k8"] and len(validation.captions) == 4
+    assert open_sources(str(tmp_path), None, None, captions="one")[0].size == 7
+    assert len(open_evaluation(str(tmp_path), "train", None)) == 7
+    with pytest.raises(InputError, match="--split test: .* has only"):
+        open_evaluation(str(tmp_path), "test", None)
+    (tmp_path / "train-1.tar").unlink()
+    with pytest.raises(InputError, match="index.json names .*train-1.tar, which is not there"):
+        open_sources(str(tmp_path), None, None)
+    (tmp_path / "index.json").write_text("{")
+    with pytest.raises(InputError, match="index.json is damaged"):
+        open_sources(str(tmp_path), None, None)
+
+
+def test_an_index_of_classes_names_them(tmp_path):
+    members = {}
+    for number in range(4):
+        record = {"key": f"k{number}", "class": ("ant", "big bee")[number % 2]}
+        members |= {f"{number}.png": png(number), f"{number}.json": json.dumps(record).encode()}
+    make_tar(tmp_path / "a.tar", members)
+    write_index(tmp_path, ShardIndex({"a.tar": ShardEntry("train", 4, 4, 1)}, ("ant", "big bee")))
+    source, _ = open_sources(str(tmp_path), None, None)
+    assert source.classes == ("ant", "big bee") and source.size == 4
+    assert sorted(source.sample_texts()) == ["a photo of ant", "a photo of big bee"]
+
+
+def test_pairs_are_counted_where_that_needs_no_network(tmp_path):
+    source, _ = open_sources(make_shards(tmp_path, 3), None, None)
+    assert source.samples == (12, 12, 12) and source.size == 3 * 10  # a broken image is found by decoding only
+    assert count_pairs(uncounted(source)) == 30
+    far = replace(uncounted(source), shards=tuple(f"far://{path}" for path in source.shards))
+    with pytest.raises(InputError, match="give --steps instead"):
+        count_pairs(far)
+
+
+def test_the_texts_of_remote_shards_are_sampled_from_the_first(tmp_path):
+    source, _ = open_sources(make_shards(tmp_path, 3), None, None)
+    remote = Remote(tmp_path, 0, log=tmp_path / "log", down=("part-0",))
+    far = replace(source, shards=tuple(f"far://{path}" for path in source.shards), fetcher=remote)
+    assert len(far.sample_texts()) == 10 and remote.opened() == {"part-0.tar", "part-1.tar"}
+    assert len(far.sample_texts(2**62)) == 20 and len(source.sample_texts()) == 30

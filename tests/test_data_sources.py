@@ -1,39 +1,15 @@
 """What --data may name is opened as the user means it, and what cannot be used is said in one line."""
 
-import csv
 import json
 import pickle
-from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from made_data import make_images, make_table, texts_by_image
 
 from lib.data import BadImage, open_evaluation, open_sources
 from lib.data.pairs import fill
 from lib.errors import InputError
-
-
-def make_images(folder: Path, *names: str) -> None:
-    for number, name in enumerate(names):
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (8, 8), (number, 0, 0)).save(path)
-
-
-def make_table(path: Path, rows: list[list[str]]) -> str:
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        csv.writer(file, delimiter="\t" if path.suffix == ".tsv" else ",").writerows(rows)
-    return str(path)
-
-
-def texts_by_image(source) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {}
-    for pair in range(source.size):
-        first = source.first_text[pair]
-        texts = source.texts[first : first + source.text_count[pair]]
-        found.setdefault(source.images.keys[source.image[pair]], []).extend(texts)
-    return found
 
 
 def test_class_folders_with_splits(tmp_path):
@@ -103,7 +79,7 @@ def test_what_a_table_names_in_vain_is_listed(tmp_path):
     make_images(tmp_path, "1.jpg")
     rows = [["image", "caption"], ["1.jpg", "here"], ["2.jpg", "gone"], ["", "no name"], ["1.jpg", "  "]]
     source, _ = open_sources(make_table(tmp_path / "t.csv", rows), None, None)
-    expected = {("2.jpg#0", "missing"), ("1.jpg#1", "empty_caption"), ("t.csv:4", "malformed_row")}
+    expected = {("2.jpg", "missing"), ("1.jpg#1", "empty_caption"), ("t.csv:4", "malformed_row")}
     assert source.size == 1 and set(source.skipped) == expected
 
 
@@ -148,18 +124,20 @@ def test_errors_name_the_flag_the_value_and_the_remedy(tmp_path):
     empty = make_table(tmp_path / "empty.csv", [["image", "caption"]])
     bank = tmp_path / "bank.yaml"
     bank.write_text("- no place for a name\n")
+    (tmp_path / "notes.md").write_text("a note")
     cases = [
         ((str(tmp_path / "none"), None, None), "--data .*none is not there; give digits, a folder"),
         ((columns, None, None), "no column for the image: it has url, caption; name one of them filename"),
         ((gone, None, None), "of the 1 images it names not one is there"),
         ((split, None, None), "line 2: split 'x' is none of train"),
         ((only_test, None, None), "no rows whose split is train"),
-        ((empty, None, None), "no rows that name an image"),
+        ((empty, None, None), "empty.csv names no image"),
         ((str(tmp_path / "pictures"), None, None), "has no class folders: it must hold train/<class>/"),
         (("digits", str(tmp_path / "none"), None), "--val-data .*none is not there"),
         (("digits", None, "nothing"), "--prompts nothing .* activities, digits, objects, simple"),
         (("digits", None, str(bank)), "'no place for a name' has no {} for the class name"),
-        (("http://host/a.tar", None, None), "only local files"),
+        (("pipe:cat a.tar", None, None), "--allow-pipe"),
+        ((str(tmp_path / "notes.md"), None, None), "notes.md is of no kind that is read here; give digits, a folder"),
     ]
     for arguments, message in cases:
         with pytest.raises(InputError, match=message):
@@ -170,6 +148,71 @@ def test_errors_name_the_flag_the_value_and_the_remedy(tmp_path):
     with pytest.raises(InputError, match=r"give .*columns\.csv"):
         (tmp_path / "pictures").rename(tmp_path / ".pictures")
         open_sources(str(tmp_path), None, None)
+
+
+def test_a_folder_of_images_beside_a_table_is_no_class(tmp_path):
+    make_images(tmp_path, "images/1.jpg", "images/2.jpg")
+    table = make_table(tmp_path / "captions.csv", [["image", "caption"], ["1.jpg", "a"]])
+    with pytest.raises(InputError, match=f"one folder of images and no classes; .* give {table}"):
+        open_sources(str(tmp_path), None, None)
+    make_images(tmp_path, "more/3.jpg")
+    assert open_sources(str(tmp_path), None, None)[0].classes == ("images", "more")
+
+
+def test_a_prefix_says_what_is_meant(tmp_path):
+    make_images(tmp_path, "cat/1.jpg", "dog/2.jpg")
+    table = make_table(tmp_path / "t.csv", [["image", "caption"], ["cat/1.jpg", "a"]])
+    (tmp_path / "captions.txt").write_text("image,caption\ncat/1.jpg,b\ndog/2.jpg,c\n")
+    # The captions are found first in a folder that could be either.
+    assert open_sources(str(tmp_path), None, None)[0].texts == ["b", "c"]
+    assert open_sources(f"flickr:{tmp_path}", None, None)[0].texts == ["b", "c"]
+    assert open_sources(f"folders:{tmp_path}", None, None)[0].classes == ("cat", "dog")
+    assert open_sources(f"table:{table}", None, None)[0].texts == ["a"]
+    assert open_sources(f"flickr:{table}", None, None)[0].texts == ["a"]
+    assert len(open_evaluation(f"folders:{tmp_path}", "auto", None)) == 2
+
+
+def test_a_prefix_that_does_not_fit_says_what_was_found(tmp_path):
+    make_images(tmp_path, "cat/1.jpg", "dog/2.jpg")
+    table = make_table(tmp_path / "t.csv", [["image", "caption"], ["cat/1.jpg", "a"]])
+    (tmp_path / "notes.txt").write_text("nothing of the kind\n")
+    cases = {
+        f"coco:{tmp_path}": "coco: stands for COCO's captions file .* is a folder of another kind; leave coco: out",
+        f"folders:{table}": "t.csv looks like a table of captions .* leave folders: out",
+        f"karpathy:{table}": "looks like a table",
+        f"table:{tmp_path / 'none.csv'}": "none.csv is not there",
+        f"flickr:{tmp_path / 'notes.txt'}": "none of Flickr's captions files",
+        f"coco:{tmp_path / 'notes.txt'}": "is not JSON",
+        "torchvision:mnist": "one of cifar10, cifar100, imagenette, but mnist is none of them",
+        f"shards:{tmp_path}": "for its tar shards give",
+    }
+    for data, message in cases.items():
+        with pytest.raises(InputError, match=message):
+            open_sources(data, None, None)
+
+
+def test_several_sources_are_mixed_by_weight_or_size(tmp_path):
+    make_images(
+        tmp_path, "a/cat/1.jpg", "b/train/cat/2.jpg", "b/train/dog/3.jpg", "b/train/dog/4.jpg", "b/val/cat/5.jpg"
+    )
+    table = make_table(tmp_path / "t.csv", [["image", "caption"], *([f"a/cat/{n}.jpg", "x"] for n in (1, 1, 1, 1))])
+    a, b = str(tmp_path / "a"), str(tmp_path / "b")
+    source, validation = open_sources([a, b, table], None, None)
+    assert source.weights == (1 / 8, 3 / 8, 4 / 8) and source.size == 8
+    assert [part.size for part in source.parts] == [1, 3, 4] and validation.image_keys == ["val/cat/5.jpg"]
+    weighted, _ = open_sources((f"{a}::1", f"{b}::3e0"), b, "objects")
+    assert weighted.weights == (0.25, 0.75) and weighted.size == 4
+    assert weighted.description.startswith("0.25 of class folders")
+    assert open_sources([f"{b}::0.5"], None, None)[0].size == 3
+    cases = {
+        (f"{a}::1", b): "b has no weight and others have; write .*b::0.5",
+        (f"{a}::0", f"{b}::1"): "a::0: a weight must be a number above 0",
+        (f"{a}::nan", f"{b}::1"): "a weight must be",
+        (f"{a}::one", b): "a::one is not there",
+    }
+    for data, message in cases.items():
+        with pytest.raises(InputError, match=message):
+            open_sources(data, None, None)
 
 
 def test_a_bank_of_the_users_own(tmp_path):

@@ -15,9 +15,15 @@ from lib.towers import build_preset
 def plan(**changes) -> BatchPlan:
     settings = {
         "effective_batch": 1000, "world_size": 2, "chunk_size": 64, "keep_graphs": 0, "xbm_size": 300,
-        "embed_dim": 16, "image_size": 32, "activation_bytes": 1000, "state_bytes": 10,
+        "embed_dim": 16, "image_bytes": 3072, "activation_bytes": 1000, "state_bytes": 10,
     }  # fmt: skip
     return BatchPlan(**settings | changes)
+
+
+def four_pairs(processing) -> dict[str, torch.Tensor]:
+    input_ids, attention_mask = processing.tokenize(["a photo of a cat"] * 4)
+    pixel_values = torch.zeros(4, 3, 32, 32, dtype=torch.uint8)
+    return {"pixel_values": pixel_values, "input_ids": input_ids, "attention_mask": attention_mask}
 
 
 def test_chunks_cover_the_rank_and_the_last_may_be_smaller():
@@ -38,19 +44,29 @@ def test_measured_activations_predict_what_autograd_saves():
     """Twice as many layers save about twice as much, and a frozen tower saves nothing of its trunk."""
     towers, processing = build_preset("tiny-clip", ["a photo of a cat"])
     towers.train()
-    tokens = processing.tokenize(["a photo of a cat"] * 4)
-    whole = measure_activations(towers, *tokens, 32)
+    inputs = four_pairs(processing)
+    whole = measure_activations(towers, inputs)
     # 17 tokens of 64 numbers in float32 enter each of some 25 operations of two layers: a sanity band.
     assert 17 * 64 * 4 * 20 < whole < 17 * 64 * 4 * 200
     towers.freeze(["image"])
-    assert measure_activations(towers, *tokens, 32) < whole / 2
+    assert measure_activations(towers, inputs) < whole / 2
+
+
+def test_stored_outputs_of_a_frozen_trunk_need_no_activations_of_it():
+    towers, processing = build_preset("tiny-clip", ["a photo of a cat"])
+    towers.freeze(["image.trunk", "text.trunk"])
+    towers.train()
+    inputs = four_pairs(processing)
+    pooled = towers(**inputs)
+    stored = {"image_pooled": pooled.image_pooled, "text_pooled": pooled.text_pooled}
+    assert measure_activations(towers, stored) < measure_activations(towers, inputs) / 2
 
 
 def test_measuring_moves_neither_weights_nor_random_state():
     towers, processing = build_preset("tiny-siglip", ["a photo of a cat"], dropout=0.3)
     towers.train()
     before, weights = torch.get_rng_state(), {n: p.clone() for n, p in towers.named_parameters()}
-    measure_activations(towers, *processing.tokenize(["a cat"] * 4), 32)
+    measure_activations(towers, four_pairs(processing))
     assert torch.equal(before, torch.get_rng_state())
     assert all(torch.equal(weights[n], p) and p.grad is None for n, p in towers.named_parameters())
 

@@ -40,7 +40,7 @@ def shards(tmp_path_factory) -> str:
                 image = io.BytesIO()
                 source.images.open(index).save(image, "PNG")
                 content = b"not an image" if index == 50 else image.getvalue()
-                caption = source.classes[int(source.group[index])].encode()
+                caption = source.texts[source.first_text[index]].encode()
                 for ending, data in ((".png", content), (".txt", caption)):
                     member = tarfile.TarInfo(f"{index:05d}{ending}")
                     member.size = len(data)
@@ -187,7 +187,7 @@ def test_a_checkpoint_of_two_ranks_goes_on_on_one_with_the_same_pairs(tmp_path):
     counts = {
         json.dumps(json.loads((tmp_path / n / "summary.json").read_text())["data"]) for n in ("one", "two", "went_on")
     }
-    assert counts == {json.dumps({"read": 288, "used": 288, "skipped": {}})}
+    assert counts == {json.dumps({"read": 288, "used": 288, "skipped": {}, "images": 1442})}
 
 
 @pytest.mark.parametrize(

@@ -6,18 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lib.data import Chunk
+
 VOCABULARY = 11
-
-
-class ToyChunk(NamedTuple):
-    pixel_values: Tensor
-    input_ids: Tensor
-    attention_mask: Tensor
-    group: Tensor
-    sample_id: Tensor
-
-    def to(self, device):
-        return self
 
 
 class ToyOutput(NamedTuple):
@@ -61,7 +52,7 @@ class ToyTowers(nn.Module):
         return ToyOutput(image_embeds, text_embeds, self.logit_scale.exp(), self.logit_bias, image_pooled, text_pooled)
 
 
-def toy_chunks(count: int, chunk_size: int, groups: int | None, rank: int = 0, world_size: int = 1) -> list[ToyChunk]:
+def toy_chunks(count: int, chunk_size: int, groups: int | None, rank: int = 0, world_size: int = 1) -> list[Chunk]:
     """This rank's chunks of a global batch of `count` pairs, the same pairs at any number of ranks."""
     generator = torch.Generator().manual_seed(5)
     pixel_values = torch.rand(count, 3, 2, 2, generator=generator, dtype=torch.float64)
@@ -69,4 +60,4 @@ def toy_chunks(count: int, chunk_size: int, groups: int | None, rank: int = 0, w
     group = torch.randint(groups, (count,), generator=generator) if groups else torch.arange(count)
     rows = slice(rank * count // world_size, (rank + 1) * count // world_size)
     batch = (pixel_values, input_ids, torch.ones_like(input_ids), group, torch.arange(count))
-    return [ToyChunk(*parts) for parts in zip(*(t[rows].split(chunk_size) for t in batch), strict=True)]
+    return [Chunk(*parts) for parts in zip(*(t[rows].split(chunk_size) for t in batch), strict=True)]

@@ -1,19 +1,19 @@
-"""Owns captioned images once a table is read: training pairs and evaluation sets made of its rows."""
+"""Owns captioned images once they are listed: training pairs and evaluation sets made of them."""
 
 from typing import Literal
 
 import numpy as np
 
+from lib.data.captioned import Captioned, CaptionedImages
 from lib.data.evaluation_set import EvaluationSet
 from lib.data.images import ImageFiles
 from lib.data.order import stable_hash
 from lib.data.pairs import IndexedSource
-from lib.data.tables import Captioned, Table
 from lib.errors import InputError
 
 
 class _Kept:
-    """The images and captions of a table that can be used, and why the others cannot."""
+    """The images and captions that can be used, and why the others cannot."""
 
     def __init__(self, images: list[Captioned], per_caption: bool):
         self.images: list[Captioned] = []
@@ -25,14 +25,21 @@ class _Kept:
             self._add(image, per_caption)
 
     def _add(self, image: Captioned, per_caption: bool) -> None:
-        """Keep an image with its captions; what is left out counts once a caption, or once an image."""
-        good = [caption for caption in image.captions if caption.text] if image.path else []
-        reason = "empty_caption" if image.path else "missing"
+        """Keep an image with its good captions.
+
+        A missing file counts once, however many captions it has; a bad caption counts once where captions
+        are pairs (`per_caption`), else only where the image has no good one.
+        """
+        faults = [caption.fault for caption in image.captions]
+        good = [caption for caption, fault in zip(image.captions, faults, strict=True) if fault is None]
+        if image.path is None or not image.captions:
+            self.skipped.append((image.key, "missing" if image.path is None else "no_text"))
+            return
         if per_caption:
-            left_out = (caption for caption in image.captions if caption not in good)
-            self.skipped += [(f"{image.key}#{caption.number}", reason) for caption in left_out]
+            numbered = zip(image.captions, faults, strict=True)
+            self.skipped += [(f"{image.key}#{caption.number}", fault) for caption, fault in numbered if fault]
         elif not good:
-            self.skipped.append((image.key, reason))
+            self.skipped.append((image.key, faults[0]))
         if good:
             self.text_image += [len(self.images)] * len(good)
             self.texts += [caption.text for caption in good]
@@ -45,30 +52,32 @@ class _Kept:
 
     @property
     def group(self) -> np.ndarray:
-        """(images,) int64: the image is its own group, unless the table names another."""
+        """(images,) int64: the image is its own group, unless its row names another."""
         groups = [stable_hash(image.group or image.key) for image in self.images]
         return np.array(groups, dtype=np.int64)
 
 
-def table_source(table: Table, captions: Literal["one", "all"]) -> IndexedSource:
-    """The training rows: every caption is a pair, or every image is one with a caption drawn each time."""
-    rows = [image for image in table.images if image.split == "train"]
+def captioned_source(captioned: CaptionedImages, captions: Literal["one", "all"]) -> IndexedSource:
+    """The training images: every caption is a pair, or every image is one with a caption drawn each time."""
+    split = "train" if "train" in captioned.splits else "all"
+    rows = [image for image in captioned.images if image.split == split]
     kept = _Kept(rows, per_caption=captions == "all")
     if not kept.images:
-        reasons = f"{len(kept.skipped)} unusable rows" if rows else "no rows whose split is train"
-        raise InputError(f"--data {table.path} has {reasons}; nothing is left to train on")
+        found = f"only {', '.join(captioned.splits)}"
+        reasons = f"{len(kept.skipped):,} unusable rows" if rows else f"no rows whose split is train, {found}"
+        raise InputError(f"--data {captioned.path} has {reasons}; nothing is left to train on")
     text_image = np.array(kept.text_image)
     if captions == "all":
         image, first_text, text_count = text_image, np.arange(len(text_image)), np.ones_like(text_image)
     else:
         image, first_text, text_count = np.unique(text_image, return_index=True, return_counts=True)
-    size = f"{len(kept.images)} images, {len(kept.texts)} captions ({captions})"
+    size = f"{len(kept.images):,} images, {len(kept.texts):,} captions ({captions})"
     return IndexedSource(
-        where=str(table.path),
-        description=f"captions {table.path}: {size}",
+        where=str(captioned.path),
+        description=f"{captioned.kind} {captioned.path}: {size}",
         size=len(image),
         distinct_texts=len(set(kept.texts)),
-        skipped=tuple(table.malformed + kept.skipped),
+        skipped=tuple(captioned.malformed + kept.skipped),
         images=kept.files,
         image=image,
         texts=kept.texts,
@@ -79,13 +88,14 @@ def table_source(table: Table, captions: Literal["one", "all"]) -> IndexedSource
     )
 
 
-def table_evaluation(table: Table, split: str, flag: str) -> EvaluationSet:
+def captioned_evaluation(captioned: CaptionedImages, split: str, flag: str) -> EvaluationSet:
     """The images of one split with all their captions."""
-    kept = _Kept([image for image in table.images if image.split == split], per_caption=True)
+    kept = _Kept([image for image in captioned.images if image.split == split], per_caption=True)
     if not kept.images:
-        raise InputError(f"{flag} {table.path}: no row of split {split} has an image and a caption")
+        raise InputError(f"{flag} {captioned.path}: no row of split {split} has an image and a caption")
+    path = captioned.path.resolve()
     return EvaluationSet(
-        name=f"{table.path.resolve().parent.name}/{table.path.name} ({split})",
+        name=f"{path.parent.name}/{path.name} ({split})",
         images=kept.files,
         group=kept.group,
         captions=kept.texts,

@@ -5,9 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from lib.data.evaluation_set import EvaluationSet
 from lib.data.images import Extent
-from lib.data.pairs import IndexedSource, class_groups, prompted_source
+from lib.data.pairs import Images
 
 CLASSES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 SIZE = 32
@@ -28,8 +27,30 @@ class DigitImages:
         """Image `index`, RGB; not to be changed."""
         return self.images[index]
 
+    def identity(self, rows: np.ndarray) -> str:
+        """Changes when one of these images does, which the embedded ones never do."""
+        return "digits"
 
-def load_digits_split(split: str) -> tuple[DigitImages, np.ndarray]:
+
+@dataclass(frozen=True)
+class Digits:
+    """All digits, in two splits."""
+
+    name = "digits"
+    kind = "embedded"
+    bank = "digits"
+    splits = ("train", "test")
+
+    def where(self, split: str) -> str:
+        """Their name: they lie in no folder."""
+        return self.name
+
+    def images(self, split: str) -> tuple[Images, np.ndarray, tuple[str, ...]]:
+        """Images of a split, their labels (n,) int64, and the classes' names."""
+        return *_load_split(split), CLASSES
+
+
+def _load_split(split: str) -> tuple[DigitImages, np.ndarray]:
     """Images and labels of "train" (about 80%) or "test" (every fifth image of each class)."""
     from sklearn.datasets import load_digits  # here, because it takes a second that other data need not wait
 
@@ -44,22 +65,3 @@ def load_digits_split(split: str) -> tuple[DigitImages, np.ndarray]:
     enlarged = [Image.fromarray(image).resize((SIZE, SIZE), Image.Resampling.BICUBIC) for image in pixels]
     images = [image.convert("RGB") for image in enlarged]
     return DigitImages([f"digit_{index:04d}" for index in chosen], images), labels[chosen]
-
-
-def digits_source(templates: tuple[str, ...]) -> IndexedSource:
-    """The training digits with class prompts."""
-    images, labels = load_digits_split("train")
-    return prompted_source(images, labels, CLASSES, templates, "digits", "embedded")
-
-
-def digits_evaluation(split: str, templates: tuple[str, ...]) -> EvaluationSet:
-    """The digits of one split, "train" or "test", with labels."""
-    images, labels = load_digits_split(split)
-    return EvaluationSet(
-        name=f"digits ({split})",
-        images=images,
-        group=class_groups(CLASSES)[labels],
-        labels=labels,
-        classes=CLASSES,
-        templates=templates,
-    )

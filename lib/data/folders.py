@@ -6,9 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lib.data.evaluation_set import EvaluationSet
 from lib.data.images import EXTENSIONS, ImageFiles
-from lib.data.pairs import IndexedSource, class_groups, prompted_source
 from lib.errors import InputError
 
 SPLIT_FOLDERS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
@@ -21,11 +19,21 @@ class ClassFolders:
     root: Path
     splits: dict[str, dict[str, list[str]]]
     """split -> folder relative to root -> file names, sorted"""
+    kind = "class folders"
+    bank = "simple"
+
+    @property
+    def name(self) -> str:
+        return self.root.resolve().name
 
     @property
     def folder_names(self) -> list[str]:
         """The class folders' names over all splits, so that a class has one number in all of them."""
         return sorted({os.path.basename(folder) for split in self.splits.values() for folder in split})
+
+    def where(self, split: str) -> str:
+        """The folder of a split; the root where the split has none of its own."""
+        return str(self.root / "train") if split == "train" else str(self.root)
 
     def images(self, split: str) -> tuple[ImageFiles, np.ndarray, tuple[str, ...]]:
         """Images of a split, their labels (n,) int64, and the class names with underscores read as spaces."""
@@ -50,32 +58,14 @@ def find_class_folders(root: Path, flag: str) -> ClassFolders:
     if not splits:
         found = _list_classes(root, "")
         if not found:
-            raise InputError(f"{flag} {root} {_advice(root)}")
+            advice = _advice(root) or ": it must hold train/<class>/ or <class>/ folders with images in them"
+            raise InputError(f"{flag} {root} has no class folders{advice}")
         splits["all"] = found
-    return ClassFolders(root, splits)
-
-
-def folder_source(folders: ClassFolders, templates: tuple[str, ...]) -> IndexedSource:
-    """The training images with class prompts."""
-    split = "train" if "train" in folders.splits else "all"
-    if split not in folders.splits:
-        raise InputError(f"--data {folders.root} has no train folder, only {', '.join(folders.splits)}")
-    images, labels, classes = folders.images(split)
-    where = str(folders.root / "train") if split == "train" else str(folders.root)
-    return prompted_source(images, labels, classes, templates, where, "class folders")
-
-
-def folder_evaluation(folders: ClassFolders, split: str, templates: tuple[str, ...]) -> EvaluationSet:
-    """The images of one split with labels."""
-    images, labels, classes = folders.images(split)
-    return EvaluationSet(
-        name=f"{folders.root.resolve().name} ({split})",
-        images=images,
-        group=class_groups(classes)[labels],
-        labels=labels,
-        classes=classes,
-        templates=templates,
-    )
+    folders = ClassFolders(root, splits)
+    advice = _advice(root)
+    if len(folders.folder_names) == 1 and advice:
+        raise InputError(f"{flag} {root} has one folder of images and no classes{advice}")
+    return folders
 
 
 def _list_classes(root: Path, split_folder: str) -> dict[str, list[str]]:
@@ -85,21 +75,22 @@ def _list_classes(root: Path, split_folder: str) -> dict[str, list[str]]:
         return {}
     with os.scandir(parent) as entries:
         names = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
-    listing = {f"{split_folder}/{name}".lstrip("/"): _image_names(parent / name) for name in names}
+    listing = {f"{split_folder}/{name}".lstrip("/"): image_names(parent / name) for name in names}
     return {folder: images for folder, images in listing.items() if images}
 
 
-def _image_names(folder: Path) -> list[str]:
+def image_names(folder: Path) -> list[str]:
+    """The image files in a folder, sorted."""
     with os.scandir(folder) as entries:
         names = [entry.name for entry in entries if entry.name.lower().endswith(EXTENSIONS)]
     return sorted(name for name in names if not name.startswith("."))
 
 
-def _advice(root: Path) -> str:
-    names = sorted(os.listdir(root))
-    for name in names:
-        if name.endswith((".csv", ".tsv", ".jsonl")):
-            return f"has no class folders; if its captions are what you want, give {root / name}"
-        if name.endswith(".tar"):
-            return f"has no class folders; for its tar shards give '{root}/*.tar'"
-    return "has no class folders: it must hold train/<class>/ or <class>/ folders with images in them"
+def _advice(root: Path) -> str | None:
+    """What else may be meant by a folder, judged by what lies in it."""
+    for name in sorted(os.listdir(root)):
+        if name.endswith((".csv", ".tsv", ".jsonl", ".json")):
+            return f"; if its captions are what you want, give {root / name}"
+        if name.endswith((".tar", ".tar.gz", ".tgz")):
+            return f"; for its tar shards give '{root}/*{name[name.index('.t') :]}'"
+    return None

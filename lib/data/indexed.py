@@ -1,4 +1,4 @@
-"""Owns the reading of indexed sources: chunk numbers in, decoded and tokenized chunks out."""
+"""Owns the reading of indexed sources: by chunk number, or as one stream of a mixture."""
 
 from dataclasses import dataclass, field
 from functools import partial
@@ -8,8 +8,9 @@ from torch.utils.data import Dataset
 
 from lib.data.batch import Chunk
 from lib.data.images import BadImage
-from lib.data.order import ChunkPlan, draw, locate, substitutes
+from lib.data.order import ChunkPlan, draw, locate, permutation, salted, substitutes
 from lib.data.pairs import IndexedSource, Skip
+from lib.data.positions import IndexedPosition, StreamPosition
 from lib.data.prepare import Pair, Prepare
 from lib.errors import InputError
 
@@ -28,9 +29,9 @@ class Prepared(NamedTuple):
     chunk: Chunk
     tally: Tally
     stream: int = 0
-    """of shards: which of this rank's streams it was read from"""
-    position: tuple[int, int] = (0, 0)
-    """of shards: (pass, samples consumed in that pass) of the stream after this chunk"""
+    """of streams: which of this rank's it was read from"""
+    position: StreamPosition | None = None
+    """of streams: where that one stands after this chunk"""
 
 
 class IndexedChunks(Dataset):
@@ -68,17 +69,65 @@ class IndexedChunks(Dataset):
         )
 
     def _read(self, pair: int, epoch: int, place: int) -> Pair:
-        """The pair, with the text and the augmentation that belong to its place in the epoch."""
-        source = self.source
-        image = int(source.image[pair])
-        text = int(source.first_text[pair])
-        if source.text_count[pair] > 1:
-            text += draw("text", self.seed, epoch, place) % int(source.text_count[pair])
-        return self.prepare.pair(
-            partial(source.images.open, image),
-            int(source.image_id[image]),
-            source.texts[text],
-            int(source.group[pair]),
-            source.sample_id(pair, text),
-            draw("augment", self.seed, epoch, place),
-        )
+        return read_pair(self.source, self.prepare, pair, epoch, place, self.seed)
+
+
+class IndexedStream:
+    """Endless reading of one stream's share of every pass over an indexed source, a part of a mixture.
+
+    salt: the number of the part.
+    """
+
+    def __init__(
+        self, source: IndexedSource, seed: int, stream: int, streams: int, salt: int, position: IndexedPosition
+    ) -> None:
+        self.source, self.seed, self.stream, self.streams, self.salt = source, seed, stream, streams, salt
+        self._begin(position.epoch)
+        self.place = position.place
+
+    @property
+    def position(self) -> IndexedPosition:
+        """Where the stream stands: what `__init__` takes to go on with the same pairs."""
+        return IndexedPosition(self.epoch, self.place)
+
+    def next(self) -> tuple[int, int]:
+        """The pass and the number of the next pair."""
+        while self.place >= len(self.share):
+            self._begin(self.epoch + 1)
+        self.place += 1
+        return self.epoch, int(self.share[self.place - 1])
+
+    def prepared(self, prepare: Prepare, epoch: int, pair: int) -> Pair:
+        """A pair that `next` named; raises BadImage."""
+        return read_pair(self.source, prepare, pair, epoch, pair, self.seed, self.salt)
+
+    def skip(self, pair: int, reason: str) -> Skip:
+        """What is noted of a pair that cannot be used."""
+        return Skip(self.source.where, self.source.key(pair), reason)
+
+    def _begin(self, epoch: int) -> None:
+        self.epoch, self.place = epoch, 0
+        # Moved on by one each pass, so that a stream that gets nothing of a tiny source does so once.
+        first = (self.stream + epoch) % self.streams
+        self.share = permutation(self.source.size, self.seed, epoch)[first :: self.streams].copy()
+
+
+def read_pair(
+    source: IndexedSource, prepare: Prepare, pair: int, epoch: int, place: int, seed: int, salt: int | None = None
+) -> Pair:
+    """The pair, with the text and the augmentation that belong to its place in the epoch; raises BadImage.
+
+    salt: the number of the source in a mixture.
+    """
+    image = int(source.image[pair])
+    text = int(source.first_text[pair])
+    if source.text_count[pair] > 1:
+        text += draw("text", seed, epoch, place) % int(source.text_count[pair])
+    return prepare.pair(
+        partial(source.images.open, image),
+        salted(int(source.image_id[image]), salt),
+        source.texts[text],
+        int(source.group[pair]) if source.templates else salted(int(source.group[pair]), salt),
+        salted(source.sample_id(pair, text), salt),
+        draw("augment", seed, epoch, place),
+    )

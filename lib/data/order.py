@@ -20,6 +20,11 @@ def sample_id(image_id: int, text_number: int) -> int:
     return (image_id + text_number + 2**63) % 2**64 - 2**63
 
 
+def salted(number: int, salt: int | None) -> int:
+    """The id as one part of a mixture has it: equal keys of two parts are not the same; unchanged without salt."""
+    return number if salt is None else stable_hash("part", salt, number)
+
+
 def draw(*parts: object) -> int:
     """A number from 0 to 2**63 - 1 that looks random and depends on the parts alone."""
     return stable_hash(*parts) & (2**63 - 1)
@@ -75,6 +80,14 @@ class ChunkPlan:
     def size(self, number: int) -> int:
         """Pairs in chunk `number`, counted from the first of step 0; the last of a step has the rest."""
         return min(self.chunk_size, self.per_rank - number % self.chunks_per_step * self.chunk_size)
+
+    def even_size(self, number: int) -> int:
+        """Pairs in chunk `number` where a step's chunks are as equal as can be.
+
+        A stream makes the chunks of fixed places: it gives out as many pairs as the others only if these are alike.
+        """
+        chunk = number % self.chunks_per_step
+        return (chunk + 1) * self.per_rank // self.chunks_per_step - chunk * self.per_rank // self.chunks_per_step
 
     def positions(self, number: int) -> range:
         """The places of chunk `number` in the endless order of all ranks."""

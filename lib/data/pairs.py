@@ -1,7 +1,8 @@
-"""Owns what a training source is: images by number, the texts that go with them, groups and ids."""
+"""Owns what a training source is: images by number, the texts that go with them, groups and ids, and mixtures."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, islice
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -90,6 +91,43 @@ class IndexedSource(Source):
     def sample_id(self, pair: int, text: int) -> int:
         """Stable id of a pair with the text drawn for it."""
         return sample_id(int(self.image_id[self.image[pair]]), int(self.text_number[text]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixedSource(Source):
+    """Several sources, read by weight: each pair is drawn from part p with probability `weights[p]`."""
+
+    parts: tuple[Source, ...]
+    weights: tuple[float, ...]
+    """they sum to 1"""
+
+    def __post_init__(self):
+        texts = [part.distinct_texts for part in self.parts]
+        merged = {
+            "classes": _merged(part.classes for part in self.parts),
+            "templates": _merged(part.templates for part in self.parts),
+            "distinct_texts": None if None in texts else sum(texts),
+            "skipped": tuple(chain.from_iterable(part.skipped for part in self.parts)),
+        }
+        for name, value in merged.items():
+            object.__setattr__(self, name, value)
+
+    def sample_texts(self, limit: int = 100_000) -> list[str]:
+        """Texts of all parts, as many of each as its weight says, or fewer where it has not so many."""
+        shares = (int(weight * limit) + 1 for weight in self.weights)
+        texts = (part.sample_texts(share) for part, share in zip(self.parts, shares, strict=True))
+        return list(islice(chain.from_iterable(texts), limit))
+
+
+def parts_of(source: Source) -> tuple[Source, ...]:
+    """The parts of a mixture, or the source alone."""
+    return source.parts if isinstance(source, MixedSource) else (source,)
+
+
+def _merged(names: Iterable[tuple[str, ...] | None]) -> tuple[str, ...] | None:
+    """All names in the order they first come, or None where a part has none."""
+    names = list(names)
+    return None if None in names else tuple(dict.fromkeys(chain.from_iterable(names)))
 
 
 def prompted_source(

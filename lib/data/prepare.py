@@ -10,7 +10,10 @@ from torch import Tensor
 
 from lib.data.batch import Chunk, Tokenize
 from lib.data.images import Extent
+from lib.data.order import stable_hash
+from lib.data.outputs import StoredOutputs
 from lib.data.pipeline import ImagePipeline
+from lib.errors import InputError
 
 OpenImage = Callable[[Extent], Image.Image]
 """Decodes an image, RGB and upright, at the extent or larger; raises BadImage."""
@@ -19,8 +22,8 @@ OpenImage = Callable[[Extent], Image.Image]
 class Pair(NamedTuple):
     """One image and one text, ready to be stacked into a chunk."""
 
-    pixels: Tensor
-    """(3, H, W) uint8"""
+    image: Tensor
+    """(3, H, W) uint8, or (H,) the stored output of the image trunk"""
     text: str
     group: int
     sample_id: int
@@ -32,24 +35,57 @@ class Prepare:
 
     images: ImagePipeline
     tokenize: Tokenize
+    image_outputs: StoredOutputs | None = None
+    """of a frozen image trunk, by the hash of the image's key: no image is opened then"""
+    text_outputs: StoredOutputs | None = None
+    """of a frozen text trunk, by the hash of the text: nothing is tokenized then"""
+
+    @property
+    def image_bytes(self) -> int:
+        """Bytes of one image as it travels in a chunk."""
+        return 3 * self.images.size**2 if self.image_outputs is None else 4 * self.image_outputs.width
 
     def pair(self, open_image: OpenImage, image_id: int, text: str, group: int, sample_id: int, seed: int) -> Pair:
         """Prepare one pair; raises BadImage.
 
         image_id: hash of the image's key. seed: 0 to 2**63 - 1, decides the augmentation.
         """
-        return Pair(self.images(open_image(self.images.extent), seed), text, group, sample_id)
+        if self.image_outputs is None:
+            image = self.images(open_image(self.images.extent), seed)
+        else:
+            image = _stored(self.image_outputs, "--cache-image", [image_id])[0]
+        return Pair(image, text, group, sample_id)
 
     def chunk(self, pairs: list[Pair]) -> Chunk:
         """Stack pairs into a chunk, their texts tokenized."""
-        # Prompts repeat: tokenizing the distinct texts only gives the same rows, the longest being the same.
-        row_of_text = {text: row for row, text in enumerate(dict.fromkeys(pair.text for pair in pairs))}
-        input_ids, attention_mask = self.tokenize(list(row_of_text))
-        rows = torch.tensor([row_of_text[pair.text] for pair in pairs])
+        images = torch.stack([pair.image for pair in pairs])
+        stored = self.image_outputs is not None
         return Chunk(
-            pixel_values=torch.stack([pair.pixels for pair in pairs]),
-            input_ids=input_ids[rows],
-            attention_mask=attention_mask[rows],
+            pixel_values=None if stored else images,
+            image_pooled=images if stored else None,
+            **self._texts([pair.text for pair in pairs]),
             group=torch.tensor([pair.group for pair in pairs], dtype=torch.int64),
             sample_id=torch.tensor([pair.sample_id for pair in pairs], dtype=torch.int64),
         )
+
+    def _texts(self, texts: list[str]) -> dict[str, Tensor | None]:
+        # Prompts repeat: preparing the distinct texts only gives the same rows, the longest being the same.
+        row_of_text = {text: row for row, text in enumerate(dict.fromkeys(texts))}
+        rows = torch.tensor([row_of_text[text] for text in texts])
+        if self.text_outputs is not None:
+            pooled = _stored(self.text_outputs, "--cache-text", [text_key(text) for text in row_of_text])
+            return {"input_ids": None, "attention_mask": None, "text_pooled": pooled[rows]}
+        input_ids, attention_mask = self.tokenize(list(row_of_text))
+        return {"input_ids": input_ids[rows], "attention_mask": attention_mask[rows]}
+
+
+def text_key(text: str) -> int:
+    """What a text's output is stored under."""
+    return stable_hash(text)
+
+
+def _stored(outputs: StoredOutputs, flag: str, keys: list[int]) -> Tensor:
+    try:
+        return outputs.rows(keys)
+    except KeyError:
+        raise InputError(f"{flag}: the data has changed since its outputs were stored; start the run again") from None

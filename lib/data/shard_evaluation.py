@@ -1,27 +1,30 @@
 """Owns evaluation on tar shards: their images by number, found once and read where they lie."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from PIL import Image
 
-from lib.data.annotations import Annotation, annotate_indexed, first_annotation, listed_classes, shard_names
+from lib.data.annotations import Annotation, annotate, shard_names, shown
 from lib.data.evaluation_set import EvaluationSet
-from lib.data.images import Extent, decode_image
+from lib.data.fetch import Fetcher, Unreachable
+from lib.data.images import BadImage, Extent, decode_image
 from lib.data.order import stable_hash
-from lib.data.shards import find_shards
+from lib.data.shard_kind import classes_of
+from lib.data.shard_set import ShardSet
 from lib.data.tars import Damage, index_samples, read_member
 from lib.errors import InputError
 
 
 @dataclass(frozen=True)
 class TarImages:
-    """Images inside uncompressed tar files: image i has `places[i]`, (number of its tar, offset, size)."""
+    """Images inside tar files: image i has `places[i]`, (number of its shard, offset, size)."""
 
     keys: list[str]
-    paths: tuple[str, ...]
+    shards: tuple[str, ...]
     places: list[tuple[int, int, int]]
+    fetcher: Fetcher
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -29,46 +32,75 @@ class TarImages:
     def open(self, index: int, extent: Extent | None = None) -> Image.Image:
         """Image `index`, RGB and upright, in full or at `extent` or larger; raises BadImage."""
         shard, offset, size = self.places[index]
-        return decode_image(read_member(self.paths[shard], (offset, size)), extent)
+        try:
+            # Asked for every time: a fetched shard may have left the cache.
+            content = read_member(self.fetcher.local(self.shards[shard]), (offset, size))
+        except Unreachable as error:
+            raise BadImage(error.reason) from None
+        except OSError as error:
+            raise BadImage("unreadable") from error
+        return decode_image(content, extent)
 
 
-def shard_evaluation(data: str, flag: str, templates: tuple[str, ...]) -> EvaluationSet:
-    """All samples of the shards, with captions, or with labels where the first sample has no caption."""
-    paths = find_shards(data, flag)
-    classes = listed_classes(paths)
-    captioned = bool(first_annotation(paths, classes, flag).captions)
-    found = _Found([], [], [])
+def shard_evaluation(
+    shards: ShardSet, split: str, flag: str, templates: tuple[str, ...], fetcher: Fetcher
+) -> EvaluationSet:
+    """All samples of a split's shards, with captions, or with labels where the first sample has no caption."""
+    paths = shards.splits[split]
+    classes, labelled = classes_of(shards, split, flag, fetcher)
+    found = _Found()
     for shard, (path, name) in enumerate(zip(paths, shard_names(paths), strict=True)):
-        for sample in index_samples(path):
-            if isinstance(sample, Damage):
-                found.skipped.append((name, sample.reason))
-                continue
-            note = annotate_indexed(sample, path, name, classes)
-            has_text = any(note.captions) if captioned else note.class_name is not None
-            if sample.image is None or not has_text:
-                found.skipped.append((note.key, "no_image" if sample.image is None else "no_text"))
-            else:
-                found.notes.append(note)
-                found.places.append((shard, *sample.image))
+        found.add(shard, path, name, classes, labelled, fetcher)
     if not found.notes:
-        raise InputError(f"{flag} {data}: no sample with an image and a text can be read")
-    images = TarImages([note.key for note in found.notes], paths, found.places)
-    if captioned:
-        return _captioned(data, images, found)
-    return _labelled(data, images, found, classes, templates)
+        raise InputError(f"{flag} {shards.where}: no sample with an image and a text can be read")
+    images = TarImages([note.key for note in found.notes], paths, found.places, fetcher)
+    name = os.path.basename(shown(shards.where).rstrip("/"))
+    name = name if split == "all" else f"{name} ({split})"
+    if labelled:
+        return _labelled(name, images, found, classes, templates)
+    return _captioned(name, images, found)
 
 
 @dataclass
 class _Found:
-    notes: list[Annotation]
-    places: list[tuple[int, int, int]]
-    skipped: list[tuple[str, str]]
+    notes: list[Annotation] = field(default_factory=list)
+    places: list[tuple[int, int, int]] = field(default_factory=list)
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+
+    def add(
+        self, shard: int, path: str, name: str, classes: tuple[str, ...] | None, labelled: bool, fetcher: Fetcher
+    ) -> None:
+        """Note the samples of one shard, and why others cannot be used."""
+        try:
+            samples = index_samples(fetcher.local(path))
+        except Unreachable as error:
+            self.skipped.append((name, error.reason))
+            return
+        for sample in samples:
+            if isinstance(sample, Damage):
+                self.skipped.append((name, sample.reason))
+                continue
+            note = annotate(sample.key, sample.members, name, classes)
+            reason = "no_image" if sample.image is None else note.reason or _without_text(note, labelled)
+            if reason:
+                self.skipped.append((note.key, reason))
+            else:
+                self.notes.append(note)
+                self.places.append((shard, *sample.image))
 
 
-def _captioned(data: str, images: TarImages, found: _Found) -> EvaluationSet:
+def _without_text(note: Annotation, labelled: bool) -> str | None:
+    if labelled:
+        return None if note.class_name is not None else "no_text"
+    if not note.captions:
+        return "no_text"
+    return None if any(note.captions) else "empty_caption"
+
+
+def _captioned(name: str, images: TarImages, found: _Found) -> EvaluationSet:
     pairs = [(number, text) for number, note in enumerate(found.notes) for text in note.captions if text]
     return EvaluationSet(
-        name=os.path.basename(data),
+        name=name,
         images=images,
         group=np.array([stable_hash(note.group or note.key) for note in found.notes], dtype=np.int64),
         captions=[text for _, text in pairs],
@@ -78,16 +110,16 @@ def _captioned(data: str, images: TarImages, found: _Found) -> EvaluationSet:
 
 
 def _labelled(
-    data: str, images: TarImages, found: _Found, classes: tuple[str, ...] | None, templates: tuple[str, ...]
+    name: str, images: TarImages, found: _Found, classes: tuple[str, ...] | None, templates: tuple[str, ...]
 ) -> EvaluationSet:
     names = [note.class_name for note in found.notes]
     classes = tuple(sorted(set(names))) if classes is None or not set(names) <= set(classes) else classes
-    number = {name: index for index, name in enumerate(classes)}
+    number = {each: index for index, each in enumerate(classes)}
     return EvaluationSet(
-        name=os.path.basename(data),
+        name=name,
         images=images,
         group=np.array([stable_hash(note.group or note.class_name) for note in found.notes], dtype=np.int64),
-        labels=np.array([number[name] for name in names], dtype=np.int64),
+        labels=np.array([number[each] for each in names], dtype=np.int64),
         classes=classes,
         templates=templates,
         skipped=tuple(found.skipped),

@@ -1,18 +1,21 @@
-"""Owns what --data means: the embedded digits, class folders, tables of captions or tar shards."""
+"""Owns the opening of data for training, validation and evaluation: which split serves for what, and mixtures."""
 
+import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Literal
 
-from lib.data.captions import table_evaluation, table_source
-from lib.data.digits import digits_evaluation, digits_source
+from lib.data.captioned import CaptionedImages
+from lib.data.captions import captioned_evaluation, captioned_source
 from lib.data.evaluation_set import EvaluationSet
-from lib.data.folders import ClassFolders, find_class_folders, folder_evaluation, folder_source
-from lib.data.pairs import Source
+from lib.data.fetch import Fetcher, default_fetcher
+from lib.data.labelled import labelled_evaluation, labelled_source
+from lib.data.pairs import MixedSource, Source
 from lib.data.prompt_banks import load_templates
+from lib.data.recognize import OpenedData, open_data
 from lib.data.shard_evaluation import shard_evaluation
+from lib.data.shard_set import ShardSet
 from lib.data.shards import shard_source
-from lib.data.tables import SUFFIXES, Table, read_table
+from lib.data.torchvision_sets import TorchvisionSet
 from lib.errors import InputError
 
 # "all" stands for data without splits; "train" comes last because looking at it flatters.
@@ -22,23 +25,41 @@ _HELD_OUT = ("val", "test")
 
 
 def open_sources(
-    data: str, val_data: str | None, prompts: str | None, captions: Literal["one", "all"] = "all"
+    data: str | Sequence[str],
+    val_data: str | None,
+    prompts: str | None,
+    captions: Literal["one", "all"] = "all",
+    *,
+    image_root: str | None = None,
+    fetcher: Fetcher | None = None,
 ) -> tuple[Source, EvaluationSet | None]:
     """The training source, and what to validate on: of `val_data`, else held out of `data`, else nothing.
 
-    Raises InputError, naming --data, --val-data or --prompts, for what cannot be used.
+    Several `data` are mixed: a::0.7 b::0.3 by weight, a b by size; the first that has a held-out part is
+    validated on. Raises InputError, naming --data, --val-data or --prompts, for what cannot be used.
     """
-    opened = _open(data, "--data")
-    source = _training(opened, data, prompts, captions)
+    fetcher = fetcher or default_fetcher()
+    weighted = [_split_weight(each) for each in ([data] if isinstance(data, str) else data)]
+    if not weighted:
+        raise InputError("--data is given without a source; name one, or digits")
+    opened = [open_data(name, "--data", image_root, fetcher) for name, _ in weighted]
+    sources = [_training(each, prompts, captions, fetcher) for each in opened]
+    source = sources[0] if len(sources) == 1 else _mix(sources, weighted)
     if val_data is not None:
-        validation = _evaluation(_open(val_data, "--val-data"), val_data, "--val-data", _TO_VALIDATE, prompts)
+        held_out = open_data(val_data, "--val-data", image_root, fetcher)
+        validation = _evaluation(held_out, "--val-data", _TO_VALIDATE, prompts, fetcher)
     else:
-        validation = _evaluation(opened, data, "--data", _HELD_OUT, prompts)
-    _check_prompts(prompts, data, source, validation)
+        held_out = next((each for each in opened if set(_HELD_OUT) & set(each.splits)), None)
+        validation = _evaluation(held_out, "--data", _HELD_OUT, prompts, fetcher) if held_out else None
+    names = " ".join(name for name, _ in weighted)
+    _check_prompts(prompts, names, *sources, validation)
+    _check_image_root(image_root, names, [*opened, held_out])
     return source, validation
 
 
-def open_evaluation(data: str, split: str, prompts: str | None) -> EvaluationSet:
+def open_evaluation(
+    data: str, split: str, prompts: str | None, *, image_root: str | None = None, fetcher: Fetcher | None = None
+) -> EvaluationSet:
     """The images of one split, train, val or test, to evaluate on; "auto": test, else val, else all there is.
 
     Raises InputError, naming --data, --split or --prompts, for what cannot be used.
@@ -46,69 +67,81 @@ def open_evaluation(data: str, split: str, prompts: str | None) -> EvaluationSet
     wanted = {"auto": _TO_EVALUATE, "train": ("train", "all"), "val": ("val",), "test": ("test",)}
     if split not in wanted:
         raise InputError(f"--split {split} is not one of {', '.join(wanted)}")
-    opened = _open(data, "--data")
-    evaluation_set = _evaluation(opened, data, "--data", wanted[split], prompts)
+    fetcher = fetcher or default_fetcher()
+    opened = open_data(data, "--data", image_root, fetcher)
+    evaluation_set = _evaluation(opened, "--data", wanted[split], prompts, fetcher)
     if evaluation_set is None:
-        raise InputError(f"--split {split}: {data} has only {', '.join(_splits(opened))}; try --split auto")
+        raise InputError(f"--split {split}: {data} has only {', '.join(opened.splits)}; try --split auto")
     _check_prompts(prompts, data, evaluation_set)
+    _check_image_root(image_root, data, [opened])
     return evaluation_set
 
 
-_Opened = Literal["digits", "shards"] | ClassFolders | Table
-
-
-def _open(data: str, flag: str) -> _Opened:
-    """Find out what kind of data is meant, and list it where listing is needed to know its splits."""
-    path = Path(data)
-    if data == "digits":
-        return "digits"
-    if data.endswith((".tar", ".tar}")) or data.startswith("pipe:") or "://" in data:
-        return "shards"
-    if path.suffix.lower() in SUFFIXES and path.is_file():
-        return read_table(path, flag)
-    if path.is_dir():
-        return find_class_folders(path, flag)
-    what = "is of no kind that is read here" if path.is_file() else "is not there"
-    raise InputError(
-        f"{flag} {data} {what}; give digits, a folder of class folders, a table of captions "
-        f"({', '.join(SUFFIXES)}) or uncompressed tar shards ('shards/*.tar')"
-    )
-
-
-def _splits(opened: _Opened) -> Sequence[str]:
-    if opened == "digits":
-        return ("train", "test")
-    if opened == "shards":
-        return ("all",)
-    return sorted(opened.splits)
-
-
-def _training(opened: _Opened, data: str, prompts: str | None, captions: Literal["one", "all"]) -> Source:
-    if opened == "digits":
-        return digits_source(load_templates(prompts or "digits"))
-    if opened == "shards":
-        return shard_source(data, captions, load_templates(prompts or "simple"))
-    if isinstance(opened, Table):
-        return table_source(opened, captions)
-    return folder_source(opened, load_templates(prompts or "simple"))
+def _training(opened: OpenedData, prompts: str | None, captions: Literal["one", "all"], fetcher: Fetcher) -> Source:
+    if isinstance(opened, ShardSet):
+        return shard_source(opened, captions, load_templates(prompts or "simple"), fetcher)
+    if isinstance(opened, CaptionedImages):
+        return captioned_source(opened, captions)
+    return labelled_source(opened, load_templates(prompts or opened.bank))
 
 
 def _evaluation(
-    opened: _Opened, data: str, flag: str, wanted: Sequence[str], prompts: str | None
+    opened: OpenedData, flag: str, wanted: Sequence[str], prompts: str | None, fetcher: Fetcher
 ) -> EvaluationSet | None:
     """The first of the wanted splits that is there, or None."""
-    split = next((split for split in wanted if split in _splits(opened)), None)
+    split = next((split for split in wanted if split in opened.splits), None)
     if split is None:
         return None
-    if opened == "digits":
-        return digits_evaluation(split, load_templates(prompts or "digits"))
-    if opened == "shards":
-        return shard_evaluation(data, flag, load_templates(prompts or "simple"))
-    if isinstance(opened, Table):
-        return table_evaluation(opened, split, flag)
-    return folder_evaluation(opened, split, load_templates(prompts or "simple"))
+    if isinstance(opened, ShardSet):
+        return shard_evaluation(opened, split, flag, load_templates(prompts or "simple"), fetcher)
+    if isinstance(opened, CaptionedImages):
+        return captioned_evaluation(opened, split, flag)
+    return labelled_evaluation(opened, split, load_templates(prompts or opened.bank))
+
+
+def _split_weight(data: str) -> tuple[str, float | None]:
+    """A source and the weight that may follow it after two colons."""
+    name, _, number = data.rpartition("::")
+    try:
+        weight = float(number) if name and not os.path.exists(data) else None
+    except ValueError:
+        return data, None
+    if weight is None:
+        return data, None
+    if not 0 < weight < float("inf"):
+        raise InputError(f"--data {data}: a weight must be a number above 0")
+    return name, weight
+
+
+def _mix(sources: list[Source], weighted: list[tuple[str, float | None]]) -> MixedSource:
+    """One source of several, by their weights or, where none has one, by their sizes."""
+    names, given = zip(*weighted, strict=True)
+    if None in given and any(weight is not None for weight in given):
+        bare = names[given.index(None)]
+        raise InputError(f"--data {bare} has no weight and others have; write {bare}::0.5, or no weights at all")
+    sizes = [source.size for source in sources]
+    if None in given and None in sizes:
+        unknown = names[sizes.index(None)]
+        raise InputError(f"--data {unknown}: its size is not known, so give each source a weight: {unknown}::0.5")
+    shares = sizes if None in given else list(given)
+    weights = tuple(share / sum(shares) for share in shares)
+    parts = (f"{weight:.3g} of {source.description}" for weight, source in zip(weights, sources, strict=True))
+    return MixedSource(
+        where=" ".join(names),
+        description="; ".join(parts),
+        size=None if None in sizes else sum(sizes),
+        parts=tuple(sources),
+        weights=weights,
+    )
 
 
 def _check_prompts(prompts: str | None, data: str, *opened: Source | EvaluationSet | None) -> None:
     if prompts is not None and not any(each is not None and each.templates for each in opened):
         raise InputError(f"--prompts {prompts} goes with class names, and {data} has captions; leave it out")
+
+
+def _check_image_root(image_root: str | None, data: str, opened: Sequence[OpenedData | None]) -> None:
+    if image_root is not None and not any(isinstance(each, CaptionedImages | TorchvisionSet) for each in opened):
+        raise InputError(
+            f"--image-root {image_root} is for files that name images, and {data} holds its own; leave it out"
+        )

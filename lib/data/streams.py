@@ -1,28 +1,27 @@
-"""Owns the endless streams that shards are read as: their order, their shuffling and their exact position."""
+"""Owns the chunks that are read from endless streams, one for each worker of each rank: shards and mixtures."""
 
+from bisect import bisect
 from collections.abc import Iterator
-from functools import partial
-from itertools import chain, islice
+from itertools import accumulate
 
-import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
-from lib.data.images import BadImage, decode_image
-from lib.data.indexed import Prepared, Tally
-from lib.data.order import ChunkPlan, draw, permutation, sample_id, stable_hash
-from lib.data.pairs import Skip
+from lib.data.dealing import Dealing
+from lib.data.images import BadImage
+from lib.data.indexed import IndexedStream, Prepared, Tally
+from lib.data.order import ChunkPlan, draw
+from lib.data.pairs import MixedSource, Source, parts_of
+from lib.data.positions import StreamPosition
 from lib.data.prepare import Pair, Prepare
-from lib.data.shards import Item, ShardSource
+from lib.data.shard_stream import ShardStream
+from lib.data.shards import ShardSource
 from lib.errors import InputError
 
-SHUFFLE_BUFFER = 1000
-"""Undecoded samples each stream keeps, to give out in random order."""
-
 _MOST_BAD_IN_A_ROW = 20_000
-_MOST_EMPTY_PASSES = 20  # for each stream there is: one that gets a few samples of a small set may see many
+_UNREACHABLE = 1_000  # as bad as so many bad pairs: each is waited for
 
 
-class ShardChunks(IterableDataset):
+class StreamChunks(IterableDataset):
     """The chunks `numbers`, each from the stream that its number names, whatever the first one is.
 
     With K workers a rank has K streams, and chunk n comes from stream n mod K: torch's DataLoader takes
@@ -32,132 +31,86 @@ class ShardChunks(IterableDataset):
 
     def __init__(
         self,
-        source: ShardSource,
+        source: Source,
         prepare: Prepare,
         plan: ChunkPlan,
         seed: int,
-        positions: list[tuple[int, int]],
+        dealings: list[Dealing | None],
+        buffer_size: int,
+        positions: list[StreamPosition],
         numbers: range,
     ):
         self.source, self.prepare, self.plan, self.seed = source, prepare, plan, seed
+        self.dealings, self.buffer_size = dealings, buffer_size
         self.positions, self.numbers = positions, numbers
 
     def __iter__(self) -> Iterator[Prepared | InputError]:
         worker = get_worker_info()
         offset, workers = (worker.id, worker.num_workers) if worker else (0, 1)
         own = (self.numbers.start + offset) % workers
-        streams = self.plan.world_size * workers
-        stream = _Stream(
-            self.source, self.seed, self.plan.rank * workers + own, streams, self.positions[own], self.prepare
-        )
-        for number in self.numbers[offset::workers]:
-            tally = Tally()
-            try:
-                pairs = [stream.pair(tally) for _ in range(self.plan.size(number))]
-            except InputError as error:
-                yield error  # raised in a worker it would arrive wrapped in a traceback
-                return
-            yield Prepared(self.prepare.chunk(pairs), tally, own, stream.position)
+        try:
+            stream = self._stream(own, workers)
+            for number in self.numbers[offset::workers]:
+                tally = Tally()
+                pairs = [stream.pair(tally) for _ in range(self.plan.even_size(number))]
+                yield Prepared(self.prepare.chunk(pairs), tally, own, stream.position)
+        except InputError as error:
+            yield error  # raised in a worker it would arrive wrapped in a traceback
+
+    def _stream(self, own: int, workers: int) -> "_Stream":
+        stream, streams = self.plan.rank * workers + own, self.plan.world_size * workers
+        readers: list[_Reader] = []
+        mixed, position = isinstance(self.source, MixedSource), self.positions[own]
+        parts = zip(parts_of(self.source), self.dealings, position.parts, strict=True)
+        for number, (part, dealing, where) in enumerate(parts):
+            if isinstance(part, ShardSource):
+                salt = number if mixed else None
+                readers.append(ShardStream(part, dealing, stream, self.buffer_size, salt, where))
+            else:
+                seed = part_seed(self.source, self.seed, number)
+                readers.append(IndexedStream(part, seed, stream, streams, number, where))
+        weights = self.source.weights if mixed else (1.0,)
+        return _Stream(self.prepare, readers, weights, draw("mixture", self.seed, stream), position.draws)
 
 
-def undecoded(source: ShardSource, seed: int, epoch: int, stream: int, streams: int) -> Iterator[Item]:
-    """One stream's part of a pass, shuffled; the parts of all streams together hold every sample once.
-
-    Shards are dealt out to the streams; where there are fewer shards than streams, the samples are.
-    """
-    order = permutation(len(source.paths), seed, epoch)
-    if len(order) >= streams:
-        items = chain.from_iterable(source.items(shard) for shard in order[stream::streams])
-    else:
-        # Moved on by one each pass, so that a stream that gets nothing of a tiny set does so once.
-        items = chain.from_iterable(source.items(shard) for shard in order)
-        items = islice(items, (stream + epoch) % streams, None, streams)
-    return shuffled(items, np.random.default_rng(draw("buffer", seed, epoch, stream)), SHUFFLE_BUFFER)
-
-
-def shuffled(items: Iterator[Item], random: np.random.Generator, size: int) -> Iterator[Item]:
-    """The same items, each given out at random from a buffer of `size`."""
-    buffer: list[Item] = []
-    for item in items:
-        if len(buffer) < size:
-            buffer.append(item)
-            continue
-        place = int(random.integers(size))
-        item, buffer[place] = buffer[place], item
-        yield item
-    random.shuffle(buffer)
-    yield from buffer
+_Reader = ShardStream | IndexedStream
 
 
 class _Stream:
-    """Reads pairs without end, and knows how many undecoded samples of which pass it consumed."""
+    """Draws the part for each next pair by weight, and reads that part on."""
 
     def __init__(
-        self,
-        source: ShardSource,
-        seed: int,
-        stream: int,
-        streams: int,
-        position: tuple[int, int],
-        prepare: Prepare,
-    ):
-        self.source, self.seed, self.stream, self.streams, self.prepare = source, seed, stream, streams, prepare
-        self.epoch, self.consumed = position
-        self.empty_passes = 0
-        # What was consumed before is read again and dropped undecoded: the shuffling repeats itself exactly.
-        self.items = islice(self._pass(), self.consumed, None)
+        self, prepare: Prepare, readers: list[_Reader], weights: tuple[float, ...], seed: int, draws: int
+    ) -> None:
+        self.prepare, self.readers, self.seed, self.draws = prepare, readers, seed, draws
+        self.bounds = list(accumulate(weights))[:-1]
 
     @property
-    def position(self) -> tuple[int, int]:
-        return self.epoch, self.consumed
+    def position(self) -> StreamPosition:
+        return StreamPosition(self.draws, tuple(reader.position for reader in self.readers))
 
     def pair(self, tally: Tally) -> Pair:
-        """The next pair that can be used; what cannot is noted in `tally` in the first pass."""
-        for _ in range(_MOST_BAD_IN_A_ROW):
-            item = self._next()
+        """The next pair that can be used; what cannot is noted in `tally` in its part's first pass."""
+        reader = self.readers[bisect(self.bounds, draw(self.seed, self.draws) / 2**63)]
+        self.draws += 1
+        bad_in_a_row = 0
+        while bad_in_a_row < _MOST_BAD_IN_A_ROW:
+            epoch, item = reader.next()
             try:
-                pair = self._decoded(item)
+                pair = reader.prepared(self.prepare, epoch, item)
             except BadImage as bad:
-                if self.epoch == 0:
-                    tally.skips.append(Skip(item.where, item.key, bad.reason))
+                bad_in_a_row += _UNREACHABLE if bad.reason == "unreachable" else 1
+                if epoch == 0:
+                    tally.skips.append(reader.skip(item, bad.reason))
                 continue
-            tally.used += self.epoch == 0
-            self.empty_passes = 0
+            tally.used += epoch == 0
             return pair
-        raise self._nothing_readable()
-
-    def _next(self) -> Item:
-        while True:
-            for item in self.items:
-                self.consumed += 1
-                return item
-            self.epoch, self.consumed = self.epoch + 1, 0
-            self.empty_passes += 1
-            if self.empty_passes > _MOST_EMPTY_PASSES * self.streams:
-                raise self._nothing_readable()
-            self.items = self._pass()
-
-    def _pass(self) -> Iterator[Item]:
-        return undecoded(self.source, self.seed, self.epoch, self.stream, self.streams)
-
-    def _decoded(self, item: Item) -> Pair:
-        if item.reason is not None:
-            raise BadImage(item.reason)
-        image_id = stable_hash(item.key)
-        choice = draw("text", self.seed, self.epoch, image_id) % len(item.texts)
-        number = item.numbers[choice]
-        augmentation = draw("augment", self.seed, self.epoch, image_id, number)
-        return self.prepare.pair(
-            partial(decode_image, item.image),
-            image_id,
-            item.texts[choice],
-            item.group,
-            sample_id(image_id, number),
-            augmentation,
+        raise InputError(
+            f"--data {reader.source.where}: no pair that can be used is found any more; check the files and the "
+            "images in them"
         )
 
-    def _nothing_readable(self) -> InputError:
-        return InputError(
-            f"--data {self.source.where}: no pair that can be used is found any more; check the tar files "
-            "and the images in them"
-        )
+
+def part_seed(source: Source, seed: int, number: int) -> int:
+    """What part `number` of a source is shuffled by: the seed itself where it is not a part of a mixture."""
+    return draw("part", seed, number) if isinstance(source, MixedSource) else seed

@@ -2,96 +2,37 @@
 
 import csv
 import json
-import os
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from lib.data.captioned import SPLITS, CaptionedImages, ImageFinder, Listing
 from lib.errors import InputError
 
 SUFFIXES = (".csv", ".tsv", ".jsonl")
 
 _COLUMNS = {
-    "image": ("filename", "image", "image_path", "file_name", "filepath", "path"),
-    "caption": ("caption", "captions", "text", "title", "sentence"),
+    "image": ("filename", "image", "image_path", "file_name", "filepath", "path", "image_name"),
+    "caption": ("caption", "captions", "text", "title", "sentence", "comment"),
     "split": ("split",),
     "group": ("group",),
 }
-_SPLITS = {
-    "train": "train",
-    "restval": "train",
-    "val": "val",
-    "valid": "val",
-    "validation": "val",
-    "dev": "val",
-    "test": "test",
-}
 
 
-class Caption(NamedTuple):
-    """One caption and its number within its image."""
-
-    number: int
-    text: str
-
-
-@dataclass
-class Captioned:
-    """An image of a table with what its rows say."""
-
-    key: str
-    """as the table names it"""
-    path: str | None
-    """None where the file is missing"""
-    split: str
-    group: str | None
-    captions: list[Caption]
-
-
-@dataclass(frozen=True)
-class Table:
-    """The images of a table, in the order in which they first appear."""
-
-    path: Path
-    images: list[Captioned]
-    malformed: list[tuple[str, str]]
-    """(line, reason) of rows without an image"""
-
-    @property
-    def splits(self) -> set[str]:
-        return {image.split for image in self.images}
-
-
-def read_table(path: Path, flag: str) -> Table:
+def read_table(path: Path, flag: str, image_root: str | None = None) -> CaptionedImages:
     """Read a table; InputError, naming `flag`, for columns or splits that are not understood."""
-    finder = _ImageFinder(path.parent)
-    images: dict[tuple[str, str], Captioned] = {}
-    malformed = []
+    finder = ImageFinder(path.parent, ("images", "Images"), image_root)
+    listing = Listing(path, "captions", flag)
     for line, row in _rows(path, flag):
         if row is None:
-            malformed.append((f"{path.name}:{line}", "malformed_row"))
+            listing.malformed.append((f"{path.name}:{line}", "malformed_row"))
             continue
-        split = _SPLITS.get(row.split.lower())
+        split = SPLITS.get(row.split.lower())
         if split is None:
-            known = ", ".join(_SPLITS)
-            raise InputError(f"{flag} {path}, line {line}: split {row.split!r} is none of {known}")
-        image = images.get((row.image, split))
-        if image is None:
-            image = Captioned(row.image, finder.find(row.image), split, row.group, [])
-            images[row.image, split] = image
-        for text in row.captions:
-            image.captions.append(Caption(len(image.captions), text.strip()))
-    if not images:
-        raise InputError(f"{flag} {path} has no rows that name an image")
-    if not any(image.path for image in images.values()):
-        first = next(iter(images))[0]
-        raise InputError(
-            f"{flag} {path}: of the {len(images)} images it names not one is there (the first: {first!r}); "
-            f"they are looked for in {path.parent} and {path.parent / 'images'}"
-        )
-    return Table(path, list(images.values()), malformed)
+            raise InputError(f"{flag} {path}, line {line}: split {row.split!r} is none of {', '.join(SPLITS)}")
+        listing.add(finder, row.image, split, row.captions, row.group)
+    return listing.finish(finder)
 
 
 class _Row(NamedTuple):
@@ -156,7 +97,7 @@ def _check_columns(columns: dict[str, str | None], found: tuple[str, ...], path:
 def _csv_rows(path: Path) -> Iterator[tuple[int, dict]]:
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # the default refuses captions above 128 KiB
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-    with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
+    with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
         reader = csv.DictReader(file, delimiter=delimiter)
         for row in reader:
             row.pop(None, None)  # cells beyond the header's
@@ -164,7 +105,7 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, dict]]:
 
 
 def _json_rows(path: Path) -> Iterator[tuple[int, dict | None]]:
-    with open(path, encoding="utf-8-sig", errors="replace") as file:
+    with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
         for line, text in enumerate(file, start=1):
             if not text.strip():
                 continue
@@ -173,28 +114,3 @@ def _json_rows(path: Path) -> Iterator[tuple[int, dict | None]]:
             except ValueError:
                 record = None
             yield line, record if isinstance(record, dict) else None
-
-
-class _ImageFinder:
-    """Finds the files a table names, listing each folder once: a look per file is slow on network disks."""
-
-    def __init__(self, folder: Path):
-        self._bases = (str(folder), str(folder / "images"))
-        self._listings: dict[str, frozenset[str]] = {}
-
-    def find(self, name: str) -> str | None:
-        """The path of the image `name`, or None."""
-        for base in self._bases:
-            path = os.path.join(base, name)  # an absolute name stays as it is
-            folder, file = os.path.split(path)
-            if file in self._listing(folder):
-                return path
-        return None
-
-    def _listing(self, folder: str) -> frozenset[str]:
-        if folder not in self._listings:
-            try:
-                self._listings[folder] = frozenset(os.listdir(folder))
-            except OSError:
-                self._listings[folder] = frozenset()
-        return self._listings[folder]

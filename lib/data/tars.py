@@ -1,14 +1,22 @@
-"""Owns the reading of tar files: samples as webdataset groups them, streamed or indexed, whole or damaged."""
+"""Owns the reading of tar files: samples as webdataset groups them, by their headers, whole or damaged."""
 
 import os
+import sys
 import tarfile
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
-from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_expander
+from webdataset.tariterators import base_plus_ext, group_by_keys
 
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
+from lib.data.fetch import fault
+from lib.data.images import EXTENSIONS
+
+IMAGE_SUFFIXES = tuple(extension.removeprefix(".") for extension in EXTENSIONS)
 TEXT_SUFFIXES = ("txt", "json", "cls")
+ALL = range(sys.maxsize)
+"""Every sample, and the damage after them."""
+
+_SUFFIXES = IMAGE_SUFFIXES + TEXT_SUFFIXES
 
 
 class Sample(NamedTuple):
@@ -16,7 +24,7 @@ class Sample(NamedTuple):
 
     key: str
     members: dict
-    """bytes by suffix, or (offset, size) where only indexed"""
+    """bytes by suffix; of an image that is only indexed, (offset, size)"""
 
     @property
     def image(self):
@@ -30,25 +38,42 @@ class Sample(NamedTuple):
 
 
 class Damage(NamedTuple):
-    """Stands after the last sample of a tar whose rest cannot be read."""
+    """Stands where the next sample would be in a tar whose rest cannot be read."""
 
     reason: str
-    """truncated_tar, or unreadable_tar where nothing could be read at all"""
+    """truncated_tar; unreadable_tar where it is no tar at all or the disk fails; or bad_gzip"""
 
 
-def stream_samples(path: str) -> Iterator[Sample | Damage]:
-    """Read a tar from front to back: its samples with their bytes, then Damage if there was some.
+def read_samples(path: str, wanted: range | frozenset[int]) -> Iterator[tuple[int, Sample | Damage]]:
+    """The samples of an uncompressed tar whose numbers are wanted, with their bytes; Damage at its number.
 
-    Only members with the suffixes above are read; nothing is decoded or unpickled.
+    Members of other samples are passed over by their headers; only those with the suffixes above are read, and
+    nothing is extracted, decoded or unpickled.
     """
-    faults = _missing_end(path)
-    return _until_damage(_grouped(_streamed_files(path, faults)), faults)
+    if not wanted:
+        return
+    last = wanted[-1] if isinstance(wanted, range) else max(wanted)
+    number = 0
+    try:
+        with open(path, "rb") as file:
+            for number, sample in enumerate(_samples(file, path)):
+                if number > last:
+                    return
+                if number in wanted:
+                    yield number, sample if isinstance(sample, Damage) else _loaded(file, sample, _SUFFIXES)
+    except OSError:
+        if number in wanted:
+            yield number, Damage("unreadable_tar")
 
 
 def index_samples(path: str) -> Iterator[Sample | Damage]:
-    """Samples of an uncompressed tar with (offset, size) of each member: reads the headers alone."""
-    faults = _missing_end(path)
-    return _until_damage(_grouped(_indexed_files(path, faults)), faults)
+    """All samples of an uncompressed tar, with (offset, size) of their images and the bytes of their texts."""
+    try:
+        with open(path, "rb") as file:
+            for sample in _samples(file, path):
+                yield sample if isinstance(sample, Damage) else _loaded(file, sample, TEXT_SUFFIXES)
+    except OSError:
+        yield Damage("unreadable_tar")
 
 
 def read_member(path: str, place: tuple[int, int]) -> bytes:
@@ -58,65 +83,55 @@ def read_member(path: str, place: tuple[int, int]) -> bytes:
         return file.read(place[1])
 
 
-def _streamed_files(path: str, faults: list[Exception]) -> Iterator[dict]:
-    def note(error: Exception) -> bool:
-        faults.append(error)
-        return True
+def _loaded(file: BinaryIO, sample: Sample, suffixes: tuple[str, ...]) -> Sample:
+    members = dict(sample.members)
+    for suffix in members.keys() & set(suffixes):
+        offset, size = members[suffix]
+        file.seek(offset)
+        members[suffix] = file.read(size)
+    return Sample(sample.key, members)
 
+
+def _samples(file: BinaryIO, path: str) -> Iterator[Sample | Damage]:
+    """Samples, then Damage if there were faults; it counts for a last sample that lost a part."""
+    faults: list[Exception] = []
+    last = None
+    # The handler passes over a name that comes twice in one sample: the first is kept.
+    for members in group_by_keys(_files(file, path, faults), handler=lambda _: True):
+        if last is not None:
+            yield last
+        key = members.pop("__key__")
+        last = Sample(key, {name: value for name, value in members.items() if not name.startswith("__")})
+    if last is not None and (last.complete or not faults):
+        yield last
+    if faults:
+        yield Damage(fault(path) or ("truncated_tar" if last is not None else "unreadable_tar"))
+
+
+def _files(file: BinaryIO, path: str, faults: list[Exception]) -> Iterator[dict]:
+    """The members of the kinds above, as group_by_keys takes them, with the places of their data."""
+    length = os.fstat(file.fileno()).st_size
     try:
-        with open(path, "rb") as stream:
-            # Handed an open file, webdataset does not open the name, where it would run what follows "pipe:".
-            opened = [{"url": path, "stream": stream}]
-            yield from tar_file_expander(opened, handler=note, select_files=_wanted, eof_value=None)
-    except OSError as error:
-        faults.append(error)
-
-
-def _indexed_files(path: str, faults: list[Exception]) -> Iterator[dict]:
-    try:
-        length = os.path.getsize(path)
-        with tarfile.open(path, "r:") as tar:
+        with tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
                 if member.offset_data + member.size > length:
                     raise tarfile.ReadError("unexpected end of data")
                 if member.isreg() and _wanted(member.name):
-                    place = (member.offset_data, member.size)
-                    yield {"fname": member.name, "data": place, "__url__": path}
+                    yield {
+                        "fname": member.name,
+                        "data": (member.offset_data, member.size),
+                        "__url__": path,
+                    }
                 tar.members = []  # tarfile would keep them all
-    except (OSError, tarfile.TarError) as error:
+            # Where a header is damaged or missing, tarfile stops as if the archive ended: an end is a block of zeros.
+            file.seek(tar.offset)
+            end = file.read(tarfile.BLOCKSIZE)
+            if len(end) < tarfile.BLOCKSIZE or any(end):
+                raise tarfile.ReadError("no end of archive")
+    except Exception as error:  # damaged headers make tarfile raise what it likes
         faults.append(error)
-
-
-def _missing_end(path: str) -> list[Exception]:
-    """A fault where a tar lacks the 1,024 zero bytes that end one: cut between two members it looks whole."""
-    try:
-        with open(path, "rb") as file:
-            file.seek(-1024, os.SEEK_END)
-            return [tarfile.ReadError("no end of archive")] if any(file.read()) else []
-    except OSError as error:
-        return [error]
-
-
-def _grouped(files: Iterator[dict]) -> Iterator[Sample]:
-    # The handler passes over a name that comes twice in one sample: the first is kept.
-    for members in group_by_keys(files, handler=lambda _: True):
-        key = members.pop("__key__")
-        yield Sample(key, {name: value for name, value in members.items() if not name.startswith("__")})
-
-
-def _until_damage(samples: Iterator[Sample], faults: list[Exception]) -> Iterator[Sample | Damage]:
-    """Put Damage after the samples if there were faults; it counts for a last sample that lost a part."""
-    last = None
-    for sample in samples:
-        if last is not None:
-            yield last
-        last = sample
-    if last is not None and (last.complete or not faults):
-        yield last
-    if faults:
-        yield Damage("truncated_tar" if last is not None else "unreadable_tar")
 
 
 def _wanted(name: str) -> bool:
     suffix = base_plus_ext(name)[1]
-    return suffix is not None and suffix.lower() in IMAGE_SUFFIXES + TEXT_SUFFIXES
+    return suffix is not None and suffix.lower() in _SUFFIXES

@@ -5,7 +5,7 @@ import shutil
 import signal
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 
 import torch
@@ -14,11 +14,12 @@ from torch.utils.data import DataLoader
 from lib.data.ahead import ahead
 from lib.data.batch import Chunk
 from lib.data.indexed import IndexedChunks, Prepared
+from lib.data.layouts import Start, dealings, excluded_in, fresh_start, is_streamed, layout, take_over
 from lib.data.order import ChunkPlan
-from lib.data.pairs import Skip, Source
+from lib.data.pairs import Skip, Source, parts_of
+from lib.data.positions import loaded, saved
 from lib.data.prepare import Prepare
-from lib.data.shards import ShardSource
-from lib.data.streams import ShardChunks
+from lib.data.streams import StreamChunks
 from lib.errors import InputError
 
 _BYTES_AHEAD = 2**31
@@ -45,7 +46,8 @@ class TrainingData:
     """This rank's part of every step's pairs, decoded and tokenized by worker processes.
 
     A step's pairs of an indexed source depend on its number, the seed and `effective_batch` alone, not on
-    ranks, workers or chunk size. Shards are endless streams, one for each worker of each rank.
+    ranks, workers or chunk size. Shards and mixtures are endless streams, one for each worker of each rank.
+    shuffle_buffer: undecoded samples of shards that each stream keeps, to give out in random order.
     """
 
     def __init__(
@@ -59,23 +61,26 @@ class TrainingData:
         world_size: int,
         workers: int,
         seed: int,
+        shuffle_buffer: int = 1000,
         pin_memory: bool = False,
     ):
         self._source, self._prepare = source, prepare
         self._plan = ChunkPlan(effective_batch, chunk_size, rank, world_size)
         self._workers, self._seed, self._pin_memory = workers, seed, pin_memory
         self._step = 0
-        self._positions = [(0, 0)] * max(1, workers)
+        self._shuffle_buffer = shuffle_buffer
+        self._begin(fresh_start(source))
         self._new_skips: list[Skip] = []
         self.counts = Counts()
         """What this rank handed out in the first pass; what indexing left out is counted on rank 0."""
         if rank == 0:
-            self._count(0, [Skip(source.where, key, reason) for key, reason in source.skipped])
+            for part in parts_of(source):
+                self._count(0, [Skip(part.where, key, reason) for key, reason in part.skipped])
 
     def steps(self, first: int, last: int) -> Iterator[list[Chunk]]:
-        """This rank's chunks of steps `first` to `last` - 1: B pairs a step, in chunks of C and a rest.
+        """This rank's chunks of steps `first` to `last` - 1: B pairs a step, in chunks of at most C.
 
-        Shards go on where they stopped or where `load_state_dict` put them, which must be step `first`.
+        Streams go on where they stopped or where `load_state_dict` put them, which must be step `first`.
         Raises InputError where nothing can be read.
         """
         step: list[Prepared] = []
@@ -99,40 +104,52 @@ class TrainingData:
 
     def state_dict(self) -> dict:
         """Where this rank stands after the steps handed out, and its counts."""
-        state = {"step": self._step, "positions": list(self._positions), "counts": asdict(self.counts)}
-        return state | self._layout()
+        state = {"step": self._step, "counts": asdict(self.counts)}
+        if not is_streamed(self._source):
+            return state
+        positions = [saved(position) for position in self._positions]
+        excluded = [{epoch: sorted(shards) for epoch, shards in part.items()} for part in self._excluded]
+        return state | {"layout": self._layout(), "positions": positions, "excluded": excluded}
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self, state: dict, all_ranks: Callable[[], Sequence[dict]] | None = None) -> None:
         """Go on after the step of `state`: exactly, at the same number of ranks and workers.
 
-        Indexed sources go on exactly at any number of them; shards then go on with a new pass, and a warning
-        says so.
+        Indexed sources go on exactly at any number of them. Streams then go on with the pass, without the shards that
+        were finished; samples of the others may come again in it, and are counted again. `all_ranks` gives the states
+        of all ranks, and is called only then. One warning says so.
         """
         self._step = state["step"]
         self._new_skips = []
         self.counts = Counts(**state["counts"])
-        if all(state.get(name) == value for name, value in self._layout().items()):
-            self._positions = [tuple(position) for position in state["positions"]]
+        if not is_streamed(self._source):
             return
-        warnings.warn(
-            "the shards, ranks or workers are not those of the checkpoint: training goes on with a new pass "
-            "over the shards, so some samples come earlier than they would have",
-            stacklevel=2,
-        )
-        next_pass = max(position[0] for position in state["positions"]) + 1
-        self._positions = [(next_pass, 0)] * max(1, self._workers)
+        if state.get("layout") == self._layout():
+            self._positions = [loaded(position) for position in state["positions"]]
+            self._excluded = excluded_in(state)
+            return
+        states = all_ranks() if all_ranks else [state]
+        self._begin(take_over(self._source, self._seed, states) if "layout" in state else fresh_start(self._source))
+        if self._plan.rank == 0:
+            done = sum(len(shards) for part in self._excluded for shards in part.values())
+            warnings.warn(
+                "the data, ranks or workers are not those of the checkpoint: training goes on with the pass, without "
+                f"the {done} shards that were finished in it; samples of the others may come again, pairs of sources "
+                "that are not shards begin a new pass",
+                stacklevel=2,
+            )
+
+    def _begin(self, start: Start) -> None:
+        self._positions = [start.position] * max(1, self._workers)
+        self._excluded = start.excluded
 
     def _layout(self) -> dict:
-        """What a position in shards is relative to; nothing for indexed sources."""
-        if not isinstance(self._source, ShardSource):
-            return {}
-        names, world_size = list(self._source.names), self._plan.world_size
-        return {"shards": names, "world_size": world_size, "workers": self._workers}
+        return layout(self._source, self._plan.world_size, self._workers)
 
     def _hand_out(self, step: list[Prepared]) -> None:
         self._step += 1
         for prepared in step:
-            self._positions[prepared.stream] = prepared.position
+            if prepared.position is not None:
+                self._positions[prepared.stream] = prepared.position
             self._count(prepared.tally.used, prepared.tally.skips)
 
     def _count(self, used: int, skips: list[Skip]) -> None:
@@ -142,10 +159,12 @@ class TrainingData:
     def _loader(self, first: int, last: int) -> DataLoader:
         numbers = range(first * self._plan.chunks_per_step, last * self._plan.chunks_per_step)
         common = (self._source, self._prepare, self._plan, self._seed)
-        if isinstance(self._source, ShardSource):
+        if is_streamed(self._source):
             if first != self._step:
-                raise ValueError(f"shards stand at step {self._step}, not {first}: load that step's state")
-            dataset, sampler = ShardChunks(*common, list(self._positions), numbers), None
+                raise ValueError(f"streams stand at step {self._step}, not {first}: load that step's state")
+            dealt = dealings(self._source, self._seed, self._layout()["streams"], self._excluded)
+            dataset = StreamChunks(*common, dealt, self._shuffle_buffer, list(self._positions), numbers)
+            sampler = None
         else:
             self._step = first
             dataset, sampler = IndexedChunks(*common), numbers
@@ -169,7 +188,7 @@ class TrainingData:
         return prepared._replace(chunk=prepared.chunk.clone())
 
     def _chunk_bytes(self) -> int:
-        return self._plan.size(0) * 3 * self._prepare.images.size**2
+        return self._plan.size(0) * self._prepare.image_bytes
 
     def _chunks_ahead(self) -> int:
         return max(1, min(self._plan.chunks_per_step, _BYTES_AHEAD // self._chunk_bytes()))

@@ -7,18 +7,21 @@ from typing import NamedTuple
 
 import torch
 from einops import rearrange
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from lib.collectives import gather_objects, gather_rows, rank_and_world_size
+from lib.data.batch import Tokenize
 from lib.data.evaluation_set import EvaluationSet
-from lib.data.images import BadImage
+from lib.data.images import BadImage, Extent
 from lib.data.pipeline import ImagePipeline
 from lib.data.training import start_worker
 from lib.errors import InputError
 
-Tokenize = Callable[[list[str]], tuple[Tensor, Tensor]]
+OpenImage = Callable[[int, Extent], Image.Image]
+"""An image by row, RGB and upright, at the extent or larger; raises BadImage."""
 
 
 class Embedded(NamedTuple):
@@ -50,17 +53,9 @@ def embed_images(
     if count == 0:
         raise InputError(f"{images.name} holds no images; point --data at a data set that does")
     rows = _rows_of_this_rank(count)
-    loader = DataLoader(
-        _Images(images, pipeline, rows),
-        batch_size=batch_size,
-        num_workers=workers,
-        worker_init_fn=start_worker,
-        pin_memory=torch.device(device).type == "cuda",
-        # A loader draws its seed from the global generator by default; a validation must not move that.
-        generator=torch.Generator(),
-    )
+    loader = image_loader(images.open_image, pipeline, rows, device=device, batch_size=batch_size, workers=workers)
     embeds, reasons = [], []
-    with _evaluating(towers), _bar("images", len(rows), progress) as bar:
+    with evaluating(towers), _bar("images", len(rows), progress) as bar:
         for pixel_values, reasons_of_batch in loader:
             output = towers(pixel_values=pixel_values.to(device, non_blocking=True))
             embeds.append(output.image_embeds)
@@ -97,7 +92,7 @@ def embed_texts(
     distinct = sorted(set(texts), key=lambda text: (len(text), text))
     mine = [distinct[row] for row in _rows_of_this_rank(len(distinct))]
     embeds = []
-    with _evaluating(towers), _bar("texts", len(mine), progress) as bar:
+    with evaluating(towers), _bar("texts", len(mine), progress) as bar:
         for start in range(0, len(mine), batch_size):
             batch = mine[start : start + batch_size]
             input_ids, attention_mask = (tokens.to(device) for tokens in tokenize(batch))
@@ -121,14 +116,35 @@ def require_finite(embeds: Tensor, kind: str) -> None:
 
 def counted(reasons: Iterable[str]) -> str:
     """Reasons with their counts, the most frequent first: "truncated 3, empty 1"."""
-    return ", ".join(f"{reason} {count}" for reason, count in Counter(reasons).most_common())
+    return ", ".join(f"{reason} {count:,}" for reason, count in Counter(reasons).most_common())
+
+
+def image_loader(
+    open_image: OpenImage,
+    pipeline: ImagePipeline,
+    rows: Sequence[int],
+    *,
+    device: torch.device | str,
+    batch_size: int,
+    workers: int,
+) -> DataLoader:
+    """Batches of the given rows, in order: pixels uint8 (n, 3, H, W), and n reasons, empty for what was read."""
+    return DataLoader(
+        _Images(open_image, pipeline, rows),
+        batch_size=batch_size,
+        num_workers=workers,
+        worker_init_fn=start_worker,
+        pin_memory=torch.device(device).type == "cuda",
+        # A loader draws its seed from the global generator by default; a validation must not move that.
+        generator=torch.Generator(),
+    )
 
 
 class _Images(Dataset):
-    """The given rows of a set as (pixels uint8 (3, H, W), reason), the reason empty for what was read."""
+    """The given rows as (pixels uint8 (3, H, W), reason), the reason empty for what was read."""
 
-    def __init__(self, images: EvaluationSet, pipeline: ImagePipeline, rows: list[int]):
-        self.images, self.pipeline, self.rows = images, pipeline, rows
+    def __init__(self, open_image: OpenImage, pipeline: ImagePipeline, rows: Sequence[int]):
+        self.open_image, self.pipeline, self.rows = open_image, pipeline, rows
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -136,14 +152,14 @@ class _Images(Dataset):
     def __getitem__(self, position: int) -> tuple[Tensor, str]:
         row = self.rows[position]
         try:
-            return self.pipeline(self.images.open_image(row, self.pipeline.extent), seed=row), ""
+            return self.pipeline(self.open_image(row, self.pipeline.extent), seed=row), ""
         except BadImage as fault:
             # A blank keeps the batch, and with it the number of forwards on every rank, as planned.
             return torch.zeros(3, self.pipeline.size, self.pipeline.size, dtype=torch.uint8), fault.reason
 
 
 @contextmanager
-def _evaluating(towers: nn.Module) -> Iterator[None]:
+def evaluating(towers: nn.Module) -> Iterator[None]:
     """Evaluation mode without graphs; afterwards each module is in the mode it was in, frozen ones too."""
     modes = [(module, module.training) for module in towers.modules()]
     towers.eval()

@@ -1,0 +1,176 @@
+"""Owns the listing of captioned images that every caption reader produces, and the search for their files."""
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from lib.errors import InputError
+
+SPLITS = {
+    "train": "train",
+    "restval": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "dev": "val",
+    "test": "test",
+}
+"""The split that a file's own word stands for; data without splits has the one split "all"."""
+
+
+class Caption(NamedTuple):
+    """One caption and its number within its image."""
+
+    number: int
+    text: str
+
+    @property
+    def fault(self) -> str | None:
+        """Why it cannot be used: empty_caption, not_utf8 or None."""
+        if not self.text:
+            return "empty_caption"
+        return None if is_utf8(self.text) else "not_utf8"
+
+
+@dataclass
+class Captioned:
+    """An image with what was said of it."""
+
+    key: str
+    """as its file names it"""
+    path: str | None
+    """None where the file is missing"""
+    split: str
+    group: str | None
+    captions: list[Caption]
+
+
+@dataclass(frozen=True)
+class CaptionedImages:
+    """Captioned images of all splits, in the order in which they were named."""
+
+    path: Path
+    """the file or folder that the user gave"""
+    kind: str
+    """for descriptions: "COCO captions" """
+    images: list[Captioned]
+    malformed: list[tuple[str, str]]
+    """(line, reason) of what names no image or is not readable"""
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        return tuple(sorted({image.split for image in self.images}))
+
+
+class ImageFinder:
+    """Finds the files that captions name, listing each folder once: a look per file is slow on network disks.
+
+    Looks in `image_root`, where it is given, else in `folder`, and in the subfolders of either that are
+    called `names`; with `beside`, in such folders beside `folder` too.
+    """
+
+    def __init__(self, folder: Path, names: Sequence[str], image_root: str | None, beside: bool = False):
+        if image_root is not None and not os.path.isdir(image_root):
+            raise InputError(f"--image-root {image_root} is not a folder; give the one that holds the images")
+        base = folder if image_root is None else Path(image_root)
+        places = [base, *(base / name for name in names)]
+        self.where = f"{base} and its folders {', '.join(names)}"
+        if beside and image_root is None:
+            above = folder.absolute().parent
+            places += [above / name for name in names]
+            self.where += f", and in such folders of {above}"
+        self._places = [str(place) for place in places if place.is_dir()]
+        self._listings: dict[str, frozenset[str]] = {}
+
+    def find(self, *names: str) -> str | None:
+        """The path of the image that has one of these names, or None."""
+        for place in self._places:
+            for name in names:
+                folder, file = os.path.split(os.path.join(place, name))  # an absolute name stays as it is
+                if file in self._listing(folder):
+                    return os.path.join(folder, file)
+        return None
+
+    def _listing(self, folder: str) -> frozenset[str]:
+        if folder not in self._listings:
+            try:
+                self._listings[folder] = frozenset(os.listdir(folder))
+            except OSError:
+                self._listings[folder] = frozenset()
+        return self._listings[folder]
+
+
+@dataclass
+class Listing:
+    """Captioned images while a file is read; captions of one image may come in any order."""
+
+    path: Path
+    kind: str
+    flag: str
+    malformed: list[tuple[str, str]] = field(default_factory=list)
+    _images: dict[tuple[str, str], Captioned] = field(default_factory=dict)
+
+    def add(
+        self,
+        finder: ImageFinder,
+        key: str,
+        split: str,
+        texts: Iterable[str],
+        group: str | None = None,
+        names: Sequence[str] = (),
+    ) -> None:
+        """Note captions of an image; `names` are those of its file, where the key is not."""
+        if not is_utf8(f"{key}{group or ''}"):
+            self.malformed.append((ascii(key), "not_utf8"))
+            return
+        image = self._images.get((key, split))
+        if image is None:
+            image = Captioned(key, finder.find(*(names or (key,))), split, group, [])
+            self._images[key, split] = image
+        for text in texts:
+            image.captions.append(Caption(len(image.captions), text.strip()))
+
+    @property
+    def empty(self) -> bool:
+        """Whether no image was noted yet."""
+        return not self._images
+
+    def finish(self, finder: ImageFinder) -> CaptionedImages:
+        """All that was noted; InputError where not one image was named, or not one of them is there."""
+        images = list(self._images.values())
+        if not images:
+            raise InputError(f"{self.flag} {self.path} names no image")
+        if not any(image.path for image in images):
+            raise InputError(
+                f"{self.flag} {self.path}: of the {len(images):,} images it names not one is there (the first: "
+                f"{images[0].key!r}); they are looked for in {finder.where}; --image-root says where they are"
+            )
+        return CaptionedImages(self.path, self.kind, images, self.malformed)
+
+
+def is_utf8(text: str) -> bool:
+    """Whether the text, read with surrogates in place of bad bytes, has none: a tokenizer refuses those."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def load_json(path: Path, flag: str) -> object:
+    """The content of a JSON file, bad bytes as surrogates; InputError where it is not JSON."""
+    try:
+        with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
+            return json.load(file)
+    except OSError as error:
+        raise InputError(f"{flag} {path} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{flag} {path} is not JSON, or was cut short: {error}") from None
+
+
+def shape_of(content: object) -> str:
+    """What a JSON file holds, for a message that something else was expected."""
+    return f"keys {', '.join(content)[:80]}" if isinstance(content, dict) and content else f"a {type(content).__name__}"

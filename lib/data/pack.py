@@ -1,0 +1,219 @@
+"""Pack any data that training reads into WebDataset shards: `python -m lib.data.pack SOURCE --out DIR`.
+
+DIR is then data itself: `--data DIR`. Interrupted, the same command goes on where it stopped.
+"""
+
+import os
+import re
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from tqdm import tqdm
+
+from lib.data.fetch import Fetcher, default_fetcher
+from lib.data.order import permutation
+from lib.data.pack_listing import Entry, Listing, list_samples
+from lib.data.pack_samples import ImageOrReason, members_of, read_ahead, read_image
+from lib.data.pack_writer import Record, ShardWriter, Skips, write_lines
+from lib.data.recognize import open_data
+from lib.data.shard_index import SPLITS, ShardIndex, write_index
+from lib.data.shard_set import ShardSet
+from lib.errors import InputError, RunError, told_in_one_line
+
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+_SAMPLES = 1000
+
+
+@dataclass(frozen=True)
+class PackConfig:
+    """What to pack, and how."""
+
+    source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE")]
+    """As --data in training: class folders, a table, COCO, Flickr or Karpathy files, a set's name, shards."""
+    out: Path
+    """New or empty folder for the shards, or the one that an interrupted run left."""
+    shard_size: int | None = None
+    """Samples a shard; 1000 where --shard-bytes is not given either."""
+    shard_bytes: str | None = None
+    """Size a shard stays below, as 500M or 2G."""
+    max_side: int | None = None
+    """Images with a longer side are made smaller, to this many pixels, upright, as JPEG; others stay as they are."""
+    quality: int = 95
+    """Of the JPEG files that --max-side makes."""
+    verify: bool = False
+    """Decode every image, and leave out what cannot be decoded."""
+    shuffle: int | None = None
+    """Seed of the order within a split; default: 0, and shards keep their order."""
+    no_shuffle: bool = False
+    """Keep the order of the source."""
+    image_root: str | None = None
+    """Folder of the images that a table or annotation file names, where they do not lie beside it."""
+    cache_dir: Path | None = None
+    """Folder for remote shards; default: contrastive-training in ~/.cache."""
+    allow_pipe: bool = False
+    """Run what follows `pipe:` in SOURCE as a command that writes a tar."""
+
+    def check(self) -> None:
+        """Raise InputError for values that cannot be used."""
+        for flag, value in (("shard-size", self.shard_size), ("max-side", self.max_side)):
+            if value is not None and value < 1:
+                raise InputError(f"--{flag} {value} must be at least 1")
+        if not 1 <= self.quality <= 100:
+            raise InputError(f"--quality {self.quality} must be from 1 to 100")
+        if self.no_shuffle and self.shuffle is not None:
+            raise InputError(f"--shuffle {self.shuffle} and --no-shuffle exclude each other")
+        _ = self.most_bytes
+
+    @property
+    def most_bytes(self) -> int | None:
+        """--shard-bytes as a number."""
+        if self.shard_bytes is None:
+            return None
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT]?)(?:i?B)?", self.shard_bytes.strip(), re.IGNORECASE)
+        if not match or not float(match[1]):
+            raise InputError(f"--shard-bytes {self.shard_bytes} is no size; write it as 500M or 2G")
+        return int(float(match[1]) * _UNITS[match[2].upper()])
+
+    @property
+    def most_samples(self) -> int | None:
+        """Samples a shard, None for any number."""
+        return self.shard_size or (None if self.shard_bytes else _SAMPLES)
+
+    def seed(self, of_shards: bool) -> int | None:
+        """Seed of the order, None for that of the source."""
+        if self.no_shuffle or (of_shards and self.shuffle is None):
+            return None
+        return self.shuffle or 0
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Pack as the command line (or `arguments`) says."""
+    config = tyro.cli(
+        PackConfig,
+        prog="python -m lib.data.pack",
+        args=arguments,
+        description=__doc__,
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )
+    config.check()
+    fetcher = Fetcher(config.cache_dir or default_fetcher().cache, default_fetcher().cache_bytes, config.allow_pipe)
+    opened = open_data(config.source, "SOURCE", config.image_root, fetcher)
+    listing = list_samples(opened, "SOURCE", fetcher)
+    seed = config.seed(isinstance(opened, ShardSet))
+    record = Record(config.out, _settings(config, listing, seed))
+    try:
+        if record.done:
+            print(f"{config.out} is done already: {_summary(record)}")
+            return
+        if record.shards:
+            print(f"{config.out}: going on after shard {len(record.shards)}", flush=True)
+        _pack(config, listing, seed, record)
+    except OSError as error:
+        raise RunError(f"--out {config.out}: {error}; finished shards are safe, the same command goes on") from error
+    finally:
+        record.close()
+
+
+def _settings(config: PackConfig, listing: Listing, seed: int | None) -> dict[str, object]:
+    """What the bytes of the shards depend on."""
+    source = os.path.abspath(config.source) if os.path.exists(config.source) else config.source
+    return {
+        "source": source,
+        "image-root": config.image_root and os.path.abspath(config.image_root),
+        "shard-size": config.most_samples,
+        "shard-bytes": config.most_bytes,
+        "max-side": config.max_side,
+        "quality": config.quality if config.max_side else None,
+        "verify": config.verify,
+        "shuffle": seed,
+        "listing": listing.digest(),
+    }
+
+
+def _pack(config: PackConfig, listing: Listing, seed: int | None, record: Record) -> None:
+    total, begun = len(listing.entries), sum(record.consumed.values())
+    with tqdm(total=total, initial=begun, desc="packing", unit="sample") as bar:
+        for split in SPLITS:
+            entries = [entry for entry in listing.entries if entry.split == split]
+            if seed is not None:
+                entries = [entries[number] for number in permutation(len(entries), seed, 0)]
+            if len(entries) > record.consumed.get(split, 0):
+                _pack_split(config, split, entries, listing.classes, record, bar)
+    if not record.shards:
+        left_out = _counted(listing.malformed + record.skips)
+        record.give_up()
+        raise InputError(f"SOURCE {config.source}: nothing can be packed ({left_out})")
+    skips = listing.malformed + record.skips
+    lines = ({"shard": config.source, "key": key, "reason": reason} for key, reason in skips)
+    write_lines(config.out / "skipped.jsonl", lines)
+    write_index(config.out, ShardIndex(record.shards, listing.classes))
+    record.finish()
+    print(f"{config.out}: {_summary(record)}")
+    if skips:
+        print(f"left out: {_counted(skips)}; see {config.out / 'skipped.jsonl'}")
+
+
+def _pack_split(
+    config: PackConfig, split: str, entries: list[Entry], classes: tuple[str, ...] | None, record: Record, bar: tqdm
+) -> None:
+    """Write the rest of a split's shards. A shard ends where a sample comes that it has no room for."""
+    begun = record.consumed.get(split, 0)
+    finished = [entry for entry in record.shards.values() if entry.split == split]
+    shard, number = len(finished), sum(entry.samples for entry in finished)
+    writer, skips = None, []
+    read = partial(read_image, max_side=config.max_side, quality=config.quality, verify=config.verify)
+    try:
+        for position, (entry, image) in enumerate(read_ahead(read, entries[begun:]), start=begun):
+            bar.update()
+            members = {} if isinstance(image, str) else members_of(number, entry, *image, classes)
+            if members and writer and _is_full(writer, members, config):
+                record.add(writer.path.name, writer.finish(), split, position, skips)
+                writer, shard, skips = None, shard + 1, []
+            skips += _skips(entry, image)
+            if members:
+                writer = writer or ShardWriter(config.out, split, shard)
+                writer.add(members, entry.pairs)
+                number += 1
+        last = (writer.path.name, writer.finish()) if writer else (None, None)
+        record.add(*last, split, len(entries), skips)
+    finally:
+        if writer:
+            writer.close()
+
+
+def _is_full(writer: ShardWriter, members: dict[str, bytes], config: PackConfig) -> bool:
+    if config.most_samples is not None and writer.samples >= config.most_samples:
+        return True
+    return config.most_bytes is not None and writer.size_with(members) > config.most_bytes
+
+
+def _skips(entry: Entry, image: ImageOrReason) -> Skips:
+    left_out = [] if not isinstance(image, str) or entry.image is None else [(entry.key, image)]
+    return [*entry.faults, *left_out]
+
+
+def _summary(record: Record) -> str:
+    shards = record.shards.values()
+    splits = Counter(entry.split for entry in shards)
+    parts = ", ".join(f"{count} {split}" for split, count in splits.items())
+    samples, pairs = sum(entry.samples for entry in shards), sum(entry.pairs for entry in shards)
+    return f"{samples:,} samples, {pairs:,} pairs in {len(shards)} shard{'s' * (len(shards) > 1)} ({parts})"
+
+
+def _counted(skips: Skips) -> str:
+    return ", ".join(f"{count:,} {reason}" for reason, count in Counter(reason for _, reason in skips).most_common())
+
+
+if __name__ == "__main__":
+    with told_in_one_line():
+        try:
+            main()
+        except KeyboardInterrupt:
+            print("\ninterrupted; the same command goes on where this one stopped", file=sys.stderr)
+            sys.exit(130)

@@ -1,0 +1,201 @@
+"""Owns the list of what is to be packed: every sample of any kind of data, with its texts and where its image lies."""
+
+import io
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from typing import NamedTuple
+
+from lib.data.annotations import annotate, shard_names
+from lib.data.captioned import Captioned, CaptionedImages
+from lib.data.fetch import Fetcher, Unreachable
+from lib.data.images import BadImage, ImageFiles, open_header
+from lib.data.pairs import Images
+from lib.data.recognize import OpenedData
+from lib.data.shard_index import SPLITS
+from lib.data.shard_kind import classes_of
+from lib.data.shard_set import ShardSet
+from lib.data.tars import IMAGE_SUFFIXES, Damage, Sample, index_samples, read_member
+
+_OF_FORMAT = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp", "TIFF": "tif", "PPM": "ppm"}
+
+
+class FileImage(NamedTuple):
+    """An image that is a file."""
+
+    path: str
+
+    def read(self) -> tuple[bytes, str]:
+        """The bytes as they are, and the suffix; raises BadImage."""
+        try:
+            with open(self.path, "rb") as file:
+                content = file.read()
+        except (FileNotFoundError, NotADirectoryError):
+            raise BadImage("missing") from None
+        except OSError as error:
+            raise BadImage("unreadable") from error
+        if not content:
+            raise BadImage("empty")
+        suffix = os.path.splitext(self.path)[1].lower().removeprefix(".")
+        return content, suffix if suffix in IMAGE_SUFFIXES else _OF_FORMAT[open_header(content).format]
+
+
+class MemberImage(NamedTuple):
+    """An image in a tar."""
+
+    shard: str
+    place: tuple[int, int]
+    suffix: str
+    fetcher: Fetcher
+
+    def read(self) -> tuple[bytes, str]:
+        """The bytes as they are, and the suffix; raises BadImage."""
+        try:
+            # Asked for every time: a fetched shard may have left the cache.
+            content = read_member(self.fetcher.local(self.shard), self.place)
+        except Unreachable as error:
+            raise BadImage(error.reason) from None
+        except OSError as error:
+            raise BadImage("unreadable") from error
+        if not content:
+            raise BadImage("empty")
+        return content, self.suffix
+
+
+class HeldImage(NamedTuple):
+    """An image that is only in memory."""
+
+    images: Images
+    index: int
+
+    def read(self) -> tuple[bytes, str]:
+        """The image as PNG, and the suffix."""
+        file = io.BytesIO()
+        self.images.open(self.index).save(file, "PNG")
+        return file.getvalue(), "png"
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One sample that may be packed."""
+
+    split: str
+    key: str
+    group: str
+    """what is hashed to the group of an unpacked sample"""
+    image: FileImage | MemberImage | HeldImage | None
+    """None where it cannot be used"""
+    captions: tuple[str, ...] = ()
+    """in their places: "" for those that cannot be used"""
+    class_name: str | None = None
+    faults: tuple[tuple[str, str], ...] = ()
+    """(key, reason) of what was found unusable in it"""
+
+    @property
+    def pairs(self) -> int:
+        """Captions with text, or the one pair of an image with a class."""
+        return sum(map(bool, self.captions)) if self.class_name is None else 1
+
+
+@dataclass
+class Listing:
+    """All samples in the order of the data, split by split."""
+
+    entries: list[Entry] = field(default_factory=list)
+    classes: tuple[str, ...] | None = None
+    """names by number, where samples have classes"""
+    malformed: list[tuple[str, str]] = field(default_factory=list)
+    """(key, reason) of what is no sample"""
+
+    def digest(self) -> str:
+        """Tells this list from another; images are not looked into."""
+        digest = blake2b(repr((self.classes, self.malformed)).encode(), digest_size=16)
+        for entry in self.entries:
+            known = (entry.split, entry.key, entry.group, entry.captions, entry.class_name, entry.faults)
+            digest.update(repr(known).encode())
+        return digest.hexdigest()
+
+
+def list_samples(opened: OpenedData, flag: str, fetcher: Fetcher) -> Listing:
+    """List the samples of all splits; InputError, naming `flag`, where the data holds none that can be read."""
+    if isinstance(opened, CaptionedImages):
+        entries = [_captioned(image) for image in opened.images]
+        return Listing(_by_split(entries), None, list(opened.malformed))
+    if isinstance(opened, ShardSet):
+        return _of_shards(opened, flag, fetcher)
+    listing = Listing()
+    for split in sorted(opened.splits, key=SPLITS.index):
+        images, labels, listing.classes = opened.images(split)
+        names = [listing.classes[label] for label in labels]
+        for index, (key, name) in enumerate(zip(images.keys, names, strict=True)):
+            image = FileImage(images.paths[index]) if isinstance(images, ImageFiles) else HeldImage(images, index)
+            listing.entries.append(Entry(split, key, name, image, class_name=name))
+    return listing
+
+
+def _by_split(entries: list[Entry]) -> list[Entry]:
+    return sorted(entries, key=lambda entry: SPLITS.index(entry.split))
+
+
+def _captioned(image: Captioned) -> Entry:
+    """A caption that cannot be used keeps its place: its number is part of the others' ids."""
+    faults = [(f"{image.key}#{caption.number}", caption.fault) for caption in image.captions if caption.fault]
+    captions = tuple("" if caption.fault else caption.text for caption in image.captions)
+    if image.path is None or not captions:
+        faults = [(image.key, "missing" if image.path is None else "no_text")]
+    usable = image.path is not None and any(captions)
+    found = FileImage(image.path) if usable else None
+    return Entry(image.split, image.key, image.group or image.key, found, captions, faults=tuple(faults))
+
+
+def _of_shards(shards: ShardSet, flag: str, fetcher: Fetcher) -> Listing:
+    listing = Listing()
+    names: set[str] = set()
+    for split, paths in shards.splits.items():
+        classes, labelled = classes_of(shards, split, flag, fetcher)
+        for path, name in zip(paths, shard_names(paths), strict=True):
+            try:
+                samples = index_samples(fetcher.local(path))
+            except Unreachable as error:
+                listing.malformed.append((name, error.reason))
+                continue
+            entries = _of_shard(samples, split, path, name, classes, labelled, listing.malformed, fetcher)
+            listing.entries += entries
+        if labelled:
+            names.update(entry.class_name for entry in listing.entries if entry.class_name is not None)
+            listing.classes = classes if classes is not None and names <= set(classes) else tuple(sorted(names))
+    return listing
+
+
+def _of_shard(
+    samples: Iterator[Sample | Damage],
+    split: str,
+    path: str,
+    name: str,
+    classes: tuple[str, ...] | None,
+    labelled: bool,
+    malformed: list[tuple[str, str]],
+    fetcher: Fetcher,
+) -> Iterator[Entry]:
+    for sample in samples:
+        if isinstance(sample, Damage):
+            malformed.append((name, sample.reason))
+            continue
+        note = annotate(sample.key, sample.members, name, classes)
+        group = note.group or (note.class_name if labelled else None) or note.key
+        reason = note.reason or ("no_image" if sample.image is None else None)
+        if reason is None and (note.class_name is None if labelled else not note.captions):
+            reason = "no_text"
+        if reason:
+            yield Entry(split, note.key, group, None, faults=((note.key, reason),))
+            continue
+        suffix = next(suffix for suffix in IMAGE_SUFFIXES if suffix in sample.members)
+        image = MemberImage(path, sample.image, suffix, fetcher)
+        if labelled:
+            yield Entry(split, note.key, group, image, class_name=note.class_name)
+            continue
+        empty = tuple(
+            (f"{note.key}#{number}", "empty_caption") for number, text in enumerate(note.captions) if not text
+        )
+        yield Entry(split, note.key, group, image if any(note.captions) else None, note.captions, faults=empty)

@@ -1,0 +1,76 @@
+"""Owns what becomes of a sample on its way into a shard: its image read, checked or made smaller, its members."""
+
+import io
+import json
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from PIL import Image
+
+from lib.data.images import BadImage, Extent, decode_image, open_header
+from lib.data.pack_listing import Entry
+
+_AHEAD = 64
+
+ImageOrReason = tuple[bytes, str] | str
+"""An image's bytes and suffix, or the reason why it is left out."""
+
+
+def read_image(entry: Entry, max_side: int | None, quality: int, verify: bool) -> ImageOrReason:
+    """The image as it goes into the shard, or why it does not; `verify` decodes what is not made smaller too."""
+    if entry.image is None:
+        return entry.faults[0][1]
+    try:
+        content, suffix = entry.image.read()
+        if max_side is not None and max(open_header(content).size) > max_side:
+            # At twice the size, as a decoder's reduced scale is no match for a good filter.
+            return _smaller(decode_image(content, Extent(2 * max_side, "longer")), max_side, quality), "jpg"
+        if verify:
+            decode_image(content)
+    except BadImage as bad:
+        return bad.reason
+    return content, suffix
+
+
+def _smaller(image: Image.Image, max_side: int, quality: int) -> bytes:
+    scale = max_side / max(image.size)
+    size = tuple(max(1, round(side * scale)) for side in image.size)
+    file = io.BytesIO()
+    image.resize(size, Image.Resampling.LANCZOS).save(file, "JPEG", quality=quality)
+    return file.getvalue()
+
+
+def members_of(
+    number: int, entry: Entry, content: bytes, suffix: str, classes: tuple[str, ...] | None
+) -> dict[str, bytes]:
+    """The files of sample `number` by name."""
+    members = {f"{number:09d}.{suffix}": content}
+    record: dict[str, object] = {"key": entry.key, "group": entry.group, "split": entry.split}
+    if entry.class_name is None:
+        members[f"{number:09d}.txt"] = next(filter(None, entry.captions)).encode()
+        record["captions"] = entry.captions
+    else:
+        # A name that is a number would be taken for a class's number.
+        numeric = entry.class_name.isdecimal()
+        record["class"] = classes.index(entry.class_name) if numeric else entry.class_name
+    members[f"{number:09d}.json"] = json.dumps(record).encode()
+    return members
+
+
+def read_ahead(
+    read: Callable[[Entry], ImageOrReason], entries: Sequence[Entry]
+) -> Iterator[tuple[Entry, ImageOrReason]]:
+    """Each entry with what `read` makes of it, in order; threads are a little ahead."""
+    pool = ThreadPoolExecutor()  # a few more threads than cores: some wait for the disk
+    try:
+        waiting = deque()
+        for entry in entries:
+            waiting.append((entry, pool.submit(read, entry)))
+            if len(waiting) > _AHEAD:
+                entry, image = waiting.popleft()
+                yield entry, image.result()
+        for entry, image in waiting:
+            yield entry, image.result()
+    finally:
+        pool.shutdown(cancel_futures=True)

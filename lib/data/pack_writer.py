@@ -1,0 +1,182 @@
+"""Owns the files that packing leaves: shards written whole or not at all, and the record of what is done."""
+
+import fcntl
+import io
+import json
+import os
+import tarfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import BinaryIO
+
+from lib.data.shard_index import ShardEntry
+from lib.errors import InputError
+
+RECORD = "packing.jsonl"
+
+_VERSION = 1
+
+Skips = list[tuple[str, str]]
+"""(key, reason)"""
+
+
+class ShardWriter:
+    """One shard in the making: the same members give the same bytes."""
+
+    def __init__(self, folder: Path, split: str, number: int):
+        self.split, self.samples, self.pairs = split, 0, 0
+        self.path = folder / f"{split}-{number:06d}.tar"
+        self._unfinished = folder / f".{self.path.name}.unfinished"
+        self._file = open(self._unfinished, "wb")  # noqa: SIM115 - closed by finish or close
+        self._tar = tarfile.open(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
+
+    def size_with(self, members: dict[str, bytes]) -> int:
+        """Bytes of the finished shard if it ended with these members."""
+        sizes = (tarfile.BLOCKSIZE + _padded(len(content), tarfile.BLOCKSIZE) for content in members.values())
+        return _padded(self._tar.offset + sum(sizes) + 2 * tarfile.BLOCKSIZE, tarfile.RECORDSIZE)
+
+    def add(self, members: dict[str, bytes], pairs: int) -> None:
+        """Add a sample: its members by name, and how many pairs it makes."""
+        for name, content in members.items():
+            member = tarfile.TarInfo(name)  # dated 1970, of nobody
+            member.size = len(content)
+            self._tar.addfile(member, io.BytesIO(content))
+        self.samples += 1
+        self.pairs += pairs
+
+    def finish(self) -> ShardEntry:
+        """Give the shard its name, once all of it is on the disk."""
+        self._tar.close()
+        _sync(self._file)
+        self._file.close()
+        size = self._unfinished.stat().st_size
+        os.replace(self._unfinished, self.path)
+        _sync_folder(self.path.parent)  # the record must not know of a name that a power cut takes back
+        return ShardEntry(self.split, self.samples, self.pairs, size)
+
+    def close(self) -> None:
+        """Leave the shard unfinished; without effect on a finished one."""
+        self._file.close()
+        self._unfinished.unlink(missing_ok=True)
+
+
+class Record:
+    """What is done in a folder: a line with the settings, one for each finished shard, and a last one."""
+
+    def __init__(self, folder: Path, settings: dict[str, object]):
+        """Take up the folder, or begin it; InputError where it holds something else or is being packed into."""
+        self.shards: dict[str, ShardEntry] = {}
+        self.skips: Skips = []
+        self.consumed: dict[str, int] = {}
+        """samples of each split that were read, packed or not"""
+        self.done = False
+        self._folder = folder
+        self._file = _open_record(folder)
+        lines = self._whole_lines()
+        if lines:
+            self._check(lines[0], settings)
+            for line in lines[1:]:
+                self._read(line)
+        else:
+            self._write({"version": _VERSION} | settings)
+
+    def add(self, name: str | None, entry: ShardEntry | None, split: str, consumed: int, skips: Skips) -> None:
+        """Note a finished shard, how far the split was read for it and what was left out on the way."""
+        line = {"split": split, "consumed": consumed, "skipped": skips}
+        if entry is not None:
+            line |= {"shard": name, "samples": entry.samples, "pairs": entry.pairs, "bytes": entry.bytes}
+        self._write(line)
+        self._read(line)
+
+    def finish(self) -> None:
+        """Note that nothing is left to do."""
+        self._write({"done": True})
+        self.done = True
+
+    def give_up(self) -> None:
+        """Leave the folder as if nothing had been begun."""
+        (self._folder / RECORD).unlink()
+
+    def close(self) -> None:
+        """Let others have the folder."""
+        self._file.close()
+
+    def _whole_lines(self) -> list[dict]:
+        """What is recorded; a last line that was cut off in the writing is removed."""
+        self._file.seek(0)
+        content = self._file.read()
+        content = content[: content.rfind(b"\n") + 1]
+        self._file.truncate(len(content))
+        try:
+            return [json.loads(line) for line in content.splitlines()]
+        except ValueError:
+            raise InputError(f"--out {self._folder}: {RECORD} is damaged; empty the folder or name another") from None
+
+    def _check(self, found: dict, settings: dict[str, object]) -> None:
+        wanted = {"version": _VERSION} | settings
+        other = [name for name in wanted if found.get(name) != wanted[name]]
+        if other == ["listing"]:
+            raise InputError(f"--out {self._folder}: the data has changed since this was begun; name another folder")
+        if other:
+            differences = ", ".join(f"{name} {found.get(name)} and not {wanted[name]}" for name in other[:3])
+            raise InputError(f"--out {self._folder} was packed with {differences}; name another folder")
+
+    def _read(self, line: dict) -> None:
+        if line.get("done"):
+            self.done = True
+            return
+        self.consumed[line["split"]] = line["consumed"]
+        self.skips += [(key, reason) for key, reason in line["skipped"]]
+        if "shard" in line:
+            path = self._folder / line["shard"]
+            if not path.is_file() or path.stat().st_size != line["bytes"]:
+                raise InputError(f"--out {self._folder}: {path.name} is gone or changed; empty the folder, pack again")
+            self.shards[path.name] = ShardEntry(line["split"], line["samples"], line["pairs"], line["bytes"])
+
+    def _write(self, line: dict) -> None:
+        self._file.write(json.dumps(line).encode() + b"\n")
+        _sync(self._file)
+
+
+def write_lines(path: Path, lines: Iterable[dict]) -> None:
+    """Write a JSON object a line, all or nothing."""
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    with open(unfinished, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(line) + "\n" for line in lines)
+        _sync(file)
+    os.replace(unfinished, path)
+
+
+def _open_record(folder: Path) -> BinaryIO:
+    """The record of a folder that is new, empty or has one; no other process can open it so."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        others = sorted(os.listdir(folder))
+        if others and RECORD not in others:
+            raise InputError(f"--out {folder} holds {others[0]} and no packed shards; name an empty or new folder")
+        file = open(folder / RECORD, "ab+")  # noqa: SIM115 - stays open, and locked
+    except OSError as error:
+        raise InputError(f"--out {folder} cannot be written: {error.strerror}; choose another folder") from None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise InputError(f"--out {folder}: another process is packing into it; wait for it, or stop it") from None
+    return file
+
+
+def _sync(file) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _padded(size: int, block: int) -> int:
+    return -(-size // block) * block

@@ -1,0 +1,126 @@
+"""Owns what --data means: which kind of data a path, a name or a prefix stands for, and opening it."""
+
+import os
+import re
+from pathlib import Path
+
+from lib.data.captioned import CaptionedImages
+from lib.data.coco import coco_files, read_coco, read_coco_folder
+from lib.data.digits import Digits
+from lib.data.fetch import Fetcher
+from lib.data.flickr import flickr_file, flickr_form, read_flickr
+from lib.data.folders import find_class_folders
+from lib.data.karpathy import karpathy_files, read_karpathy
+from lib.data.labelled import LabelledImages
+from lib.data.shard_set import ShardSet, find_shards
+from lib.data.tables import SUFFIXES, read_table
+from lib.data.torchvision_sets import NAMES, TorchvisionSet
+from lib.errors import InputError
+
+OpenedData = ShardSet | CaptionedImages | LabelledImages
+"""Data whose splits are known; only shards are not listed yet."""
+
+_KINDS = {
+    "folders": "a folder of class folders",
+    "table": f"a table of captions ({', '.join(SUFFIXES)})",
+    "coco": "COCO's captions file or its folder",
+    "flickr": "a captions file of Flickr8k or Flickr30k, or its folder",
+    "karpathy": "Karpathy's split file (dataset_coco.json)",
+    "shards": "tar shards ('shards/*.tar')",
+    "torchvision": f"one of {', '.join(NAMES)}",
+}
+"""What each prefix stands for."""
+
+_TARS = (".tar", ".tar.gz", ".tgz")
+_SHARDS = re.compile(r".*\.(tar|tar\.gz|tgz)\}*")
+
+
+def open_data(data: str, flag: str, image_root: str | None, fetcher: Fetcher) -> OpenedData:
+    """Find out what kind of data is meant, by its prefix or by what is there, and list what it holds.
+
+    Raises InputError, naming `flag`, for what cannot be used.
+    """
+    if data == "digits":
+        return Digits()
+    prefix, _, rest = data.partition(":")
+    named = prefix in _KINDS and bool(rest) and not os.path.exists(data)
+    name = rest if named else data
+    kinds = _kinds(name)
+    if named:
+        _check_prefix(prefix, name, kinds, flag)
+    elif not kinds:
+        what = "is of no kind that is read here" if os.path.exists(name) else "is not there"
+        raise InputError(f"{flag} {data} {what}; give digits, {', '.join(_KINDS.values())}")
+    return _open(prefix if named else kinds[0], name, flag, image_root, fetcher)
+
+
+def _check_prefix(prefix: str, name: str, kinds: list[str], flag: str) -> None:
+    """Refuse what is plainly something else; where nothing is recognized, the reader that was asked for decides."""
+    if prefix in kinds or prefix == "shards" or (not kinds and os.path.exists(name) and prefix != "torchvision"):
+        return
+    if not kinds:
+        found = f"{name} is not there" if prefix != "torchvision" else f"{name} is none of them"
+    elif kinds[0] == "folders":
+        found = f"{name} is a folder of another kind; leave {prefix}: out"
+    else:
+        found = f"{name} looks like {_KINDS[kinds[0]]}; leave {prefix}: out"
+    raise InputError(f"{flag} {prefix}:{name}: {prefix}: stands for {_KINDS[prefix]}, but {found}")
+
+
+def _open(kind: str, name: str, flag: str, image_root: str | None, fetcher: Fetcher) -> OpenedData:
+    path = Path(name)
+    if kind == "torchvision":
+        return TorchvisionSet(name, Path(image_root) if image_root else fetcher.cache / "torchvision", flag)
+    if kind == "shards":
+        return find_shards(name, flag, fetcher)
+    if kind == "folders":
+        return find_class_folders(path, flag)
+    if kind == "table":
+        return read_table(path, flag, image_root)
+    if kind == "coco":
+        return (read_coco_folder if path.is_dir() else read_coco)(path, flag, image_root)
+    if kind == "karpathy":
+        return read_karpathy(_only(path, karpathy_files(path), flag), flag, image_root)
+    return read_flickr(flickr_file(path) or path, flag, image_root)
+
+
+def _kinds(name: str) -> list[str]:
+    """What the name may stand for, the likeliest first; nothing where none of it is there."""
+    path = Path(name)
+    kinds = []
+    if path.is_dir():
+        kinds = _kinds_of_folder(path)
+    elif name.startswith("pipe:") or "://" in name or _SHARDS.fullmatch(name.lower()):
+        kinds = ["shards"]
+    elif path.is_file():
+        kinds = _kinds_of_file(path)
+    return kinds + ["torchvision"] * (name in NAMES)
+
+
+def _kinds_of_file(path: Path) -> list[str]:
+    if path.suffix.lower() == ".json":
+        # Both are lists of images, and large: the beginning tells them apart.
+        with open(path, "rb") as file:
+            has_sentences = re.search(rb'"sentences"\s*:', file.read(2**20))
+        return ["karpathy", "coco"] if has_sentences else ["coco", "karpathy"]
+    table = ["table"] * (path.suffix.lower() in SUFFIXES)
+    form = flickr_form(path)
+    if form is None:
+        return table
+    return ["flickr", *table] if form in ("token", "|") else [*table, "flickr"]
+
+
+def _kinds_of_folder(folder: Path) -> list[str]:
+    # A folder of images beside a captions file would pass for a class: the captions go first.
+    if (folder / "index.json").is_file() and any(name.endswith(_TARS) for name in os.listdir(folder)):
+        return ["shards"]
+    captions = [("coco", coco_files), ("karpathy", karpathy_files), ("flickr", flickr_file)]
+    return [kind for kind, find in captions if find(folder)] + ["folders"]
+
+
+def _only(path: Path, found: list[Path], flag: str) -> Path:
+    """The file itself, or the only one of a folder."""
+    if len(found) > 1:
+        names = ", ".join(file.name for file in found)
+        raise InputError(f"{flag} {path} holds several captions files ({names}); give one of them")
+    return found[0] if found else path

@@ -1,0 +1,52 @@
+"""Owns which tar shards --data stands for, and which split each belongs to."""
+
+import os
+from dataclasses import dataclass
+
+from lib.data.annotations import beside, shown
+from lib.data.fetch import Fetcher
+from lib.data.remote import PIPE, is_url
+from lib.data.shard_index import INDEX, SPLITS, ShardIndex, read_index
+from lib.errors import InputError
+
+_SUFFIXES = (".tar", ".tar.gz", ".tgz")
+
+
+@dataclass(frozen=True)
+class ShardSet:
+    """Tar shards by split."""
+
+    where: str
+    """as the user named them"""
+    splits: dict[str, tuple[str, ...]]
+    """local paths, URLs or commands of train, val, test or, without an index, all"""
+    index: ShardIndex | None
+
+
+def find_shards(data: str, flag: str, fetcher: Fetcher) -> ShardSet:
+    """The shards of a folder with an index, or those that a path, glob, brace pattern, URL or command stands for.
+
+    An index beside them that names them all says which split each is of. Raises InputError, naming `flag`.
+    """
+    if os.path.isdir(data) or (is_url(data) and not shown(data).rstrip("}").endswith(_SUFFIXES)):
+        index = read_index(data, fetcher)
+        if index:
+            shards = tuple(f"{data.rstrip('/')}/{name}" for name in index.shards)
+            return _by_split(data, flag, shards, index)
+        if os.path.isdir(data) or data.endswith("/"):
+            raise InputError(f"{flag} {data} has no {INDEX}; for its tar shards give '{data.rstrip('/')}/*.tar'")
+    shards = fetcher.find(data, flag)
+    indexes = {beside(shard, "") for shard in shards}
+    index = read_index(indexes.pop(), fetcher) if len(indexes) == 1 and not data.startswith(PIPE) else None
+    if index is None or not all(os.path.basename(shown(shard)) in index.shards for shard in shards):
+        return ShardSet(data, {"all": shards}, None)
+    return _by_split(data, flag, shards, index)
+
+
+def _by_split(data: str, flag: str, shards: tuple[str, ...], index: ShardIndex) -> ShardSet:
+    splits = {split: [] for split in SPLITS}
+    for shard in shards:
+        if not is_url(shard) and not os.path.isfile(shard.removeprefix("file://")):
+            raise InputError(f"{flag} {data}: {INDEX} names {shard}, which is not there; copy it, or pack again")
+        splits[index.shards[os.path.basename(shown(shard))].split].append(shard)
+    return ShardSet(data, {split: tuple(found) for split, found in splits.items() if found}, index)

@@ -1,0 +1,74 @@
+"""Owns what the headers of a sample of images say: sizes, formats and modes, without decoding a pixel."""
+
+import io
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from lib.data.fetch import Unreachable
+from lib.data.images import BadImage, ImageFiles
+from lib.data.pairs import Images
+from lib.data.shard_evaluation import TarImages
+from lib.data.tars import read_member
+
+SAMPLED = 200
+
+
+class _Header(NamedTuple):
+    width: int
+    height: int
+    format: str
+    mode: str
+
+
+def image_headers(images: Images, seed: int) -> dict:
+    """Widths and heights as stored, formats and modes of 200 random images."""
+    rows = np.random.default_rng(seed).permutation(len(images))[:SAMPLED].tolist()
+    return _summary([_header_of(images, row) for row in rows])
+
+
+def shard_headers(contents: Sequence[bytes]) -> dict:
+    """The same of image files given as bytes, evenly spaced among them."""
+    step = max(1, len(contents) // SAMPLED)
+    return _summary([_read(io.BytesIO(content)) for content in contents[::step][:SAMPLED]])
+
+
+def _header_of(images: Images, row: int) -> _Header | None:
+    if isinstance(images, ImageFiles):
+        return _read(images.paths[row])
+    try:
+        if isinstance(images, TarImages):
+            shard, offset, size = images.places[row]
+            content = read_member(images.fetcher.local(images.shards[shard]), (offset, size))
+            return _read(io.BytesIO(content))
+        image = images.open(row)
+    except (BadImage, Unreachable, OSError):
+        return None
+    return _Header(image.width, image.height, "in memory", image.mode)
+
+
+def _read(file: str | io.BytesIO) -> _Header | None:
+    try:
+        with Image.open(file) as image:
+            return _Header(image.width, image.height, image.format, image.mode)
+    except Exception:  # Pillow's readers raise what they like
+        return None
+
+
+def _summary(headers: Iterable[_Header | None]) -> dict:
+    headers = list(headers)
+    good = [header for header in headers if header is not None]
+    sides = {}
+    for side in ("width", "height") if good else ():
+        values = [getattr(header, side) for header in good]
+        sides[side] = {"min": min(values), "median": float(np.median(values)), "max": max(values)}
+    return {
+        "sampled": len(headers),
+        **sides,
+        "formats": dict(Counter(header.format for header in good).most_common()),
+        "modes": dict(Counter(header.mode for header in good).most_common()),
+        "unreadable": len(headers) - len(good),
+    }

@@ -1,0 +1,187 @@
+"""Owns what --data-info tells of training data and of its held-out part: counts, texts, sizes and what is left out."""
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from lib.data import EvaluationSet, IndexedSource, Source, decode_image
+from lib.data.images import Extent
+from lib.data.pairs import MixedSource, fill
+from lib.data.shards import Item, ShardSource
+from lib.data_headers import image_headers, shard_headers
+from lib.data_picture import PICTURED, RandomPair, plot_pairs
+
+INFO, PICTURE = "data_info.json", "data_info.png"
+SHARDS, SAMPLES = 4, 400
+"""Shards that are looked into at most, and samples read of all of them."""
+MOST_CLASSES, MOST_NAMED = 28, 3
+_SMALL = Extent(256, "shorter")
+
+
+def data_info(source: Source, validation: EvaluationSet | None, folder: Path, seed: int = 0) -> None:
+    """Print what the data holds, and leave the numbers as data_info.json and 24 random pairs as data_info.png.
+
+    Shards are not read through: what is said of their samples is said of a few hundred.
+    """
+    training = _facts(source, seed)
+    held_out = None if validation is None else _evaluation_facts(validation, seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / INFO).write_text(json.dumps({"training": training, "held_out": held_out}, indent=2) + "\n")
+    print(*_lines("training", training), *_lines("held out", held_out or {"name": "nothing"}), sep="\n")
+    plot_pairs(_random_pairs(source, seed), f"Random training pairs: {source.where}", folder / PICTURE)
+    print(f"written    {folder / INFO} and {folder / PICTURE}")
+
+
+def _facts(source: Source, seed: int) -> dict:
+    if isinstance(source, MixedSource):
+        parts = zip(source.weights, source.parts, strict=True)
+        parts = [{"weight": round(weight, 4)} | _facts(part, seed) for weight, part in parts]
+        return {"name": source.where, "pairs": source.size, "distinct_texts": source.distinct_texts, "parts": parts}
+    if isinstance(source, ShardSource):
+        return _shard_facts(source, seed)
+    facts = {"name": source.where, "pairs": source.size, "images": len(source.images)}
+    facts["distinct_texts"] = source.distinct_texts
+    if source.templates:
+        facts["classes"] = _class_counts(source.first_text // len(source.templates), source.classes)
+    else:
+        # With --captions one a pair has several texts, with all an image has several pairs.
+        captions = np.bincount(source.image, weights=source.text_count).astype(int)
+        facts |= _caption_facts(captions, source.texts)
+    return facts | {"image_headers": image_headers(source.images, seed), "left_out": _left_out(source.skipped)}
+
+
+def _evaluation_facts(data: EvaluationSet, seed: int) -> dict:
+    facts = {"name": data.name, "images": len(data)}
+    if data.captions is None:
+        facts["classes"] = _class_counts(data.labels, data.classes)
+    else:
+        facts |= {"captions": len(data.captions), "distinct_texts": len(set(data.captions))}
+        facts |= _caption_facts(np.bincount(data.caption_image, minlength=len(data)), data.captions)
+    return facts | {"image_headers": image_headers(data.images, seed), "left_out": _left_out(data.skipped)}
+
+
+def _shard_facts(source: ShardSource, seed: int) -> dict:
+    items = _some_items(source, seed)
+    good = [item for item in items if item.reason is None]
+    facts = {"name": source.where, "pairs": source.size, "shards": len(source.shards), "looked_at": len(items)}
+    facts["distinct_texts"] = source.distinct_texts
+    if source.templates:
+        names = {fill(source.templates[0], name): name for name in source.classes or ()}
+        counts = Counter(names.get(item.texts[0], item.texts[0]) for item in good)
+        facts["classes"] = dict(sorted(counts.items()))
+    else:
+        captions = Counter()
+        for item in good:
+            captions[item.key] += len(item.texts)
+        facts |= _caption_facts(np.array(list(captions.values())), [text for item in good for text in item.texts])
+    images = {item.key: item.image for item in good}  # with several captions an image comes several times
+    left_out = [(item.key, item.reason) for item in items if item.reason]
+    return facts | {"image_headers": shard_headers(list(images.values())), "left_out": _left_out(left_out)}
+
+
+def _some_items(source: ShardSource, seed: int) -> list[Item]:
+    """Pairs of the first samples of a few random shards, for a seed always the same: none is fetched in vain."""
+    found, left = [], SAMPLES
+    for shard in np.random.default_rng(seed).permutation(len(source.shards))[:SHARDS].tolist():
+        for _, items in source.read(shard, range(min(left, SAMPLES // 2))):
+            left -= 1
+            found += items
+        if not left:
+            break
+    return found
+
+
+def _random_pairs(source: Source, seed: int) -> list[RandomPair]:
+    """At most 24 pairs; of a mixture, as many of each part as its weight says."""
+    rng = np.random.default_rng(seed)
+    if isinstance(source, MixedSource):
+        left = [_random_pairs(part, seed) for part in source.parts]
+        drawn = rng.choice(len(left), PICTURED, p=source.weights).tolist()
+        return [left[part].pop() for part in drawn if left[part]]
+    if isinstance(source, ShardSource):
+        good = [item for item in _some_items(source, seed) if item.reason is None]
+        chosen = [good[place] for place in rng.permutation(len(good))[:PICTURED]]
+        return [RandomPair(partial(decode_image, item.image, _SMALL), str(rng.choice(item.texts))) for item in chosen]
+    return [_random_pair(source, pair, rng) for pair in rng.permutation(source.size)[:PICTURED].tolist()]
+
+
+def _random_pair(source: IndexedSource, pair: int, rng: np.random.Generator) -> RandomPair:
+    text = source.first_text[pair] + rng.integers(source.text_count[pair])
+    return RandomPair(partial(source.images.open, int(source.image[pair]), _SMALL), source.texts[text])
+
+
+def _class_counts(labels: np.ndarray, classes: Sequence[str]) -> dict[str, int]:
+    return dict(zip(classes, np.bincount(labels, minlength=len(classes)).tolist(), strict=True))
+
+
+def _caption_facts(captions: np.ndarray, texts: Sequence[str]) -> dict:
+    words = [len(text.split()) for text in texts]
+    return {"captions_per_image": _spread(captions), "words_per_caption": _spread(words)}
+
+
+def _spread(values: Sequence[int]) -> dict:
+    values = np.asarray(values)
+    if not len(values):
+        return {"min": 0, "mean": 0.0, "max": 0}
+    return {"min": int(values.min()), "mean": round(float(values.mean()), 2), "max": int(values.max())}
+
+
+def _left_out(skipped: Sequence[tuple[str, str]]) -> dict[str, dict]:
+    """By reason: how many, and the first few."""
+    reasons = Counter(reason for _, reason in skipped)
+    first = {reason: [key for key, why in skipped if why == reason][:MOST_NAMED] for reason in reasons}
+    return {reason: {"count": count, "first": first[reason]} for reason, count in reasons.most_common()}
+
+
+def _lines(title: str, facts: dict) -> Iterator[str]:
+    """What is printed of a part of the data, the title before the first line."""
+    label = title
+    for line in _statements(facts):
+        yield f"{label:<11}{line}"
+        label = ""
+
+
+def _statements(facts: dict) -> Iterator[str]:
+    units = {"pairs": "pairs", "images": "images", "captions": "captions", "shards": "shards"}
+    units |= {"distinct_texts": "distinct texts", "looked_at": "samples looked at"}
+    counts = [f"{facts[name]:,} {unit}" for name, unit in units.items() if facts.get(name) is not None]
+    weight = f", weight {facts['weight']:g}" if "weight" in facts else ""
+    yield f"{facts['name']}{weight}{': ' * bool(counts)}{', '.join(counts)}"
+    for name in ("captions_per_image", "words_per_caption"):
+        if name in facts:
+            spread = facts[name]
+            yield f"{name.replace('_', ' ')}: {spread['min']} to {spread['max']}, mean {spread['mean']:g}"
+    if "image_headers" in facts:
+        yield from _header_statements(facts["image_headers"])
+    for reason, of_reason in facts.get("left_out", {}).items():
+        more = ", …" if of_reason["count"] > len(of_reason["first"]) else ""
+        yield f"left out: {of_reason['count']:,} {reason} ({', '.join(of_reason['first'])}{more})"
+    yield from _class_statements(facts.get("classes", {}))
+    for part in facts.get("parts", []):
+        yield from _statements(part)
+
+
+def _header_statements(headers: dict) -> Iterator[str]:
+    for side in ("width", "height"):
+        if side in headers:
+            yield f"{side}: {headers[side]['min']} to {headers[side]['max']}, median {headers[side]['median']:g}"
+    kinds = [f"{count} {kind}" for kind, count in (headers["formats"] | headers["modes"]).items()]
+    unreadable = f"; {headers['unreadable']} without a readable header" if headers["unreadable"] else ""
+    yield f"of {headers['sampled']} images: {', '.join(kinds)}{unreadable}"
+
+
+def _class_statements(classes: dict[str, int]) -> Iterator[str]:
+    """A line per class; of many, those with the most and those with the fewest images."""
+    if not classes:
+        return
+    yield f"{len(classes)} classes, images of each:"
+    ranked = sorted(classes.items(), key=lambda entry: (-entry[1], entry[0]))
+    width = max(len(name) for name in classes)
+    half = MOST_CLASSES // 2
+    shown = ranked if len(ranked) <= MOST_CLASSES else [*ranked[:half], None, *ranked[-half:]]
+    for entry in shown:
+        yield f"  … {len(ranked) - 2 * half} more" if entry is None else f"  {entry[0]:<{width}} {entry[1]:>7,}"

@@ -1,0 +1,84 @@
+"""From settings to data: where it comes from, what is done to every pair, and how many steps an epoch has."""
+
+import os
+from math import ceil
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lib import backend
+from lib.collectives import rank_and_world_size
+from lib.config import TrainConfig
+from lib.data import EvaluationSet, ImagePipeline, Prepare, Source, open_sources
+from lib.data.fetch import Fetcher, default_fetcher
+from lib.data.shards import count_pairs
+from lib.data_info import data_info
+from lib.processing import Processing
+from lib.tower_outputs import Caching
+from lib.towers import TwoTowers
+
+
+def make_fetcher(config: TrainConfig) -> Fetcher:
+    """What brings remote shards here, and where it puts them."""
+    cache = config.cache_dir or default_fetcher().cache
+    return Fetcher(cache, int(config.shard_cache_gib * 2**30), config.allow_pipe)
+
+
+def open_data(config: TrainConfig, fetcher: Fetcher) -> tuple[Source, EvaluationSet | None]:
+    """The training source, and what to validate on, if there is anything."""
+    return open_sources(
+        config.data, config.val_data, config.prompts, config.captions, image_root=config.image_root, fetcher=fetcher
+    )
+
+
+def show_data(config: TrainConfig) -> None:
+    """What --data-info asks for, from rank 0."""
+    if os.environ.get("RANK", "0") == "0":
+        source, validation = open_data(config, make_fetcher(config))
+        data_info(source, validation, config.output_dir or Path("runs/data_info"), config.seed)
+
+
+def make_prepare(
+    config: TrainConfig, towers: TwoTowers, processing: Processing, source: Source, cache: Path, device: torch.device
+) -> Prepare:
+    """What is done to every pair; frozen trunks run here, once, where their outputs are to be stored."""
+    images = ImagePipeline(
+        processing.image_size,
+        processing.resize,
+        config.augment,
+        crop_scale=config.crop_scale,
+        flip=config.flip,
+        color_jitter=config.color_jitter,
+        rotation=config.rotation,
+        randaugment=config.randaugment,
+    )
+    workers = most_workers(config, rank_and_world_size()[1]) if config.workers == "auto" else config.workers
+    caching = Caching(towers, processing, cache, device, workers)
+    return caching.fill(Prepare(images, processing.tokenize), source, config.cache_image, config.cache_text)
+
+
+def most_workers(config: TrainConfig, world_size: int) -> int:
+    """Processes for each rank's decoding; none for the digits, which need no decoding."""
+    return 0 if config.data == ("digits",) else min(4, max(1, backend.usable_cores() // world_size))
+
+
+def sample_inputs(source: Source, prepare: Prepare) -> dict[str, Tensor]:
+    """What the towers' forward takes, of four pairs with texts like the data's."""
+    side = prepare.images.size
+    inputs = {}
+    if prepare.image_outputs is None:
+        inputs["pixel_values"] = torch.zeros(4, 3, side, side, dtype=torch.uint8)
+    else:
+        inputs["image_pooled"] = torch.zeros(4, prepare.image_outputs.width)
+    if prepare.text_outputs is None:
+        texts = (source.sample_texts(64) or ["a text"]) * 4
+        inputs["input_ids"], inputs["attention_mask"] = prepare.tokenize(texts)
+    else:
+        inputs["text_pooled"] = torch.zeros(4, prepare.text_outputs.width)
+    return inputs
+
+
+def steps_of_epochs(config: TrainConfig, source: Source) -> int:
+    """Optimizer steps that --epochs stands for; local shards are counted for it, remote ones are an InputError."""
+    return max(1, ceil(config.epochs * count_pairs(source) / config.effective_batch))

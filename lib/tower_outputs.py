@@ -1,0 +1,208 @@
+"""The outputs of frozen trunks, computed once and stored: --cache-text and --cache-image.
+
+A folder of stored outputs is named after everything that they depend on: the trunk's weights and structure, the
+tokenizer or the form of the images, and the texts or image files themselves. What changes makes another folder.
+"""
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from hashlib import blake2b
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from lib.collectives import gather_objects, rank_and_world_size
+from lib.data import IndexedSource, Prepare, Source
+from lib.data.outputs import MANIFEST, StoredOutputs
+from lib.data.prepare import text_key
+from lib.errors import InputError
+from lib.evaluation.embed import counted, evaluating, image_loader
+from lib.processing import Processing
+from lib.towers import TwoTowers
+from lib.towers.tower import ImageTower, TextTower
+
+BLOCK = 4096
+"""Rows of a file: what an interruption loses at most, on each rank."""
+
+_FORMAT = 1
+
+Batches = Callable[[range], Iterator[tuple[dict[str, Tensor], Sequence[str]]]]
+"""Rows to batches of what the towers take, with a reason for each row that could not be read, empty for the others."""
+
+
+@dataclass(frozen=True)
+class Caching:
+    """How the outputs of frozen trunks are made."""
+
+    towers: TwoTowers
+    processing: Processing
+    cache: Path
+    """Folder; the outputs go to a folder of their own in it."""
+    device: torch.device
+    workers: int
+    """Processes that decode images."""
+    batch_size: int = 256
+
+    def fill(self, prepare: Prepare, source: Source, cache_image: bool, cache_text: bool) -> Prepare:
+        """The same Prepare, with the stored outputs that are asked for; InputError where they would be wrong."""
+        if cache_image:
+            prepare = replace(prepare, image_outputs=self._images(source, prepare))
+        if cache_text:
+            prepare = replace(prepare, text_outputs=self._texts(source))
+        return prepare
+
+    def _texts(self, source: Source) -> StoredOutputs:
+        """Outputs of the text trunk for every distinct text of the source."""
+        if not self.towers.text_trunk_frozen:
+            raise InputError("--cache-text: the text trunk trains, so its outputs change; add --freeze text.trunk")
+        # Texts of like length share a batch, so little of it is padding.
+        texts = sorted(set(source.sample_texts(sys.maxsize)), key=lambda text: (len(text), text))
+        keys = np.array([text_key(text) for text in texts], dtype=np.int64)
+
+        def batches(rows: range) -> Iterator[tuple[dict[str, Tensor], Sequence[str]]]:
+            for start in range(rows.start, rows.stop, self.batch_size):
+                batch = texts[start : min(start + self.batch_size, rows.stop)]
+                input_ids, attention_mask = self.processing.tokenize(batch)
+                yield {"input_ids": input_ids, "attention_mask": attention_mask}, [""] * len(batch)
+
+        name = _fingerprint(
+            "text", _structure(self.towers.text), self.towers.text.trunk, self.processing.text_identity(), keys
+        )
+        return self._stored(f"text-{name}", keys, batches, "text")
+
+    def _images(self, source: Source, prepare: Prepare) -> StoredOutputs:
+        """Outputs of the image trunk for every image of the source; those that cannot be read are noted."""
+        if not self.towers.image_trunk_frozen:
+            raise InputError("--cache-image: the image trunk trains, so its outputs change; add --freeze image.trunk")
+        if prepare.images.augment != "none":
+            raise InputError(
+                f"--cache-image: --augment {prepare.images.augment} makes new images every time; leave either out"
+            )
+        if not isinstance(source, IndexedSource):
+            raise InputError(
+                f"--cache-image: {source.where} is a stream, and only images by number (a folder or table) are stored; "
+                "leave it out"
+            )
+        used = np.unique(source.image)
+        keys = source.image_id[used]
+
+        def batches(rows: range) -> Iterator[tuple[dict[str, Tensor], Sequence[str]]]:
+            loader = image_loader(
+                source.images.open,
+                prepare.images,
+                used[rows.start : rows.stop].tolist(),
+                device=self.device,
+                batch_size=self.batch_size,
+                workers=self.workers,
+            )
+            for pixel_values, reasons in loader:
+                yield {"pixel_values": pixel_values}, reasons
+
+        form = (self.processing.image_mean, self.processing.image_std, prepare.images)
+        contents = source.images.identity(used)
+        name = _fingerprint("image", _structure(self.towers.image), self.towers.image.trunk, form, keys, contents)
+        return self._stored(f"image-{name}", keys, batches, "image")
+
+    def _stored(self, name: str, keys: np.ndarray, batches: Batches, tower: str) -> StoredOutputs:
+        """What the folder of that name holds, once all of it has been computed; each rank computes whole blocks."""
+        folder = self.cache / "outputs" / name
+        rank, world_size = rank_and_world_size()
+        if not all(gather_objects((folder / MANIFEST).is_file())):
+            _make(folder, tower)
+            blocks = [range(start, min(start + BLOCK, len(keys))) for start in range(0, len(keys), BLOCK)]
+            unreadable: dict[int, str] = {}
+            # Every rank has the same blocks and takes its own; no collective until all are done.
+            with evaluating(self.towers), _bar(tower, len(keys), rank) as bar:
+                for number, rows in list(enumerate(blocks))[rank::world_size]:
+                    unreadable |= self._block(folder / _block_name(number), keys, rows, batches, tower, bar)
+            found = gather_objects(unreadable)
+            if rank == 0:
+                names = [_block_name(number) for number in range(len(blocks))]
+                _seal(folder, names, {str(key): why for of_rank in found for key, why in of_rank.items()})
+            gather_objects(None)  # nobody reads before rank 0 has written
+        stored = StoredOutputs(folder)
+        if not len(stored):
+            raise InputError(
+                f"--cache-{tower}: not one of the images can be read ({counted(stored.unreadable.values())})"
+            )
+        return stored
+
+    def _block(
+        self, file: Path, keys: np.ndarray, rows: range, batches: Batches, tower: str, bar: tqdm
+    ) -> dict[int, str]:
+        """Compute and write a block, unless an earlier, interrupted attempt did; returns why which keys have no row."""
+        notes = file.with_suffix(".json")
+        if file.is_file() and notes.is_file():
+            bar.update(len(rows))
+            return {int(key): reason for key, reason in json.loads(notes.read_text()).items()}
+        pooled, reasons = [], []
+        for inputs, reasons_of_batch in batches(rows):
+            output = self.towers(**{name: tensor.to(self.device) for name, tensor in inputs.items()})
+            pooled.append((output.image_pooled if tower == "image" else output.text_pooled).float().cpu())
+            reasons += reasons_of_batch
+            bar.update(len(reasons_of_batch))
+        good = torch.tensor([not reason for reason in reasons])
+        own = torch.from_numpy(keys[rows.start : rows.stop])
+        unreadable = {int(key): reason for key, reason in zip(own, reasons, strict=True) if reason}
+        notes.write_text(json.dumps(unreadable))
+        unfinished = file.with_suffix(f".{rank_and_world_size()[0]}.unfinished")
+        save_file({"keys": own[good].contiguous(), "pooled": torch.cat(pooled)[good].contiguous()}, unfinished)
+        unfinished.replace(file)
+        return unreadable
+
+
+def _structure(tower: ImageTower | TextTower) -> object:
+    """What a trunk's output depends on besides its weights."""
+    heads = getattr(getattr(tower.trunk, "config", None), "num_attention_heads", None)
+    how = tower.interpolate if isinstance(tower, ImageTower) else tower.masked
+    return type(tower.trunk).__name__, repr(tower.trunk), heads, tower.pooling, how
+
+
+def _fingerprint(*parts: object) -> str:
+    """A hash of the parts: modules by their weights, arrays by their bytes, the rest by what it prints as."""
+    digest = blake2b(str(_FORMAT).encode(), digest_size=12)
+    for part in parts:
+        if isinstance(part, torch.nn.Module):
+            for name, tensor in sorted(part.state_dict().items()):
+                digest.update(f"{name} {tuple(tensor.shape)}".encode())
+                digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy() if tensor.ndim else b"")
+                digest.update(repr(tensor.item()).encode() if not tensor.ndim else b"")
+        elif isinstance(part, np.ndarray):
+            digest.update(np.ascontiguousarray(part).tobytes())
+        else:
+            digest.update(repr(part).encode())
+        digest.update(b"\x1f")
+    return digest.hexdigest()
+
+
+def _make(folder: Path, tower: str) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"--cache-{tower}: {folder} cannot be made ({error.strerror}); name another place with --cache-dir"
+        ) from None
+
+
+def _seal(folder: Path, blocks: list[str], unreadable: dict[str, str]) -> None:
+    """Write the manifest, whole or not at all."""
+    with safe_open(folder / blocks[0], framework="pt") as block:
+        width = block.get_slice("pooled").get_shape()[1]
+    unfinished = folder / f"{MANIFEST}.unfinished"
+    unfinished.write_text(json.dumps({"width": width, "blocks": blocks, "unreadable": unreadable}))
+    unfinished.replace(folder / MANIFEST)
+
+
+def _block_name(number: int) -> str:
+    return f"block_{number:05d}.safetensors"
+
+
+def _bar(tower: str, total: int, rank: int) -> tqdm:
+    return tqdm(total=total, desc=f"{tower} tower, once", disable=rank > 0, leave=False)

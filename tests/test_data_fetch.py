@@ -1,0 +1,358 @@
+"""Shards from elsewhere: tried again, whole or not there, downloaded once, kept within the limit of the cache."""
+
+import gzip
+import io
+import multiprocessing
+import os
+import pickle
+import sys
+import tarfile
+import threading
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.util import find_spec
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from lib.data import fetch, remote
+from lib.data.fetch import Fetcher, Unreachable, fault
+from lib.errors import InputError
+
+
+class Server:
+    """A web server on this machine that can be told to fail; it counts what it is asked for."""
+
+    def __init__(self):
+        self.files: dict[str, bytes] = {}
+        self.failures: Counter[str] = Counter()
+        """requests for a path that fail before one succeeds"""
+        self.short: Counter[str] = Counter()
+        """answers for a path that end too early"""
+        self.requests: Counter[str] = Counter()
+        self.absent = 404
+        self.seconds = 0.0
+        server = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self):  # noqa: N802
+                server.requests[self.path] += 1
+                time.sleep(server.seconds)
+                content = server.files.get(self.path.partition("?")[0])
+                if server.failures[self.path] > 0:
+                    server.failures[self.path] -= 1
+                    return self.send_error(503)
+                if content is None:
+                    return self.send_error(server.absent)
+                self.send_response(200)
+                self.send_header("Content-Length", str(len(content)))
+                self.end_headers()
+                if server.short[self.path] > 0:
+                    server.short[self.path] -= 1
+                    content = content[: len(content) // 2]
+                self.wfile.write(content)
+
+            def log_message(self, *_):
+                pass
+
+        self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._http.server_port}"
+        self._thread = threading.Thread(target=self._http.serve_forever, kwargs={"poll_interval": 0.01})
+        self._thread.start()
+
+    def close(self) -> None:
+        self._http.shutdown()
+        self._thread.join()
+        self._http.server_close()
+
+
+@pytest.fixture
+def server(monkeypatch):
+    pytest.importorskip("aiohttp")
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    server = Server()
+    yield server
+    server.close()
+
+
+@pytest.fixture(autouse=True)
+def no_pauses(monkeypatch):
+    monkeypatch.setattr(remote, "BASE_DELAY", 0.001)
+
+
+@pytest.fixture
+def fetcher(tmp_path) -> Fetcher:
+    return Fetcher(tmp_path / "cache", 0)
+
+
+def tar_bytes(members: int = 3, size: int = 2000) -> bytes:
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as tar:
+        for number in range(members):
+            member = tarfile.TarInfo(f"{number}.txt")
+            member.size = size
+            tar.addfile(member, io.BytesIO(os.urandom(size)))
+    return file.getvalue()
+
+
+def cached(fetcher: Fetcher) -> list[str]:
+    folder = fetcher.cache / "shards"
+    return sorted(os.listdir(folder)) if folder.exists() else []
+
+
+def test_a_remote_that_fails_twice_is_asked_three_times_and_then_no_more(server, fetcher, capfd):
+    server.files["/a.tar"] = tar_bytes()
+    server.failures["/a.tar"] = 2
+    url = f"{server.url}/a.tar"
+    assert fetcher.find(url, "--data") == (url,) and not server.requests
+    path = fetcher.local(url)
+    assert Path(path).read_bytes() == server.files["/a.tar"] and fault(path) is None
+    assert server.requests == {"/a.tar": 3}
+    assert cached(fetcher) == [os.path.basename(path)] and path.endswith("-a.tar")
+    warnings = capfd.readouterr().err.splitlines()
+    assert len(warnings) == 1 and "a.tar failed (503" in warnings[0] and warnings[0].endswith("trying again")
+    again = pickle.loads(pickle.dumps(fetcher))
+    assert again.local(url) == path and server.requests == {"/a.tar": 3}
+
+
+def test_a_remote_that_stays_down_leaves_nothing_behind(server, fetcher):
+    server.files["/a.tar"] = tar_bytes()
+    server.failures["/a.tar"] = 100
+    with pytest.raises(Unreachable) as error:
+        fetcher.local(f"{server.url}/a.tar")
+    assert pickle.loads(pickle.dumps(error.value)).reason == "unreachable" and "503" in str(error.value)
+    assert server.requests == {"/a.tar": remote.ATTEMPTS} and cached(fetcher) == []
+    with pytest.raises(Unreachable, match="unreachable"):
+        fetcher.local(f"{server.url}/absent.tar")
+    assert server.requests["/absent.tar"] == 1  # an answer, and a final one
+    address = server.url
+    server.close()
+    with pytest.raises(Unreachable, match="unreachable"):
+        fetcher.local(f"{address}/b.tar")
+    with pytest.raises(InputError, match="classes.txt cannot be reached"):
+        fetcher.read_text(f"{address}/classes.txt")
+    assert cached(fetcher) == []
+    server.__init__()  # for the fixture to close
+
+
+def test_a_download_cut_short_is_a_failed_attempt(server, fetcher, monkeypatch):
+    server.files["/a.tar"] = tar_bytes()
+    server.short["/a.tar"] = 2
+    assert Path(fetcher.local(f"{server.url}/a.tar")).read_bytes() == server.files["/a.tar"]
+    assert server.requests["/a.tar"] == 3
+    # Of a filesystem that does not notice, the size it told does.
+    fsspec.filesystem("memory").pipe("/cut.tar", b"x" * 100)
+    whole = fsspec.implementations.memory.MemoryFileSystem.get_file
+
+    def get_half(self, url, path, callback):
+        whole(self, url, path, callback=callback)
+        os.truncate(path, 50)
+
+    monkeypatch.setattr(fsspec.implementations.memory.MemoryFileSystem, "get_file", get_half)
+    with pytest.raises(Unreachable, match="50 of 100 bytes"):
+        fetcher.local("memory://cut.tar")
+    assert len(cached(fetcher)) == 1
+
+
+def test_braces_globs_and_side_files_of_remotes(server, fetcher):
+    for number in range(3):
+        server.files[f"/d/part-{number}.tar"] = tar_bytes()
+    found = fetcher.find(server.url + "/d/part-{0..2}.tar", "--data")
+    assert found == tuple(f"{server.url}/d/part-{number}.tar" for number in range(3))
+    assert [Path(fetcher.local(url)).read_bytes() for url in found] == [
+        server.files[f"/d/part-{number}.tar"] for number in range(3)
+    ]
+    server.files["/d/"] = b'<a href="part-1.tar">1</a> <a href="part-0.tar">0</a> <a href="other.txt">o</a>'
+    assert fetcher.find(f"{server.url}/d/part-*.tar", "--data") == found[:2]
+    with pytest.raises(InputError, match="--val-data .*there is no such file"):
+        fetcher.find(f"{server.url}/d/none-*.tar", "--val-data")
+    signed = f"{server.url}/d/part-0.tar?token=[1]"
+    assert fetcher.find(signed, "--data") == (signed,)
+    assert fetcher.local(signed).endswith("-part-0.tar") and fetcher.local(signed) != fetcher.local(found[0])
+    memory = fsspec.filesystem("memory")
+    memory.pipe({"/set/a-0.tar": b"", "/set/a-1.tar": b"", "/set/classes.txt": "é\n".encode()})
+    assert fetcher.find("memory://set/a-[01].tar", "--data") == ("memory:///set/a-0.tar", "memory:///set/a-1.tar")
+    assert fetcher.read_text("memory://set/classes.txt") == "é\n"
+    assert fetcher.read_text("memory://set/index.json") is None
+    server.files["/d/classes.txt"] = b"ant\nbee\n"
+    assert fetcher.read_text(f"{server.url}/d/classes.txt") == "ant\nbee\n"
+    for server.absent in (404, 403):  # as stores of objects answer
+        server.requests.clear()
+        assert fetcher.read_text(f"{server.url}/d/index.json") is None
+        assert server.requests == {"/d/index.json": 1}
+    server.failures["/d/classes.txt"] = 2
+    assert fetcher.read_text(f"{server.url}/d/classes.txt") == "ant\nbee\n"
+
+
+def test_local_shards_stay_where_they_are(tmp_path, fetcher):
+    path = tmp_path / "a.tar"
+    path.write_bytes(tar_bytes())
+    misnamed = tmp_path / "b.tar.gz"
+    misnamed.write_bytes(tar_bytes())
+    assert fetcher.find(f"file://{path}", "--data") == (str(path),)
+    assert fetcher.local(str(path)) == fetcher.local(f"file://{path}") == str(path)
+    assert fetcher.local(str(misnamed)) == str(misnamed)
+    (tmp_path / "classes.txt").write_text("ant\n")
+    assert fetcher.read_text(str(tmp_path / "classes.txt")) == "ant\n"
+    assert fetcher.read_text(str(path / "index.json")) is None
+    assert not fetcher.cache.exists()
+
+
+def test_many_who_ask_at_once_download_once(server, fetcher):
+    server.files |= {"/a.tar": tar_bytes(), "/b.tar": tar_bytes()}
+    server.seconds = 0.2
+    with ThreadPoolExecutor(4) as threads:
+        paths = set(threads.map(fetcher.local, [f"{server.url}/a.tar"] * 4))
+    assert len(paths) == 1 and server.requests == {"/a.tar": 1}
+    # Forked as a DataLoader's workers are, from a process that has an open session.
+    context = multiprocessing.get_context("fork")
+    said = context.SimpleQueue()
+    ask = lambda: said.put(fetcher.local(f"{server.url}/b.tar"))  # noqa: E731
+    workers = [context.Process(target=ask) for _ in range(3)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(timeout=60)
+    paths = {said.get() for _ in workers}
+    assert len(paths) == 1 and Path(paths.pop()).read_bytes() == server.files["/b.tar"]
+    assert server.requests["/b.tar"] == 1
+
+
+def test_the_cache_keeps_to_its_limit_and_to_what_was_used_last(server, tmp_path):
+    size = len(tar_bytes(1, 10_000))
+    fetcher = Fetcher(tmp_path / "cache", 3 * size)
+    urls = [f"{server.url}/{number}.tar" for number in range(5)]
+    paths = []
+    for number, url in enumerate(urls[:3]):
+        server.files[f"/{number}.tar"] = tar_bytes(1, 10_000)
+        paths.append(Path(fetcher.local(url)))
+        os.utime(paths[-1], (1000 + number, 1000 + number))
+    fetcher.local(urls[0])  # used again: the second is the oldest now
+    server.files |= {"/3.tar": tar_bytes(1, 10_000), "/4.tar": tar_bytes(1, 10_000)}
+    fetcher.local(urls[3])
+    assert [path.exists() for path in paths] == [True, False, True]
+    with fetcher._lock(paths[2].name):  # another process holds it
+        fetcher.local(urls[4])
+        assert len(cached(fetcher)) == 4 and paths[2].exists()
+    fetcher.local(urls[1])
+    # What was used in the last minutes stays, above the limit too.
+    assert len(cached(fetcher)) == 4 and not paths[2].exists() and paths[0].exists()
+
+
+def test_nothing_is_written_outside_the_cache(server, tmp_path):
+    fetcher = Fetcher(tmp_path / "deep" / "cache", 0)
+    names = ["/..%2f..%2fescape.tar", "/a/../../up.tar", "/x\ny.tar", "/" + "l" * 300 + ".tar", "/..", "/~$(id).tar"]
+    for name in names:
+        with pytest.raises(Unreachable):
+            fetcher.local(server.url + name)
+    memory = fsspec.filesystem("memory")
+    hostile = ["/..\\..\\e.tar", "/" + "n" * 300 + ".tar", "/;rm -rf x", "/.."]
+    for name in hostile[:3]:
+        memory.pipe(name, b"content")
+        path = Path(fetcher.local(f"memory:/{name}"))
+        assert path.parent == fetcher.cache / "shards" and path.read_bytes() == b"content"
+    everything = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert all(fetcher.cache in path.parents for path in everything)
+
+
+def test_gzip_is_unpacked_and_of_a_damaged_one_the_beginning_is_kept(server, fetcher, tmp_path):
+    whole = tar_bytes(20)
+    packed = gzip.compress(whole[:9000]) + gzip.compress(whole[9000:]) + b"\0" * 100  # two members and padding
+    shrunk = gzip.compress(whole.hex().encode())
+    contents = {
+        "whole": packed,
+        "cut": packed[:-3000],
+        "checksum": packed[:12000] + b"no" + packed[12002:],
+        "garbage": shrunk[:30000] + os.urandom(100) + shrunk[30100:],
+    }
+    for name, content in contents.items():
+        (tmp_path / f"{name}.tar.gz").write_bytes(content)
+        server.files[f"/{name}.tgz"] = content
+        for shard in (str(tmp_path / f"{name}.tar.gz"), f"{server.url}/{name}.tgz"):
+            path = fetcher.local(shard)
+            unpacked = Path(path).read_bytes()
+            assert path == fetcher.local(shard) and Path(path).parent == fetcher.cache / "shards"
+            assert fault(path) == (None if name == "whole" else "bad_gzip")
+            if name == "garbage":
+                good = len(os.path.commonprefix([unpacked, whole.hex().encode()]))
+                assert 20_000 < good < len(whole) * 2  # what damage decodes to is for the checksums of the tar
+            else:
+                assert len(unpacked) > len(whole) * 0.7
+                assert whole.startswith(unpacked[:11000])
+    assert server.requests == {f"/{name}.tgz": 1 for name in contents}
+    before = cached(fetcher)
+    for content in (b"", b"no gzip", b"\x1f\x8bno gzip"):
+        (tmp_path / "bad.tar.gz").write_bytes(content)
+        with pytest.raises(Unreachable) as error:
+            fetcher.local(str(tmp_path / "bad.tar.gz"))
+        assert error.value.reason == "bad_gzip"
+    with pytest.raises(Unreachable, match="unreachable"):
+        fetcher.local(str(tmp_path / "gone.tar.gz"))
+    assert cached(fetcher) == before
+    path = Path(fetcher.local(str(tmp_path / "whole.tar.gz")))
+    (tmp_path / "whole.tar.gz").write_bytes(gzip.compress(whole[:10240]))
+    assert Path(fetcher.local(str(tmp_path / "whole.tar.gz"))) != path  # another file, not the one unpacked before
+
+
+def test_commands_run_only_when_allowed(tmp_path, fetcher, capfd):
+    trap, shard = tmp_path / "executed", tmp_path / "a.tar"
+    shard.write_bytes(tar_bytes())
+    for act in (lambda: fetcher.find(f"pipe:touch {trap}", "--val-data"), lambda: fetcher.local(f"pipe:touch {trap}")):
+        with pytest.raises(InputError, match="not run unless --allow-pipe"):
+            act()
+    assert not trap.exists()
+    allowed = Fetcher(tmp_path / "cache", 0, allow_pipe=True)
+    assert allowed.find("pipe:cat /x/{0..1}.tar", "--data") == ("pipe:cat /x/0.tar", "pipe:cat /x/1.tar")
+    path = allowed.local(f"pipe:cat {shard} && echo run >> {trap}")
+    assert Path(path).read_bytes() == shard.read_bytes() and Path(path).parent == allowed.cache / "shards"
+    assert trap.read_text() == "run\n"
+    assert allowed.local(f"pipe:cat {shard} && echo run >> {trap}") == path and trap.read_text() == "run\n"
+    assert Path(allowed.local(f"pipe:gzip -c {shard}")).read_bytes() == shard.read_bytes()
+    assert allowed.read_text(f"pipe:cat {shard}") is None
+    failing = f"pipe:(echo once >> {trap}; echo no luck >&2; false) | cat"
+    with pytest.raises(Unreachable, match="exit code 1: no luck"):
+        allowed.local(failing)
+    assert trap.read_text().count("once") == remote.ATTEMPTS and len(cached(allowed)) == 2
+    flaky = f"pipe:echo try >> {trap}; test $(grep -c try {trap}) -ge 3 && cat {shard}"
+    assert Path(allowed.local(flaky)).read_bytes() == shard.read_bytes()
+    assert trap.read_text().count("try") == 3
+
+
+def test_what_cannot_be_used_is_an_error_before_anything_is_read(tmp_path, fetcher, monkeypatch):
+    (tmp_path / "file").write_bytes(b"")
+    (tmp_path / "[1]{2}.tar").write_bytes(b"")
+    assert fetcher.find(str(tmp_path / "[1]{2}.tar"), "--data") == (str(tmp_path / "[1]{2}.tar"),)
+    for data, message in (
+        (str(tmp_path / "none-{0..3}.tar"), "there is no file .*none-0.tar"),
+        (str(tmp_path / "none-*.tar"), "there is no file"),
+        (str(tmp_path / "a{0,1.tar"), "brace is not closed"),
+        ("ftpx://host/a.tar", "ftpx:// is not known"),
+    ):
+        with pytest.raises(InputError, match=f"^--data .*{message}"):
+            fetcher.find(data, "--data")
+    if find_spec("s3fs") is None:
+        with pytest.raises(InputError, match="^--data s3://bucket/a.tar: needs s3fs; pip install s3fs$"):
+            fetcher.find("s3://bucket/a.tar", "--data")
+    monkeypatch.setitem(sys.modules, "aiohttp", None)
+    with pytest.raises(InputError, match="needs aiohttp; pip install aiohttp"):
+        fetcher.find("https://host/a.tar", "--data")
+
+
+def test_a_cache_that_cannot_be_written_is_told_in_one_line(tmp_path, monkeypatch):
+    (tmp_path / "file").write_bytes(b"")
+    fsspec.filesystem("memory").pipe("/full.tar", b"x")
+    with pytest.raises(InputError, match="^--cache-dir .*file/cache cannot be written .*; name a folder"):
+        Fetcher(tmp_path / "file" / "cache", 0).local("memory://full.tar")
+    fetcher = Fetcher(tmp_path / "cache", 0)
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(fsspec.implementations.memory.MemoryFileSystem, "get_file", full)
+    with pytest.raises(InputError, match="--cache-dir .*No space left on device"):
+        fetcher.local("memory://full.tar")
+    assert cached(fetcher) == []
+    assert fetch.default_fetcher().cache.name == "contrastive-training"
