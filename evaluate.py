@@ -16,7 +16,7 @@ import torch
 import tyro
 from accelerate import PartialState
 
-from lib.data.fetch import default_fetcher
+from lib.data.remote.fetch import default_fetcher
 from lib.data.sources import open_evaluation
 from lib.errors import InputError
 from lib.evaluation.html import aligned, write_report

@@ -11,9 +11,9 @@ from lib import backend
 from lib.collectives import rank_and_world_size
 from lib.config import TrainConfig
 from lib.data import EvaluationSet, ImagePipeline, Prepare, Source, open_sources
-from lib.data.fetch import Fetcher, default_fetcher
-from lib.data.shards import count_pairs
-from lib.data_info import data_info
+from lib.data.remote.fetch import Fetcher, default_fetcher
+from lib.data.shards.source import count_pairs
+from lib.data_info.info import data_info
 from lib.processing import Processing
 from lib.tower_outputs import Caching
 from lib.towers import TwoTowers

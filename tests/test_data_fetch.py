@@ -18,8 +18,8 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from lib.data import fetch, remote
-from lib.data.fetch import Fetcher, Unreachable, fault
+from lib.data.remote import fetch, transfer
+from lib.data.remote.fetch import Fetcher, Unreachable, fault
 from lib.errors import InputError
 
 
@@ -80,7 +80,7 @@ def server(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def no_pauses(monkeypatch):
-    monkeypatch.setattr(remote, "BASE_DELAY", 0.001)
+    monkeypatch.setattr(transfer, "BASE_DELAY", 0.001)
 
 
 @pytest.fixture
@@ -124,7 +124,7 @@ def test_a_remote_that_stays_down_leaves_nothing_behind(server, fetcher):
     with pytest.raises(Unreachable) as error:
         fetcher.local(f"{server.url}/a.tar")
     assert pickle.loads(pickle.dumps(error.value)).reason == "unreachable" and "503" in str(error.value)
-    assert server.requests == {"/a.tar": remote.ATTEMPTS} and cached(fetcher) == []
+    assert server.requests == {"/a.tar": transfer.ATTEMPTS} and cached(fetcher) == []
     with pytest.raises(Unreachable, match="unreachable"):
         fetcher.local(f"{server.url}/absent.tar")
     assert server.requests["/absent.tar"] == 1  # an answer, and a final one
@@ -315,7 +315,7 @@ def test_commands_run_only_when_allowed(tmp_path, fetcher, capfd):
     failing = f"pipe:(echo once >> {trap}; echo no luck >&2; false) | cat"
     with pytest.raises(Unreachable, match="exit code 1: no luck"):
         allowed.local(failing)
-    assert trap.read_text().count("once") == remote.ATTEMPTS and len(cached(allowed)) == 2
+    assert trap.read_text().count("once") == transfer.ATTEMPTS and len(cached(allowed)) == 2
     flaky = f"pipe:echo try >> {trap}; test $(grep -c try {trap}) -ge 3 && cat {shard}"
     assert Path(allowed.local(flaky)).read_bytes() == shard.read_bytes()
     assert trap.read_text().count("try") == 3

@@ -9,10 +9,11 @@ import pytest
 from made_shards import all_ranks, captioned, make_tar, plain, rows, through_a_file, totals, training_data
 from PIL import Image
 
-from lib.data import BadImage, open_sources, streams
+from lib.data import BadImage, open_sources
 from lib.data.order import salted, stable_hash
 from lib.data.pairs import IndexedSource, MixedSource, Source, prompted_source
-from lib.data.shards import count_pairs
+from lib.data.shards.source import count_pairs
+from lib.data.streams import chunks
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ def three(tmp_path) -> MixedSource:
 @pytest.fixture
 def first_passes(tmp_path, monkeypatch):
     """Reads the ids that streams, workers' included, gave out of the first pass of any part since the last call."""
-    log, original = tmp_path / "first_passes", streams._Stream.pair
+    log, original = tmp_path / "first_passes", chunks._Stream.pair
 
     def pair(stream, tally):
         before = tally.used
@@ -70,7 +71,7 @@ def first_passes(tmp_path, monkeypatch):
         log.unlink()
         return ids
 
-    monkeypatch.setattr(streams._Stream, "pair", pair)
+    monkeypatch.setattr(chunks._Stream, "pair", pair)
     return read
 
 

@@ -25,15 +25,16 @@ from made_shards import (
 )
 from PIL import Image
 
-from lib.data import BadImage, open_evaluation, open_sources, shard_stream, streams
-from lib.data.annotations import shard_names
-from lib.data.dealing import Dealing, Part
+from lib.data import BadImage, open_evaluation, open_sources
 from lib.data.order import stable_hash
-from lib.data.positions import ShardPosition
-from lib.data.shard_index import ShardEntry, ShardIndex, write_index
-from lib.data.shard_stream import ShardStream
-from lib.data.shards import count_pairs
-from lib.data.tars import ALL, Damage, index_samples, read_samples
+from lib.data.shards.annotations import shard_names
+from lib.data.shards.index import ShardEntry, ShardIndex, write_index
+from lib.data.shards.source import count_pairs
+from lib.data.shards.tars import ALL, Damage, index_samples, read_samples
+from lib.data.streams import chunks, shard_stream
+from lib.data.streams.dealing import Dealing, Part
+from lib.data.streams.positions import ShardPosition
+from lib.data.streams.shard_stream import ShardStream
 from lib.errors import InputError
 
 
@@ -259,7 +260,7 @@ def test_a_shard_with_more_samples_than_its_index_says_loses_none(tmp_path):
 
 
 def test_shards_without_a_usable_pair_are_an_error_and_no_endless_loop(tmp_path, monkeypatch):
-    monkeypatch.setattr(streams, "_MOST_BAD_IN_A_ROW", 300)
+    monkeypatch.setattr(chunks, "_MOST_BAD_IN_A_ROW", 300)
     members = {f"{number}.{suffix}": b"nothing" for number in range(9) for suffix in ("jpg", "txt")}
     make_tar(tmp_path / "bad.tar", members)
     source, _ = open_sources(str(tmp_path / "bad.tar"), None, None)

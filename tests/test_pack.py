@@ -17,8 +17,8 @@ from PIL import Image
 
 from lib.data import BadImage, open_evaluation, open_sources
 from lib.data.order import sample_id, stable_hash
-from lib.data.pack import main
-from lib.data.pack_writer import Record, ShardWriter
+from lib.data.pack.__main__ import main
+from lib.data.pack.writer import Record, ShardWriter
 from lib.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[1]

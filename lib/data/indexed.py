@@ -10,8 +10,8 @@ from lib.data.batch import Chunk
 from lib.data.images import BadImage
 from lib.data.order import ChunkPlan, draw, locate, permutation, salted, substitutes
 from lib.data.pairs import IndexedSource, Skip
-from lib.data.positions import IndexedPosition, StreamPosition
 from lib.data.prepare import Pair, Prepare
+from lib.data.streams.positions import IndexedPosition, StreamPosition
 from lib.errors import InputError
 
 

@@ -4,17 +4,17 @@ import os
 import re
 from pathlib import Path
 
-from lib.data.captioned import CaptionedImages
-from lib.data.coco import coco_files, read_coco, read_coco_folder
-from lib.data.digits import Digits
-from lib.data.fetch import Fetcher
-from lib.data.flickr import flickr_file, flickr_form, read_flickr
-from lib.data.folders import find_class_folders
-from lib.data.karpathy import karpathy_files, read_karpathy
-from lib.data.labelled import LabelledImages
-from lib.data.shard_set import ShardSet, find_shards
-from lib.data.tables import SUFFIXES, read_table
-from lib.data.torchvision_sets import NAMES, TorchvisionSet
+from lib.data.captions.coco import coco_files, read_coco, read_coco_folder
+from lib.data.captions.flickr import flickr_file, flickr_form, read_flickr
+from lib.data.captions.karpathy import karpathy_files, read_karpathy
+from lib.data.captions.listing import CaptionedImages
+from lib.data.captions.tables import SUFFIXES, read_table
+from lib.data.classes.digits import Digits
+from lib.data.classes.folders import find_class_folders
+from lib.data.classes.labelled import LabelledImages
+from lib.data.classes.torchvision_sets import NAMES, TorchvisionSet
+from lib.data.remote.fetch import Fetcher
+from lib.data.shards.shard_set import ShardSet, find_shards
 from lib.errors import InputError
 
 OpenedData = ShardSet | CaptionedImages | LabelledImages

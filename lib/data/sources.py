@@ -4,18 +4,18 @@ import os
 from collections.abc import Sequence
 from typing import Literal
 
-from lib.data.captioned import CaptionedImages
-from lib.data.captions import captioned_evaluation, captioned_source
+from lib.data.captions.listing import CaptionedImages
+from lib.data.captions.source import captioned_evaluation, captioned_source
+from lib.data.classes.labelled import labelled_evaluation, labelled_source
+from lib.data.classes.prompt_banks import load_templates
+from lib.data.classes.torchvision_sets import TorchvisionSet
 from lib.data.evaluation_set import EvaluationSet
-from lib.data.fetch import Fetcher, default_fetcher
-from lib.data.labelled import labelled_evaluation, labelled_source
 from lib.data.pairs import MixedSource, Source
-from lib.data.prompt_banks import load_templates
 from lib.data.recognize import OpenedData, open_data
-from lib.data.shard_evaluation import shard_evaluation
-from lib.data.shard_set import ShardSet
-from lib.data.shards import shard_source
-from lib.data.torchvision_sets import TorchvisionSet
+from lib.data.remote.fetch import Fetcher, default_fetcher
+from lib.data.shards.evaluation import shard_evaluation
+from lib.data.shards.shard_set import ShardSet
+from lib.data.shards.source import shard_source
 from lib.errors import InputError
 
 # "all" stands for data without splits; "train" comes last because looking at it flatters.

@@ -14,12 +14,12 @@ from torch.utils.data import DataLoader
 from lib.data.ahead import ahead
 from lib.data.batch import Chunk
 from lib.data.indexed import IndexedChunks, Prepared
-from lib.data.layouts import Start, dealings, excluded_in, fresh_start, is_streamed, layout, take_over
 from lib.data.order import ChunkPlan
 from lib.data.pairs import Skip, Source, parts_of
-from lib.data.positions import loaded, saved
 from lib.data.prepare import Prepare
-from lib.data.streams import StreamChunks
+from lib.data.streams.chunks import StreamChunks
+from lib.data.streams.layouts import Start, dealings, excluded_in, fresh_start, is_streamed, layout, take_over
+from lib.data.streams.positions import loaded, saved
 from lib.errors import InputError
 
 _BYTES_AHEAD = 2**31

@@ -11,9 +11,9 @@ import numpy as np
 from lib.data import EvaluationSet, IndexedSource, Source, decode_image
 from lib.data.images import Extent
 from lib.data.pairs import MixedSource, fill
-from lib.data.shards import Item, ShardSource
-from lib.data_headers import image_headers, shard_headers
-from lib.data_picture import PICTURED, RandomPair, plot_pairs
+from lib.data.shards.source import Item, ShardSource
+from lib.data_info.headers import image_headers, shard_headers
+from lib.data_info.picture import PICTURED, RandomPair, plot_pairs
 
 INFO, PICTURE = "data_info.json", "data_info.png"
 SHARDS, SAMPLES = 4, 400

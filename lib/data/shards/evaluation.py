@@ -6,14 +6,14 @@ from dataclasses import dataclass, field
 import numpy as np
 from PIL import Image
 
-from lib.data.annotations import Annotation, annotate, shard_names, shown
 from lib.data.evaluation_set import EvaluationSet
-from lib.data.fetch import Fetcher, Unreachable
 from lib.data.images import BadImage, Extent, decode_image
 from lib.data.order import stable_hash
-from lib.data.shard_kind import classes_of
-from lib.data.shard_set import ShardSet
-from lib.data.tars import Damage, index_samples, read_member
+from lib.data.remote.fetch import Fetcher, Unreachable
+from lib.data.shards.annotations import Annotation, annotate, shard_names, shown
+from lib.data.shards.kind import classes_of
+from lib.data.shards.shard_set import ShardSet
+from lib.data.shards.tars import Damage, index_samples, read_member
 from lib.errors import InputError
 
 

@@ -16,14 +16,14 @@ from typing import Annotated
 import tyro
 from tqdm import tqdm
 
-from lib.data.fetch import Fetcher, default_fetcher
 from lib.data.order import permutation
-from lib.data.pack_listing import Entry, Listing, list_samples
-from lib.data.pack_samples import ImageOrReason, members_of, read_ahead, read_image
-from lib.data.pack_writer import Record, ShardWriter, Skips, write_lines
+from lib.data.pack.listing import Entry, Listing, list_samples
+from lib.data.pack.samples import ImageOrReason, members_of, read_ahead, read_image
+from lib.data.pack.writer import Record, ShardWriter, Skips, write_lines
 from lib.data.recognize import open_data
-from lib.data.shard_index import SPLITS, ShardIndex, write_index
-from lib.data.shard_set import ShardSet
+from lib.data.remote.fetch import Fetcher, default_fetcher
+from lib.data.shards.index import SPLITS, ShardIndex, write_index
+from lib.data.shards.shard_set import ShardSet
 from lib.errors import InputError, RunError, told_in_one_line
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}

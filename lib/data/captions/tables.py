@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from lib.data.captioned import SPLITS, CaptionedImages, ImageFinder, Listing
+from lib.data.captions.listing import SPLITS, CaptionedImages, ImageFinder, Listing
 from lib.errors import InputError
 
 SUFFIXES = (".csv", ".tsv", ".jsonl")

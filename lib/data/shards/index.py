@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from lib.data.fetch import Fetcher
+from lib.data.remote.fetch import Fetcher
 from lib.errors import InputError
 
 INDEX = "index.json"

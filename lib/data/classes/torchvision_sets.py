@@ -8,7 +8,7 @@ import numpy as np
 from filelock import FileLock
 from PIL import Image
 
-from lib.data.folders import image_names
+from lib.data.classes.folders import image_names
 from lib.data.images import Extent, ImageFiles
 from lib.data.pairs import Images
 from lib.errors import InputError

@@ -3,10 +3,10 @@
 import os
 from dataclasses import dataclass
 
-from lib.data.annotations import beside, shown
-from lib.data.fetch import Fetcher
-from lib.data.remote import PIPE, is_url
-from lib.data.shard_index import INDEX, SPLITS, ShardIndex, read_index
+from lib.data.remote.fetch import Fetcher
+from lib.data.remote.transfer import PIPE, is_url
+from lib.data.shards.annotations import beside, shown
+from lib.data.shards.index import INDEX, SPLITS, ShardIndex, read_index
 from lib.errors import InputError
 
 _SUFFIXES = (".tar", ".tar.gz", ".tgz")

@@ -7,7 +7,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Literal
 
-from lib.data.captioned import SPLITS, CaptionedImages, ImageFinder, Listing
+from lib.data.captions.listing import SPLITS, CaptionedImages, ImageFinder, Listing
 from lib.errors import InputError
 
 FOLDERS = (

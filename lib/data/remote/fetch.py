@@ -13,8 +13,17 @@ from pathlib import Path
 from braceexpand import UnbalancedBracesError, braceexpand
 from filelock import FileLock, Timeout
 
-from lib.data.gunzip import gunzip, is_gzip
-from lib.data.remote import ATTEMPTS, PIPE, Unreachable, download, is_url, read_url, remote_matches, run_command
+from lib.data.remote.gunzip import gunzip, is_gzip
+from lib.data.remote.transfer import (
+    ATTEMPTS,
+    PIPE,
+    Unreachable,
+    download,
+    is_url,
+    read_url,
+    remote_matches,
+    run_command,
+)
 from lib.errors import InputError
 
 __all__ = ["Fetcher", "Unreachable", "default_fetcher", "fault"]

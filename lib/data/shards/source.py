@@ -9,14 +9,14 @@ from typing import Literal, NamedTuple
 
 from tqdm import tqdm
 
-from lib.data.annotations import Annotation, annotate, shard_names, shown
-from lib.data.fetch import Fetcher, Unreachable
 from lib.data.order import stable_hash
 from lib.data.pairs import Source, fill, parts_of
-from lib.data.remote import PIPE, is_url
-from lib.data.shard_kind import classes_of, notes
-from lib.data.shard_set import ShardSet
-from lib.data.tars import ALL, Damage, Sample, index_samples, read_samples
+from lib.data.remote.fetch import Fetcher, Unreachable
+from lib.data.remote.transfer import PIPE, is_url
+from lib.data.shards.annotations import Annotation, annotate, shard_names, shown
+from lib.data.shards.kind import classes_of, notes
+from lib.data.shards.shard_set import ShardSet
+from lib.data.shards.tars import ALL, Damage, Sample, index_samples, read_samples
 from lib.errors import InputError
 
 COUNTED_AT_ONCE = 2**30

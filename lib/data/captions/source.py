@@ -4,7 +4,7 @@ from typing import Literal
 
 import numpy as np
 
-from lib.data.captioned import Captioned, CaptionedImages
+from lib.data.captions.listing import Captioned, CaptionedImages
 from lib.data.evaluation_set import EvaluationSet
 from lib.data.images import ImageFiles
 from lib.data.order import stable_hash

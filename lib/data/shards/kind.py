@@ -3,10 +3,10 @@
 from collections.abc import Iterator
 from itertools import islice
 
-from lib.data.annotations import Annotation, annotate, listed_classes, shard_names, shown
-from lib.data.fetch import Fetcher, Unreachable
-from lib.data.shard_set import ShardSet
-from lib.data.tars import Sample, index_samples
+from lib.data.remote.fetch import Fetcher, Unreachable
+from lib.data.shards.annotations import Annotation, annotate, listed_classes, shard_names, shown
+from lib.data.shards.shard_set import ShardSet
+from lib.data.shards.tars import Sample, index_samples
 from lib.errors import InputError
 
 _MOST_UNREACHABLE = 3

@@ -8,8 +8,8 @@ from typing import BinaryIO, NamedTuple
 
 from webdataset.tariterators import base_plus_ext, group_by_keys
 
-from lib.data.fetch import fault
 from lib.data.images import EXTENSIONS
+from lib.data.remote.fetch import fault
 
 IMAGE_SUFFIXES = tuple(extension.removeprefix(".") for extension in EXTENSIONS)
 TEXT_SUFFIXES = ("txt", "json", "cls")

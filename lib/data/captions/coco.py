@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from lib.data.captioned import CaptionedImages, ImageFinder, Listing, load_json, shape_of
+from lib.data.captions.listing import CaptionedImages, ImageFinder, Listing, load_json, shape_of
 from lib.errors import InputError
 
 _PARTS = ("val2017", "train2017", "val2014", "train2014")

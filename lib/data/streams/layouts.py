@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lib.data.dealing import Dealing
 from lib.data.pairs import IndexedSource, MixedSource, Source, parts_of
-from lib.data.positions import IndexedPosition, ShardPosition, StreamPosition, loaded
-from lib.data.shards import ShardSource
-from lib.data.streams import part_seed
+from lib.data.shards.source import ShardSource
+from lib.data.streams.chunks import part_seed
+from lib.data.streams.dealing import Dealing
+from lib.data.streams.positions import IndexedPosition, ShardPosition, StreamPosition, loaded
 
 Excluded = dict[int, frozenset[int]]
 """Numbers of the shards left out, by pass."""

@@ -6,15 +6,15 @@ from itertools import accumulate
 
 from torch.utils.data import IterableDataset, get_worker_info
 
-from lib.data.dealing import Dealing
 from lib.data.images import BadImage
 from lib.data.indexed import IndexedStream, Prepared, Tally
 from lib.data.order import ChunkPlan, draw
 from lib.data.pairs import MixedSource, Source, parts_of
-from lib.data.positions import StreamPosition
 from lib.data.prepare import Pair, Prepare
-from lib.data.shard_stream import ShardStream
-from lib.data.shards import ShardSource
+from lib.data.shards.source import ShardSource
+from lib.data.streams.dealing import Dealing
+from lib.data.streams.positions import StreamPosition
+from lib.data.streams.shard_stream import ShardStream
 from lib.errors import InputError
 
 _MOST_BAD_IN_A_ROW = 20_000

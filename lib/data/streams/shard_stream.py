@@ -7,13 +7,13 @@ from functools import partial
 
 import numpy as np
 
-from lib.data.dealing import Dealing
 from lib.data.images import BadImage, decode_image
 from lib.data.order import draw, salted, sample_id, stable_hash
 from lib.data.pairs import Skip
-from lib.data.positions import ShardPosition
 from lib.data.prepare import Pair, Prepare
-from lib.data.shards import Item, ShardSource
+from lib.data.shards.source import Item, ShardSource
+from lib.data.streams.dealing import Dealing
+from lib.data.streams.positions import ShardPosition
 from lib.errors import InputError
 
 _MOST_EMPTY_PASSES = 20  # for each stream there is: one that gets a few samples of a small set may see many

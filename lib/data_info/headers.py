@@ -8,11 +8,11 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from lib.data.fetch import Unreachable
 from lib.data.images import BadImage, ImageFiles
 from lib.data.pairs import Images
-from lib.data.shard_evaluation import TarImages
-from lib.data.tars import read_member
+from lib.data.remote.fetch import Unreachable
+from lib.data.shards.evaluation import TarImages
+from lib.data.shards.tars import read_member
 
 SAMPLED = 200
 

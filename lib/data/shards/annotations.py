@@ -4,8 +4,8 @@ import json
 import os
 from typing import NamedTuple
 
-from lib.data.fetch import Fetcher
-from lib.data.remote import PIPE, is_url
+from lib.data.remote.fetch import Fetcher
+from lib.data.remote.transfer import PIPE, is_url
 
 
 class Annotation(NamedTuple):

@@ -7,16 +7,16 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import NamedTuple
 
-from lib.data.annotations import annotate, shard_names
-from lib.data.captioned import Captioned, CaptionedImages
-from lib.data.fetch import Fetcher, Unreachable
+from lib.data.captions.listing import Captioned, CaptionedImages
 from lib.data.images import BadImage, ImageFiles, open_header
 from lib.data.pairs import Images
 from lib.data.recognize import OpenedData
-from lib.data.shard_index import SPLITS
-from lib.data.shard_kind import classes_of
-from lib.data.shard_set import ShardSet
-from lib.data.tars import IMAGE_SUFFIXES, Damage, Sample, index_samples, read_member
+from lib.data.remote.fetch import Fetcher, Unreachable
+from lib.data.shards.annotations import annotate, shard_names
+from lib.data.shards.index import SPLITS
+from lib.data.shards.kind import classes_of
+from lib.data.shards.shard_set import ShardSet
+from lib.data.shards.tars import IMAGE_SUFFIXES, Damage, Sample, index_samples, read_member
 
 _OF_FORMAT = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp", "TIFF": "tif", "PPM": "ppm"}
 

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import numpy as np
 
 from lib.data.order import permutation
-from lib.data.positions import ShardPosition
-from lib.data.tars import ALL
+from lib.data.shards.tars import ALL
+from lib.data.streams.positions import ShardPosition
 
 
 class Part(NamedTuple):

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from lib.data.captioned import SPLITS, CaptionedImages, ImageFinder, Listing, load_json, shape_of
-from lib.data.flickr import FOLDERS
+from lib.data.captions.flickr import FOLDERS
+from lib.data.captions.listing import SPLITS, CaptionedImages, ImageFinder, Listing, load_json, shape_of
 from lib.errors import InputError
 
 _PLACES = ("images", *FOLDERS, "train2014", "val2014", "images/train2014", "images/val2014")

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import BinaryIO
 
-from lib.data.shard_index import ShardEntry
+from lib.data.shards.index import ShardEntry
 from lib.errors import InputError
 
 RECORD = "packing.jsonl"

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from PIL import Image
 
 from lib.data.images import BadImage, Extent, decode_image, open_header
-from lib.data.pack_listing import Entry
+from lib.data.pack.listing import Entry
 
 _AHEAD = 64
 

@@ -1,0 +1,1 @@
+"""The packer: python -m lib.data.pack SOURCE --out DIR."""

@@ -1,0 +1,1 @@
+"""WebDataset tar shards: files, samples, annotations, the index, training and evaluation on them."""

@@ -1,0 +1,1 @@
+"""Endless streams of pairs from shards and mixtures: dealing, shuffling, exact positions."""

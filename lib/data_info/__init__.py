@@ -1,0 +1,1 @@
+"""--data-info: what a source holds, in words, numbers and pictures."""
