@@ -20,8 +20,12 @@ from tqdm import tqdm
 
 from lib.collectives import gather_objects, rank_and_world_size
 from lib.data import IndexedSource, Prepare, Source
+from lib.data.order import stable_hash
 from lib.data.outputs import MANIFEST, StoredOutputs
+from lib.data.pairs import Images
 from lib.data.prepare import text_key
+from lib.data.shards.evaluation import shard_images
+from lib.data.shards.source import ShardSource
 from lib.errors import InputError
 from lib.evaluation.embed import counted, evaluating, image_loader
 from lib.processing import Processing
@@ -85,17 +89,11 @@ class Caching:
             raise InputError(
                 f"--cache-image: --augment {prepare.images.augment} makes new images every time; leave either out"
             )
-        if not isinstance(source, IndexedSource):
-            raise InputError(
-                f"--cache-image: {source.where} is a stream, and only images by number (a folder or table) are stored; "
-                "leave it out"
-            )
-        used = np.unique(source.image)
-        keys = source.image_id[used]
+        images, used, keys = _by_number(source)
 
         def batches(rows: range) -> Iterator[tuple[dict[str, Tensor], Sequence[str]]]:
             loader = image_loader(
-                source.images.open,
+                images.open,
                 prepare.images,
                 used[rows.start : rows.stop].tolist(),
                 device=self.device,
@@ -106,7 +104,7 @@ class Caching:
                 yield {"pixel_values": pixel_values}, reasons
 
         form = (self.processing.image_mean, self.processing.image_std, prepare.images)
-        contents = source.images.identity(used)
+        contents = images.identity(used)
         name = _fingerprint("image", _structure(self.towers.image), self.towers.image.trunk, form, keys, contents)
         return self._stored(f"image-{name}", keys, batches, "image")
 
@@ -156,6 +154,18 @@ class Caching:
         save_file({"keys": own[good].contiguous(), "pooled": torch.cat(pooled)[good].contiguous()}, unfinished)
         unfinished.replace(file)
         return unreadable
+
+
+def _by_number(source: Source) -> tuple[Images, np.ndarray, np.ndarray]:
+    """The images of a source, the rows of those in use, and the keys that pairs look them up by."""
+    if isinstance(source, IndexedSource):
+        used = np.unique(source.image)
+        return source.images, used, source.image_id[used]
+    if isinstance(source, ShardSource):
+        images = shard_images(source)
+        keys = np.array([stable_hash(key) for key in images.keys], dtype=np.int64)
+        return images, np.arange(len(images)), keys
+    raise InputError("--cache-image: several sources may give one name to different images; leave it out")
 
 
 def _structure(tower: ImageTower | TextTower) -> object:

@@ -15,8 +15,9 @@ from ranks import on_ranks
 
 import train_clip
 from lib import tower_outputs
-from lib.data import BadImage, ImagePipeline, Prepare, open_sources
+from lib.data import BadImage, ImagePipeline, Prepare, TrainingData, open_sources
 from lib.data.outputs import StoredOutputs
+from lib.data.pack.__main__ import main as pack
 from lib.data.prepare import text_key
 from lib.errors import InputError
 from lib.report import read_metrics
@@ -146,6 +147,27 @@ def test_an_interrupted_pass_goes_on_where_it_stopped(tmp_path, monkeypatch):
     for key, place in zip(whole.image_outputs._sorted, found.image_outputs._sorted, strict=True):
         assert key == place and torch.equal(whole.image_outputs.row(key), found.image_outputs.row(key))
     assert found.image_outputs.unreadable == whole.image_outputs.unreadable != {}
+
+
+def test_outputs_for_packed_shards_are_those_for_the_table(tmp_path):
+    """The same rows under the same keys, and training from them opens no image."""
+    data = captions_table(tmp_path / "data")
+    table, *_ = fill(tmp_path / "a", data)
+    pack([data, "--out", str(tmp_path / "shards"), "--shard-size", "4"])
+    shards, source, _ = fill(tmp_path / "b", str(tmp_path / "shards"))
+    for kind in ("image_outputs", "text_outputs"):
+        ours, theirs = getattr(table, kind), getattr(shards, kind)
+        assert set(ours._sorted) == set(theirs._sorted) and ours.unreadable == theirs.unreadable
+        for key in ours._sorted:
+            torch.testing.assert_close(ours.row(int(key)), theirs.row(int(key)), rtol=0, atol=1e-5)
+    steps = TrainingData(
+        source, shards, effective_batch=9, chunk_size=9, rank=0, world_size=1, workers=0, seed=0
+    ).steps(0, 2)
+    for (chunk,) in steps:
+        assert set(chunk.inputs) == {"image_pooled", "text_pooled"}
+    with open(min((tmp_path / "shards").glob("*.tar")), "ab") as shard:
+        shard.write(bytes(512))
+    assert rows_run(tmp_path / "b", str(tmp_path / "shards")) == 10  # the file may be another one now
 
 
 def stored_on_ranks(cache: Path, data: str) -> list[tuple[int, list[float]]]:

@@ -22,6 +22,9 @@ class Images(Protocol):
     def open(self, index: int, extent: Extent | None = None) -> Image.Image:
         """Image `index`, RGB and upright, in full or at `extent` or larger; raises BadImage."""
 
+    def identity(self, rows: np.ndarray) -> str:
+        """Changes when one of these images does; the same in every process and run otherwise."""
+
 
 class Skip(NamedTuple):
     """One sample that is not used: in which data, which sample, why."""

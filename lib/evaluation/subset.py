@@ -47,3 +47,7 @@ class _Chosen:
 
     def open(self, index: int, extent: Extent | None = None) -> Image.Image:
         return self.images.open(int(self.rows[index]), extent)
+
+    def identity(self, rows: np.ndarray) -> str:
+        """Changes when one of these images does."""
+        return self.images.identity(self.rows[rows])

@@ -13,6 +13,7 @@ from lib.data.remote.fetch import Fetcher, Unreachable
 from lib.data.shards.annotations import Annotation, annotate, shard_names, shown
 from lib.data.shards.kind import classes_of
 from lib.data.shards.shard_set import ShardSet
+from lib.data.shards.source import ShardSource
 from lib.data.shards.tars import Damage, index_samples, read_member
 from lib.errors import InputError
 
@@ -40,6 +41,27 @@ class TarImages:
         except OSError as error:
             raise BadImage("unreadable") from error
         return decode_image(content, extent)
+
+    def identity(self, rows: np.ndarray) -> str:
+        """Changes when one of these images does: names and sizes of the shards, and where in them the images lie."""
+        return repr(([_stamp(shard, self.fetcher) for shard in self.shards], [self.places[row] for row in rows]))
+
+
+def shard_images(source: ShardSource) -> TarImages:
+    """The images of a training source's shards; remote ones are all fetched for that."""
+    found = _Found()
+    for shard, (path, name) in enumerate(zip(source.shards, source.names, strict=True)):
+        found.add(shard, path, name, source.classes, bool(source.templates), source.fetcher)
+    return TarImages([note.key for note in found.notes], source.shards, found.places, source.fetcher)
+
+
+def _stamp(shard: str, fetcher: Fetcher) -> tuple:
+    try:
+        path = fetcher.local(shard)
+    except Unreachable:
+        return (shard,)
+    # The time of a fetched shard is when it was last used.
+    return shard, os.path.getsize(path), os.stat(path).st_mtime_ns if path == shard else 0
 
 
 def shard_evaluation(
