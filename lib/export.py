@@ -64,7 +64,7 @@ def _difference(towers: TwoTowers, processing: Processing, folder: Path, sample:
 def _logits_of_towers(towers: TwoTowers, sample: Sample) -> Tensor:
     device, training = towers.logit_scale.device, towers.training
     towers.eval()
-    output = towers(**sample.to(device).inputs)
+    output = towers(sample.pixel_values.to(device), sample.input_ids.to(device), sample.attention_mask.to(device))
     towers.train(training)
     return output.logit_scale * output.image_embeds @ output.text_embeds.T + output.logit_bias
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 from accelerate.state import AcceleratorState
+from PIL import Image
 from ranks import on_ranks
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoProcessor
@@ -60,7 +61,7 @@ def test_a_run_leaves_the_promised_files(siglip_run):
     assert first["replay_difference"] == 0
     summary = json.loads((siglip_run / "summary.json").read_text())
     assert (summary["steps"], summary["pairs"]) == (4, 256)
-    assert summary["data"] == {"read": 256, "used": 256, "skipped": {}}
+    assert summary["data"] == {"read": 256, "used": 256, "skipped": {}, "images": 1442}
     assert {"wall_seconds", "peak_memory_bytes", "eval"} <= summary.keys()
     assert 0 <= summary["eval"]["accuracy"] <= 1
     evaluations = [line["step"] for line in read_metrics(siglip_run) if "eval" in line]
@@ -323,3 +324,34 @@ def test_the_command_line_wins_over_yaml(tmp_path):
 def test_a_folder_that_holds_a_run_is_not_written_over(siglip_run):
     with pytest.raises(InputError, match="already holds a run.*--resume auto"):
         run(train_siglip.main, siglip_run)
+
+
+def test_data_info_tells_of_the_data_and_trains_nothing(tmp_path, capsys):
+    train_clip.main(["--data", "digits", "--data-info", "--output-dir", str(tmp_path / "info")])
+    told = capsys.readouterr().out
+    assert "1,442 pairs" in told and "held out   digits (test): 355 images" in told
+    assert {file.name for file in (tmp_path / "info").iterdir()} == {"data_info.json", "data_info.png"}
+
+
+def test_augmentation_parameters_reach_the_images(tmp_path):
+    """The same run but for how much a random crop may cut away."""
+    flags = ["--augment=light", "--steps=1", "--eval-every=0", "--save-every=0", "--flip=0"]
+    losses = []
+    for name, scale in (("a", ("1", "1")), ("b", ("0.2", "0.3"))):
+        run(train_clip.main, tmp_path / name, *flags, "--crop-scale", *scale)
+        losses.append(steps_of(tmp_path / name)[0]["loss"])
+    assert losses[0] != losses[1]
+    with pytest.raises(InputError, match="--crop-scale"):
+        run(train_clip.main, tmp_path / "c", *flags, "--crop-scale", "0.9", "0.1")
+
+
+def test_several_sources_are_mixed_by_weight(tmp_path):
+    """Digits and a table in one run: counts of both, and a resumed run goes on."""
+    Image.new("RGB", (40, 40), "red").save(tmp_path / "red.png")
+    (tmp_path / "captions.csv").write_text("filename,caption\nred.png,a red square\ngone.png,not there\n")
+    flags = ["--data", "digits::0.75", f"{tmp_path / 'captions.csv'}::0.25", "--workers=0", "--eval-every=0"]
+    folder = run(train_siglip.main, tmp_path / "run", *flags)
+    data = json.loads((folder / "summary.json").read_text())["data"]
+    assert data["skipped"] == {"missing": 1} and data["read"] == data["used"] + 1
+    run(train_siglip.main, tmp_path / "run", *flags, "--steps=6", "--resume=auto")
+    assert [line["step"] for line in steps_of(folder)] == [1, 2, 3, 4, 5, 6]
