@@ -14,6 +14,7 @@ from lib.data import EvaluationSet, ImagePipeline, Prepare, Source, open_sources
 from lib.data.remote.fetch import Fetcher, default_fetcher
 from lib.data.shards.source import count_pairs
 from lib.data_info.info import data_info
+from lib.errors import InputError
 from lib.processing import Processing
 from lib.tower_outputs import Caching
 from lib.towers import TwoTowers
@@ -36,7 +37,13 @@ def show_data(config: TrainConfig) -> None:
     """What --data-info asks for, from rank 0."""
     if os.environ.get("RANK", "0") == "0":
         source, validation = open_data(config, make_fetcher(config))
-        data_info(source, validation, config.output_dir or Path("runs/data_info"), config.seed)
+        folder = config.output_dir or Path("runs/data_info")
+        try:
+            data_info(source, validation, folder, config.seed)
+        except OSError as error:
+            raise InputError(
+                f"--output-dir {folder} cannot be written ({error.strerror}); name another folder"
+            ) from None
 
 
 def make_prepare(

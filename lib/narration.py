@@ -38,6 +38,12 @@ def announce(run: Run, report: Reporter) -> None:
         else None,
         "no validation data: --val-data measures while training" if config.eval_every and not run.validation else None,
         f"left out: {counted(reason for _, reason in run.source.skipped)}" if run.source.skipped else None,
+        f"left out of the validation data: {counted(reason for _, reason in run.validation.skipped)}"
+        if run.validation and run.validation.skipped
+        else None,
+        "there is one class alone: with --positives group all pairs are positives of each other"
+        if run.source.classes and len(run.source.classes) == 1 and config.positives == "group"
+        else None,
     ):
         if warning:
             report.say(f"warning: {warning}")

@@ -7,12 +7,14 @@ tokenizer or the form of the images, and the texts or image files themselves. Wh
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
 
 import numpy as np
 import torch
+from filelock import FileLock
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -111,9 +113,19 @@ class Caching:
     def _stored(self, name: str, keys: np.ndarray, batches: Batches, tower: str) -> StoredOutputs:
         """What the folder of that name holds, once all of it has been computed; each rank computes whole blocks."""
         folder = self.cache / "outputs" / name
+        _make(folder, tower)
+        with _alone(folder):
+            self._fill(folder, keys, batches, tower)
+        stored = StoredOutputs(folder)
+        if not len(stored):
+            reasons = counted(stored.unreadable.values())
+            raise InputError(f"--cache-{tower}: not one of the images can be read ({reasons})")
+        return stored
+
+    def _fill(self, folder: Path, keys: np.ndarray, batches: Batches, tower: str) -> None:
+        """Compute what the folder lacks."""
         rank, world_size = rank_and_world_size()
         if not all(gather_objects((folder / MANIFEST).is_file())):
-            _make(folder, tower)
             blocks = [range(start, min(start + BLOCK, len(keys))) for start in range(0, len(keys), BLOCK)]
             unreadable: dict[int, str] = {}
             # Every rank has the same blocks and takes its own; no collective until all are done.
@@ -125,12 +137,6 @@ class Caching:
                 names = [_block_name(number) for number in range(len(blocks))]
                 _seal(folder, names, {str(key): why for of_rank in found for key, why in of_rank.items()})
             gather_objects(None)  # nobody reads before rank 0 has written
-        stored = StoredOutputs(folder)
-        if not len(stored):
-            raise InputError(
-                f"--cache-{tower}: not one of the images can be read ({counted(stored.unreadable.values())})"
-            )
-        return stored
 
     def _block(
         self, file: Path, keys: np.ndarray, rows: range, batches: Batches, tower: str, bar: tqdm
@@ -190,6 +196,15 @@ def _fingerprint(*parts: object) -> str:
             digest.update(repr(part).encode())
         digest.update(b"\x1f")
     return digest.hexdigest()
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One run at a time: rank 0 holds a lock, and the other ranks wait until it does."""
+    lock = FileLock(folder / ".lock") if rank_and_world_size()[0] == 0 else nullcontext()
+    with lock:
+        gather_objects(None)
+        yield
 
 
 def _make(folder: Path, tower: str) -> None:

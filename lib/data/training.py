@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader
 from lib.data.ahead import ahead
 from lib.data.batch import Chunk
 from lib.data.indexed import IndexedChunks, Prepared
-from lib.data.order import ChunkPlan
-from lib.data.pairs import Skip, Source, parts_of
+from lib.data.order import ChunkPlan, stable_hash
+from lib.data.pairs import IndexedSource, Skip, Source, parts_of
 from lib.data.prepare import Prepare
 from lib.data.streams.chunks import StreamChunks
 from lib.data.streams.layouts import Start, dealings, excluded_in, fresh_start, is_streamed, layout, take_over
@@ -106,7 +106,7 @@ class TrainingData:
         """Where this rank stands after the steps handed out, and its counts."""
         state = {"step": self._step, "counts": asdict(self.counts)}
         if not is_streamed(self._source):
-            return state
+            return state | {"data": _identity(self._source)}
         positions = [saved(position) for position in self._positions]
         excluded = [{epoch: sorted(shards) for epoch, shards in part.items()} for part in self._excluded]
         return state | {"layout": self._layout(), "positions": positions, "excluded": excluded}
@@ -122,6 +122,12 @@ class TrainingData:
         self._new_skips = []
         self.counts = Counts(**state["counts"])
         if not is_streamed(self._source):
+            if state.get("data", _identity(self._source)) != _identity(self._source) and self._plan.rank == 0:
+                warnings.warn(
+                    "--data is not what it was at the checkpoint: the order of its pairs is another one from here on, "
+                    "so that some come again and some later",
+                    stacklevel=2,
+                )
             return
         if state.get("layout") == self._layout():
             self._positions = [loaded(position) for position in state["positions"]]
@@ -207,6 +213,11 @@ class TrainingData:
                 "lower either, or enlarge it (docker run --shm-size)"
             )
         return 2 if 3 * needed < free else 1
+
+
+def _identity(source: IndexedSource) -> int:
+    """A hash of which pairs there are, in their order."""
+    return stable_hash(source.size, source.image_id[source.image].tobytes().hex(), source.first_text.tobytes().hex())
 
 
 def _unchanged(prepared: Prepared) -> Prepared:

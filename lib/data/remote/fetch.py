@@ -100,7 +100,8 @@ class Fetcher:
         except (FileNotFoundError, NotADirectoryError):
             return None
         except Unreachable as error:
-            raise InputError(f"{path_or_url} cannot be reached ({error.detail}); check the network") from None
+            address = path_or_url.partition("?")[0]
+            raise InputError(f"--data: {address} cannot be reached ({error.detail}); check the network") from None
 
     def _check_pipe(self, data: str, flag: str) -> None:
         if data.startswith(PIPE) and not self.allow_pipe:

@@ -106,6 +106,7 @@ def attempted(get: Callable[[], T], name: str, attempts: int = ATTEMPTS) -> T:
 
     What a remote says is not there or not allowed is not asked for again: that Unreachable has a cause.
     """
+    told = name.partition("?")[0] if is_url(name) else name  # behind it stand keys of access
     for attempt in range(1, attempts + 1):
         try:
             return get()
@@ -113,14 +114,14 @@ def attempted(get: Callable[[], T], name: str, attempts: int = ATTEMPTS) -> T:
             raise
         except Exception as error:  # every filesystem has errors of its own
             if isinstance(error, FileNotFoundError | PermissionError) or getattr(error, "status", 0) in _REFUSALS:
-                raise Unreachable("unreachable", _one_line(error)) from error
+                raise Unreachable("unreachable", _one_line(error).replace(name, told)) from error
             if isinstance(error, OSError) and error.errno in _DISK_FAULTS:
                 raise
-            detail = _one_line(error)
+            detail = _one_line(error).replace(name, told)
         if attempt == attempts:
             break
         if attempt == 1:
-            print(f"{name} failed ({detail}), trying again", file=sys.stderr, flush=True)
+            print(f"{told} failed ({detail}), trying again", file=sys.stderr, flush=True)
         jitter = 0.5 + draw("retry", name, os.getpid(), attempt) / 2**63
         time.sleep(BASE_DELAY * 2 ** (attempt - 1) * jitter)
     raise Unreachable("unreachable", detail)

@@ -4,6 +4,7 @@ import json
 import os
 from typing import NamedTuple
 
+from lib.data.captions.listing import is_utf8
 from lib.data.remote.fetch import Fetcher
 from lib.data.remote.transfer import PIPE, is_url
 
@@ -42,7 +43,7 @@ def annotate(key: str, members: dict, shard: str, classes: tuple[str, ...] | Non
         own_key = str(record.get("key", own_key))
         label = _text(members["cls"]) if "cls" in members else record.get("class")
         captions = record.get("captions", record.get("caption"))
-        if captions in (None, []) and "txt" in members:
+        if captions in (None, [], "") and "txt" in members:
             captions = _text(members["txt"])
     except UnicodeDecodeError:
         return Annotation(own_key, reason="not_utf8")
@@ -50,6 +51,9 @@ def annotate(key: str, members: dict, shard: str, classes: tuple[str, ...] | Non
     captions = captions if isinstance(captions, list) else []
     texts = tuple("" if caption is None else str(caption).strip() for caption in captions)
     group = str(record["group"]) if "group" in record else None
+    # JSON can spell half a character, which no tokenizer takes.
+    if not is_utf8("".join((own_key, group or "", str(label or ""), *texts))):
+        return Annotation(ascii(own_key), reason="not_utf8")
     return Annotation(own_key, texts, _class_name(label, classes), group)
 
 

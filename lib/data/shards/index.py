@@ -43,6 +43,8 @@ def read_index(folder: str, fetcher: Fetcher) -> ShardIndex | None:
         return None
     try:
         record = json.loads(text)
+        if not isinstance(record, dict) or not {"version", "shards"} <= record.keys():
+            return None  # another program's index
         if record["version"] != _VERSION:
             raise InputError(
                 f"{path} is of version {record['version']}, read here is {_VERSION}; pack the shards again"

@@ -174,6 +174,8 @@ def shard_source(
     elif not any(map(_is_remote, paths)) and _bytes(paths) < COUNTED_AT_ONCE:
         samples, pairs = _count(source)
         source = replace(source, samples=samples, size=pairs)
+    if source.size == 0:
+        raise InputError(f"--data {shards.where}: not one sample has an image and a text that is not empty")
     texts = "class prompts" if prompted else f"captions ({captions})"
     known = "" if source.samples is None else f", {sum(source.samples):,} samples"
     return replace(source, description=f"shards {shards.where}: {len(paths)} tar files{known}, {texts}")
