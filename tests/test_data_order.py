@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
+from made_shards import characters, rows
 from PIL import Image
 
 from lib.data import BadImage, ImagePipeline, Prepare, TrainingData, open_sources
@@ -41,12 +42,6 @@ def source(size: int = 37, bad: frozenset[int] = frozenset()) -> IndexedSource:
     return prompted_source(images, np.arange(size) % 3, ("ant", "bee", "cow"), templates, "noise", "test")
 
 
-def characters(texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-    """A tokenizer of fixed length, so that chunks of any texts compare."""
-    input_ids = torch.tensor([[ord(letter) for letter in text.ljust(12)[:12]] for text in texts])
-    return input_ids, torch.ones_like(input_ids)
-
-
 def training_data(pairs: IndexedSource, rank=0, world_size=1, workers=0, chunk_size=7, seed=3, batch=EFFECTIVE_BATCH):
     return TrainingData(
         pairs,
@@ -58,20 +53,6 @@ def training_data(pairs: IndexedSource, rank=0, world_size=1, workers=0, chunk_s
         workers=workers,
         seed=seed,
     )
-
-
-def rows(step: list) -> list[tuple]:
-    """A step's pairs, each with every bit that a tower sees."""
-    return [
-        (
-            int(chunk.sample_id[row]),
-            int(chunk.group[row]),
-            chunk.input_ids[row].tolist(),
-            chunk.pixel_values[row].tolist(),
-        )
-        for chunk in step
-        for row in range(len(chunk))
-    ]
 
 
 def steps(first=0, last=4, world_size=1, pairs=None, **settings) -> list[list[tuple]]:

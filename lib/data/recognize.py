@@ -14,6 +14,7 @@ from lib.data.classes.folders import find_class_folders
 from lib.data.classes.labelled import LabelledImages
 from lib.data.classes.torchvision_sets import NAMES, TorchvisionSet
 from lib.data.remote.fetch import Fetcher
+from lib.data.remote.transfer import TARS
 from lib.data.shards.shard_set import ShardSet, find_shards
 from lib.errors import InputError
 
@@ -31,7 +32,6 @@ _KINDS = {
 }
 """What each prefix stands for."""
 
-_TARS = (".tar", ".tar.gz", ".tgz")
 _SHARDS = re.compile(r".*\.(tar|tar\.gz|tgz)\}*")
 
 
@@ -112,7 +112,7 @@ def _kinds_of_file(path: Path) -> list[str]:
 
 def _kinds_of_folder(folder: Path) -> list[str]:
     # A folder of images beside a captions file would pass for a class: the captions go first.
-    if (folder / "index.json").is_file() and any(name.endswith(_TARS) for name in os.listdir(folder)):
+    if (folder / "index.json").is_file() and any(name.endswith(TARS) for name in os.listdir(folder)):
         return ["shards"]
     captions = [("coco", coco_files), ("karpathy", karpathy_files), ("flickr", flickr_file)]
     return [kind for kind, find in captions if find(folder)] + ["folders"]

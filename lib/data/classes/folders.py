@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from lib.data.images import EXTENSIONS, ImageFiles
+from lib.data.remote.transfer import TARS
 from lib.errors import InputError
 
 SPLIT_FOLDERS = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
@@ -91,6 +92,6 @@ def _advice(root: Path) -> str | None:
     for name in sorted(os.listdir(root)):
         if name.endswith((".csv", ".tsv", ".jsonl", ".json")):
             return f"; if its captions are what you want, give {root / name}"
-        if name.endswith((".tar", ".tar.gz", ".tgz")):
+        if name.endswith(TARS):
             return f"; for its tar shards give '{root}/*{name[name.index('.t') :]}'"
     return None

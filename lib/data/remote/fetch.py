@@ -17,8 +17,10 @@ from lib.data.remote.gunzip import gunzip, is_gzip
 from lib.data.remote.transfer import (
     ATTEMPTS,
     PIPE,
+    ZIPPED,
     Unreachable,
     download,
+    is_away,
     is_url,
     read_url,
     remote_matches,
@@ -31,7 +33,6 @@ __all__ = ["Fetcher", "Unreachable", "default_fetcher", "fault"]
 JUST_USED = 120.0
 """Seconds for which a shard stays in the cache whatever the limit: its reader may be about to open it."""
 
-_ZIPPED = (".gz", ".tgz")
 _BAD_GZIP = ".bad_gzip"
 _DIGEST = 32
 
@@ -70,7 +71,7 @@ class Fetcher:
         cache cannot be written.
         """
         self._check_pipe(shard, "--data")
-        if not _is_away(shard) and not (shard.lower().endswith(_ZIPPED) and _needs_unpacking(shard)):
+        if not is_away(shard) and not (shard.lower().endswith(ZIPPED) and _needs_unpacking(shard)):
             return _path(shard)
         name = _cached_name(shard)
         if cached := self._cached(name):
@@ -169,10 +170,6 @@ def _path(shard: str) -> str:
     return shard.removeprefix("file://")
 
 
-def _is_away(shard: str) -> bool:
-    return shard.startswith(PIPE) or is_url(shard)
-
-
 def _needs_unpacking(shard: str) -> bool:
     """Whether a local file is zipped as its name says; a tar under a wrong name is taken as it is."""
     try:
@@ -186,7 +183,7 @@ def _cached_name(shard: str) -> str:
     """A hash of what the shard is, then what can be read of its name; a local file is also its size and date."""
     identity = shard
     readable = "pipe" if shard.startswith(PIPE) else shard.partition("?")[0]
-    if not _is_away(shard):
+    if not is_away(shard):
         status = os.stat(_path(shard))
         identity = f"{os.path.abspath(_path(shard))}\x1f{status.st_size}\x1f{status.st_mtime_ns}"
     digest = hashlib.blake2b(identity.encode("utf-8", "surrogatepass"), digest_size=_DIGEST // 2).hexdigest()
@@ -227,7 +224,7 @@ def _fetch(shard: str, target: Path, attempts: int) -> str:
         elif is_url(shard):
             part.touch()  # a fault of the cache must not look like one of the remote
             download(shard, str(part), attempts)
-        ready, packed = part, part if _is_away(shard) else Path(_path(shard))
+        ready, packed = part, part if is_away(shard) else Path(_path(shard))
         if packed != part or is_gzip(part):
             ready = unpacked
             if not _unpack(packed, unpacked):

@@ -20,6 +20,10 @@ BASE_DELAY = 1.0
 """Seconds before the second attempt, on average; twice as long before each further one."""
 
 PIPE = "pipe:"
+TARS = (".tar", ".tar.gz", ".tgz")
+"""What the name of a shard ends with."""
+ZIPPED = (".gz", ".tgz")
+"""Of these, what has to be unpacked."""
 
 _SECONDS_OF_SILENCE = 60
 _DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
@@ -43,6 +47,11 @@ class Unreachable(Exception):
 def is_url(data: str) -> bool:
     """Whether `data` is an address that is asked for over a network; file:// is a local path."""
     return "://" in data and not data.startswith(("file://", PIPE))
+
+
+def is_away(shard: str) -> bool:
+    """Whether a shard has to be brought here: an address or a command."""
+    return shard.startswith(PIPE) or is_url(shard)
 
 
 def remote_matches(url: str, flag: str) -> list[str]:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from lib.data.captions.listing import is_utf8
 from lib.data.remote.fetch import Fetcher
-from lib.data.remote.transfer import PIPE, is_url
+from lib.data.remote.transfer import PIPE, is_away, is_url
 
 
 class Annotation(NamedTuple):
@@ -76,8 +76,7 @@ def beside(shard: str, name: str) -> str:
 
 
 def _place(shard: str) -> str:
-    away = shard.startswith(PIPE) or is_url(shard)
-    return shown(shard) if away else os.path.abspath(shard.removeprefix("file://"))
+    return shown(shard) if is_away(shard) else os.path.abspath(shard.removeprefix("file://"))
 
 
 def _class_name(label: object, classes: tuple[str, ...] | None) -> str | None:

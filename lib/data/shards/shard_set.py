@@ -4,12 +4,10 @@ import os
 from dataclasses import dataclass
 
 from lib.data.remote.fetch import Fetcher
-from lib.data.remote.transfer import PIPE, is_url
+from lib.data.remote.transfer import PIPE, TARS, is_url
 from lib.data.shards.annotations import beside, shown
 from lib.data.shards.index import INDEX, SPLITS, ShardIndex, read_index
 from lib.errors import InputError
-
-_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 
 
 @dataclass(frozen=True)
@@ -28,7 +26,7 @@ def find_shards(data: str, flag: str, fetcher: Fetcher) -> ShardSet:
 
     An index beside them that names them all says which split each is of. Raises InputError, naming `flag`.
     """
-    if os.path.isdir(data) or (is_url(data) and not shown(data).rstrip("}").endswith(_SUFFIXES)):
+    if os.path.isdir(data) or (is_url(data) and not shown(data).rstrip("}").endswith(TARS)):
         index = read_index(data, fetcher)
         if index:
             shards = tuple(f"{data.rstrip('/')}/{name}" for name in index.shards)

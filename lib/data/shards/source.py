@@ -12,7 +12,7 @@ from tqdm import tqdm
 from lib.data.order import stable_hash
 from lib.data.pairs import Source, fill, parts_of
 from lib.data.remote.fetch import Fetcher, Unreachable
-from lib.data.remote.transfer import PIPE, is_url
+from lib.data.remote.transfer import ZIPPED, is_away
 from lib.data.shards.annotations import Annotation, annotate, shard_names, shown
 from lib.data.shards.kind import classes_of, notes
 from lib.data.shards.shard_set import ShardSet
@@ -71,7 +71,7 @@ class ShardSource(Source):
 
     def is_away(self, shard: int) -> bool:
         """Whether the shard has to be fetched or unpacked before it is read."""
-        return _is_remote(self.shards[shard]) or self.shards[shard].lower().endswith((".gz", ".tgz"))
+        return is_away(self.shards[shard]) or self.shards[shard].lower().endswith(ZIPPED)
 
     def fetch(self, shard: int) -> None:
         """Bring the shard here in advance; whoever reads it will learn where that fails."""
@@ -104,7 +104,7 @@ class ShardSource(Source):
             return [fill(template, name) for name in self.classes for template in self.templates][:limit]
         texts: list[str] = []
         for shard, name in zip(self.shards, self.names, strict=True):
-            if len(texts) >= limit or (texts and limit <= _SAMPLE_TEXTS and _is_remote(shard)):
+            if len(texts) >= limit or (texts and limit <= _SAMPLE_TEXTS and is_away(shard)):
                 break
             try:
                 found = notes(self.fetcher.local(shard), name, self.classes)
@@ -171,7 +171,7 @@ def shard_source(
         samples = tuple(entry.samples for entry in entries)
         pairs = sum(entry.pairs for entry in entries) if captions == "all" and not prompted else sum(samples)
         source = replace(source, samples=samples, size=pairs)
-    elif not any(map(_is_remote, paths)) and _bytes(paths) < COUNTED_AT_ONCE:
+    elif not any(map(is_away, paths)) and _bytes(paths) < COUNTED_AT_ONCE:
         samples, pairs = _count(source)
         source = replace(source, samples=samples, size=pairs)
     if source.size == 0:
@@ -192,7 +192,7 @@ def count_pairs(source: Source) -> int:
 def _pairs(source: Source) -> int:
     if source.size is not None or not isinstance(source, ShardSource):
         return source.size
-    if any(map(_is_remote, source.shards)):
+    if any(map(is_away, source.shards)):
         raise InputError(f"--epochs: nobody has counted the pairs of {source.where}; give --steps instead")
     return _count(source)[1]
 
@@ -216,7 +216,3 @@ def _count(source: ShardSource) -> tuple[tuple[int, ...], int]:
 
 def _bytes(paths: tuple[str, ...]) -> int:
     return sum(os.path.getsize(path.removeprefix("file://")) for path in paths)
-
-
-def _is_remote(shard: str) -> bool:
-    return shard.startswith(PIPE) or is_url(shard)
