@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lib.collectives import gather_rows, rank_and_world_size, sum_over_ranks
 from lib.losses import Loss, LossShare, Pairs
+from lib.shared_texts import Inputs, share_texts
 
 Recompute = Literal["all", "head", "none"]
 """What of a tower runs again in pass 2: all of it, only its head (frozen trunk), or nothing (frozen tower)."""
@@ -25,14 +26,13 @@ class TowerChunk(Protocol):
     """One tower forward's worth of pairs (see lib.data.Chunk): group and sample_id (C,), and what the forward takes.
 
     `inputs` names pixel_values, or image_pooled where the image trunk is frozen and its output stored; and input_ids
-    with attention_mask, or text_pooled.
+    with attention_mask, or text_pooled. Pairs of one `text_id` (C,) have the same text.
     """
 
-    inputs: dict[str, Tensor]
+    inputs: Inputs
     group: Tensor
     sample_id: Tensor
-
-    def to(self, device: torch.device) -> "TowerChunk": ...
+    text_id: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -59,25 +59,28 @@ def cached_step(
     keep_graphs: int = 0,
     image_recompute: Recompute = "all",
     text_recompute: Recompute = "all",
+    share: bool = False,
 ) -> StepResult:
     """Accumulate on the parameters of `towers` the gradient of `loss` over the N pairs of all ranks.
 
     `towers` is the (possibly DDP-wrapped) TwoTowers; `chunks` are this rank's, as many on every rank. `no_sync`
     suspends the reduction across ranks: only the last backward runs outside it, so there is one reduction per step.
-    The graphs of the first `keep_graphs` chunks are kept from pass 1 instead of being recomputed.
+    The graphs of the first `keep_graphs` chunks are kept from pass 1 instead of being recomputed. With `share` every
+    distinct text of this rank is encoded once, which is exact while the text tower draws nothing at random.
     """
     keep_graphs = min(keep_graphs, len(chunks))
     all_kept = keep_graphs == len(chunks)
     passes: list[_ChunkPass] = []
-    for index, chunk in enumerate(chunks):
+    inputs, text_row = share_texts(chunks) if share else ([chunk.inputs for chunk in chunks], None)
+    for index, of_chunk in enumerate(inputs):
         kept = index < keep_graphs
         # DDP decides in forward whether its backward will reduce: a kept graph reduces only if no other follows.
         last = all_kept and index == len(chunks) - 1
         with nullcontext() if last else no_sync(), nullcontext() if kept else torch.no_grad():
-            passes.append(_embed(towers, chunk, device, kept, image_recompute, text_recompute))
+            passes.append(_embed(towers, of_chunk, device, kept, image_recompute, text_recompute))
 
     statistics = _batch_norm_statistics(towers)
-    fresh, gradients = _loss_over_all_ranks(passes, loss, remembered)
+    fresh, gradients = _loss_over_all_ranks(passes, chunks, text_row, loss, remembered)
     surrogate = _Surrogate(passes, gradients)
 
     difference = torch.zeros((), device=device)
@@ -98,9 +101,9 @@ def cached_step(
 
 @dataclass
 class _ChunkPass:
-    """A chunk, what pass 1 made of it, and the random state that it started from."""
+    """A chunk's inputs, what pass 1 made of them, and the random state that it started from."""
 
-    chunk: TowerChunk
+    inputs: Inputs
     output: object
     random_state: "RandomState"
     image_pooled: Tensor | None
@@ -109,11 +112,11 @@ class _ChunkPass:
     def again(self, towers: nn.Module, device, image: Recompute, text: Recompute):
         """Pass 2: what has to run again, with the random state of pass 1, so that dropout draws the same masks."""
         self.random_state.restore()
-        inputs = self.chunk.to(device).inputs
+        inputs = _on(device, self.inputs)
         return towers(
             pixel_values=inputs["pixel_values"] if image == "all" else None,
-            input_ids=inputs["input_ids"] if text == "all" else None,
-            attention_mask=inputs["attention_mask"] if text == "all" else None,
+            input_ids=inputs.get("input_ids") if text == "all" else None,
+            attention_mask=inputs.get("attention_mask") if text == "all" else None,
             image_pooled=self.image_pooled if image == "head" else None,
             text_pooled=self.text_pooled if text == "head" else None,
         )
@@ -131,26 +134,41 @@ class _ChunkPass:
         return torch.stack(distances).max() if distances else torch.zeros((), device=self.output.logit_scale.device)
 
 
-def _embed(towers, chunk, device, kept: bool, image: Recompute, text: Recompute) -> _ChunkPass:
+def _on(device: torch.device, inputs: Inputs) -> Inputs:
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in inputs.items()}
+
+
+def _embed(towers, inputs: Inputs, device, kept: bool, image: Recompute, text: Recompute) -> _ChunkPass:
     """Pass 1 of one chunk; a graph is kept where gradients are enabled."""
     random_state = RandomState.capture(device)
-    output = towers(**chunk.to(device).inputs)
+    output = towers(**_on(device, inputs))
     image_pooled = output.image_pooled if image == "head" and not kept else None
     text_pooled = output.text_pooled if text == "head" and not kept else None
     output = output._replace(image_pooled=None, text_pooled=None)  # held only where pass 2 starts from them
-    return _ChunkPass(chunk, output, random_state, image_pooled, text_pooled)
+    return _ChunkPass(inputs, output, random_state, image_pooled, text_pooled)
 
 
 @torch.no_grad()
-def _loss_over_all_ranks(passes: Sequence[_ChunkPass], loss: Loss, remembered: Pairs | None) -> tuple[Pairs, LossShare]:
-    """Gather all embeddings, and return them with the loss and the gradients for this rank's rows."""
+def _loss_over_all_ranks(
+    passes: Sequence[_ChunkPass],
+    chunks: Sequence[TowerChunk],
+    text_row: Tensor | None,
+    loss: Loss,
+    remembered: Pairs | None,
+) -> tuple[Pairs, LossShare]:
+    """Gather all embeddings, and return them with the loss and the gradients for what this rank embedded.
+
+    text_row: (B,), which of the embedded texts each pair has; None: its own.
+    """
     first = passes[0].output
     device = first.logit_scale.device
+    texts = torch.cat([p.output.text_embeds.detach() for p in passes if p.output.text_embeds is not None])
+    text_row = None if text_row is None else text_row.to(device)
     fresh = Pairs(
         gather_rows(torch.cat([p.output.image_embeds.detach() for p in passes])),
-        gather_rows(torch.cat([p.output.text_embeds.detach() for p in passes])),
-        gather_rows(torch.cat([p.chunk.group for p in passes]).to(device)),
-        gather_rows(torch.cat([p.chunk.sample_id for p in passes]).to(device)),
+        gather_rows(texts if text_row is None else texts[text_row]),
+        gather_rows(torch.cat([chunk.group for chunk in chunks]).to(device)),
+        gather_rows(torch.cat([chunk.sample_id for chunk in chunks]).to(device)),
     )
     rank, world_size = rank_and_world_size()
     per_rank = len(fresh) // world_size
@@ -158,6 +176,8 @@ def _loss_over_all_ranks(passes: Sequence[_ChunkPass], loss: Loss, remembered: P
     share = loss(fresh, remembered, first.logit_scale.detach(), first.logit_bias.detach(), rows)
     total, d_scale, d_bias = sum_over_ranks(torch.stack([share.loss, share.logit_scale, share.logit_bias]))
     d_texts = sum_over_ranks(share.text_embeds)[rows]
+    if text_row is not None:
+        d_texts = torch.zeros_like(texts).index_add_(0, text_row, d_texts.to(texts.dtype))
     return fresh, LossShare(total, share.image_embeds, d_texts, d_scale, d_bias)
 
 
@@ -169,9 +189,9 @@ class _Surrogate:
     """
 
     def __init__(self, passes: Sequence[_ChunkPass], gradients: LossShare) -> None:
-        sizes = [len(p.chunk.group) for p in passes]
-        self.image_gradients = gradients.image_embeds.split(sizes)
-        self.text_gradients = gradients.text_embeds.split(sizes)
+        self.image_gradients = gradients.image_embeds.split([len(p.output.image_embeds) for p in passes])
+        texts = (p.output.text_embeds for p in passes)  # none in a chunk whose texts are elsewhere
+        self.text_gradients = gradients.text_embeds.split([0 if embeds is None else len(embeds) for embeds in texts])
         self.d_scale, self.d_bias = gradients.logit_scale, gradients.logit_bias
         self.world_size = rank_and_world_size()[1]
 

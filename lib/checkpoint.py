@@ -1,8 +1,9 @@
 """Checkpoints: written whole or not at all, found again, resumed from exactly, pruned.
 
 A folder step_000100/ holds the model as `TwoTowers.from_pretrained` and `Processing.from_pretrained` load it, the
-optimizer and schedule, one file per rank (random states, data position), the memory, and checkpoint.json, which
-names every other file with its size: a folder without it, or with a file of another size, is not a checkpoint.
+weights as they train where these are others (adapters, or an average is the model), their average, the optimizer and
+schedule, one file per rank (random states, data position), the memory, and checkpoint.json, which names every other
+file with its size: a folder without it, or with a file of another size, is not a checkpoint.
 """
 
 import json
@@ -10,7 +11,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -32,11 +33,15 @@ class TrainingState:
     progress: dict
     """JSON values: step, world_size, workers, chunk_size, ..."""
     optimizer: dict
-    """State dicts of optimizer, schedule and (fp16) gradient scaler; the same on every rank."""
+    """The optimizer's moments by parameter, the updates done, the (fp16) gradient scaler; the same on every rank."""
     rank: dict
     """This rank's random states and data position."""
-    memory: dict[str, torch.Tensor]
+    memory: dict[str, torch.Tensor] = field(default_factory=dict)
     """The memory bank's tensors; empty without one."""
+    weights: dict[str, torch.Tensor] = field(default_factory=dict)
+    """The towers' own state dict, where the folder's model is another; else empty."""
+    average: dict[str, torch.Tensor] = field(default_factory=dict)
+    """The state dict of the weights' moving average; empty without one."""
     data_of_all_ranks: Callable[[], list[dict]] = list
     """Of a checkpoint: reads every rank's data position, which streams of another layout go on from."""
 
@@ -45,13 +50,17 @@ def save_checkpoint(
     root: Path,
     step: int,
     towers: TwoTowers,
+    model: dict[str, torch.Tensor],
     processing: Processing,
     state: TrainingState,
     *,
     rank: int,
     barrier: Callable[[], None],
 ) -> Path:
-    """Write root/step_000100 through a temporary folder and a rename; all ranks call it, and all wait for it."""
+    """Write root/step_000100 through a temporary folder and a rename; all ranks call it, and all wait for it.
+
+    model: the weights that the folder's model has.
+    """
     final, unfinished = root / f"step_{step:06d}", root / f".unfinished_step_{step:06d}"
     if rank == 0:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -59,11 +68,13 @@ def save_checkpoint(
     barrier()
     torch.save(state.rank, unfinished / _rank_file(rank))
     if rank == 0:
-        towers.save_pretrained(unfinished)
+        towers.save_pretrained(unfinished, model)
         processing.save_pretrained(unfinished)
         torch.save(state.optimizer, unfinished / "optimizer.pt")
-        if state.memory:
-            save_file(state.memory, unfinished / "memory.safetensors")
+        for name, tensors in (("memory", state.memory), ("weights", state.weights), ("average", state.average)):
+            if tensors:
+                whole = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+                save_file(whole, unfinished / f"{name}.safetensors")
     barrier()
     if rank == 0:
         _seal(unfinished, state.progress)
@@ -82,7 +93,6 @@ def load_state(folder: Path, rank: int, world_size: int) -> TrainingState:
     what all ranks had counted.
     """
     progress = json.loads((folder / MANIFEST).read_text())["progress"]
-    memory = folder / "memory.safetensors"
     saved = progress["world_size"]
     if saved == world_size:
         own = _load(folder / _rank_file(rank))
@@ -94,7 +104,9 @@ def load_state(folder: Path, rank: int, world_size: int) -> TrainingState:
         progress=progress,
         optimizer=_load(folder / "optimizer.pt"),
         rank=own,
-        memory=load_file(memory) if memory.exists() else {},
+        memory=_tensors(folder / "memory.safetensors"),
+        weights=_tensors(folder / "weights.safetensors"),
+        average=_tensors(folder / "average.safetensors"),
         data_of_all_ranks=partial(_data_of_ranks, folder, saved),
     )
 
@@ -162,6 +174,10 @@ def prune(root: Path, keep: int) -> None:
 
 def _data_of_ranks(folder: Path, world_size: int) -> list[dict]:
     return [_load(folder / _rank_file(number))["data"] for number in range(world_size)]
+
+
+def _tensors(file: Path) -> dict[str, torch.Tensor]:
+    return load_file(file) if file.exists() else {}
 
 
 def _load(file: Path) -> dict:

@@ -69,13 +69,16 @@ class TrainConfig:
 
     # Model
     model: str = "tiny"
-    """A CLIP or SigLIP model: preset `tiny`, a local folder, or a hub id."""
+    """A CLIP, SigLIP, SigLIP 2, ChineseCLIP or AltCLIP model: preset `tiny`, a local folder, or a hub id."""
     image_tower: str | None = None
-    """A transformers vision encoder (folder or hub id); with --text-tower it replaces --model."""
+    """A transformers vision encoder (folder or hub id), or torchvision:NAME or timm:NAME (NAME:random: no pretrained
+    weights), or CLIP#image, the half of a dual encoder with its projection. With --text-tower it replaces --model."""
     text_tower: str | None = None
-    """A transformers text encoder (folder or hub id)."""
-    projection: Literal["linear", "mlp"] = "linear"
-    """Heads of a composed pair of towers; mlp: two layers with GELU."""
+    """A transformers text encoder (folder or hub id), or CLIP#text, that half with its projection."""
+    projection: Literal["none", "linear", "mlp"] = "linear"
+    """Heads of a composed pair of towers; mlp: two layers with GELU, none: an encoder's output is the embedding."""
+    text_projection: Literal["same", "none", "linear", "mlp"] = "same"
+    """The text tower's head, where it differs from --projection."""
     projection_dim: int = 512
     """Embedding dimension of a composed pair."""
     projection_hidden: int = 1024
@@ -85,7 +88,17 @@ class TrainConfig:
     dropout: float = 0.0
     """Dropout in the towers of a preset."""
     freeze: tuple[str, ...] = ()
-    """Parts that do not train: image, text, image.trunk, image.head, text.trunk, text.head, scale, bias."""
+    """What does not train: image, text, image.trunk, image.head, text.trunk, text.head, scale, bias; image.last:N or
+    text.last:N, a trunk's last N blocks; or re:PATTERN over the names of parameters."""
+    unfreeze: tuple[str, ...] = ()
+    """What of --freeze trains after all, named alike: --freeze image.trunk --unfreeze image.last:1."""
+    lora: int = 0
+    """Rank of low-rank adapters, which train in the place of the trunks' own weights in every attention layer that
+    --freeze leaves; merged into the exported model. 0: none."""
+    lora_alpha: float | None = None
+    """Adapters' outputs are multiplied by this over the rank; default: twice the rank."""
+    lora_dropout: float = 0.0
+    """Dropout before the adapters."""
     scale_max: float = 0.0
     """Largest logit scale; the parameter is clamped after each step. 0: no limit."""
 
@@ -96,6 +109,9 @@ class TrainConfig:
     """C: pairs per tower forward on one rank; sets the activation memory. auto: measured."""
     keep_graphs: int | Literal["auto"] = 0
     """Chunks whose graph is kept instead of recomputed: faster, more memory. auto: as many as fit."""
+    shared_texts: Literal["auto", "off"] = "auto"
+    """Encode each distinct text of a step once, as with class prompts; auto: where nothing in the text tower is drawn
+    at random (dropout), so that it is exact."""
     xbm_size: int = 4096
     """Q: remembered pairs of past steps, extra negatives for every anchor."""
     xbm_start: int | Literal["auto"] = "auto"
@@ -106,8 +122,8 @@ class TrainConfig:
     """Remembered pairs of the anchor's group: positives, or left out (with --positives group)."""
     label_smoothing: float = 0.0
     """InfoNCE only: target mass spread over all candidates."""
-    pos_weight: float = 1.0
-    """Sigmoid loss only: weight of the positives' terms."""
+    pos_weight: float | Literal["balanced"] = 1.0
+    """Sigmoid loss only: weight of the positives' terms; balanced: as many times as there are negatives for each."""
     verify_gradients: bool = False
     """At start, compare the cached step with plain autograd on a small batch, and stop if they differ."""
 
@@ -116,20 +132,33 @@ class TrainConfig:
     """Passes over the data, unless --steps is given."""
     steps: int | None = None
     """Optimizer steps; overrides --epochs."""
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    """AdamW, or plain SGD."""
+    optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
+    """AdamW, Adam (weight decay is a part of the gradient), or plain SGD."""
     lr: float = 1e-3
     """Peak learning rate. The default suits training from scratch; about 1e-5 fine-tunes a pretrained model."""
+    image_lr: float | None = None
+    """Peak learning rate of the image trunk; default: --lr."""
+    text_lr: float | None = None
+    """Peak learning rate of the text trunk; default: --lr."""
+    head_lr: float | None = None
+    """Peak learning rate of both heads; default: --lr."""
+    layer_decay: float = 1.0
+    """Factor on a trunk's learning rate from each block to the one below; the last block has it once, the embeddings
+    most often. 1: none."""
     weight_decay: float = 0.1
     """Decay of matrices; norms, biases, scale and bias have none."""
     beta2: float = 0.98
-    """AdamW's second-moment decay."""
+    """Second-moment decay of AdamW and Adam."""
     warmup_steps: int | Literal["auto"] = "auto"
     """Steps of linear warm-up; auto: a tenth of all steps."""
     schedule: Literal["cosine", "constant", "linear"] = "cosine"
     """Learning rate after warm-up."""
     grad_clip: float = 1.0
     """Largest gradient norm; 0: no clipping."""
+    ema: float = 0.0
+    """Keep a moving average of the weights with this decay, such as 0.999. 0: none."""
+    eval_ema: bool = False
+    """Evaluate, choose the best of, and export the averaged weights instead of those of the last step."""
     seed: int = 0
     """Seed of weights, order, augmentation and dropout."""
 
@@ -138,6 +167,12 @@ class TrainConfig:
     """Folder of the run; default: the next free runs/clip, runs/siglip, runs/siglip-2, ..."""
     resume: str = "none"
     """auto: go on from the newest whole checkpoint of --output-dir, if there is one; none; or a checkpoint folder."""
+    gradient_checkpointing: bool = False
+    """Keep the inputs of each block only and run it again in the backward pass: larger chunks fit, slower steps."""
+    compile: bool = False
+    """Compile the trunks with torch.compile: the first steps take longer, the others less."""
+    compile_backend: Literal["inductor", "aot_eager"] = "inductor"
+    """inductor generates code (on a CPU it needs a C++ compiler); aot_eager only traces, to find faults."""
     save_every: int = 100
     """Steps between checkpoints (one is also written at the end)."""
     keep_checkpoints: int = 2
@@ -162,7 +197,7 @@ class TrainConfig:
             if not 0 <= getattr(self, name) <= 1:
                 found.append(f"{flag(name)} {getattr(self, name)} must be a fraction between 0 and 1")
         for name in _POSITIVE:
-            if not getattr(self, name) > 0:
+            if getattr(self, name) not in (None, "balanced") and not getattr(self, name) > 0:
                 found.append(f"{flag(name)} {getattr(self, name)} must be greater than 0")
         if self.effective_batch >= 1 and self.effective_batch % world_size:
             nearest = max(1, round(self.effective_batch / world_size)) * world_size
@@ -176,7 +211,7 @@ class TrainConfig:
             found.append(f"--beta2 {self.beta2} must be below 1, and --epochs {self.epochs} finite")
         if self.image_tower and self.model != _default("model"):
             found.append(f"--model {self.model} and --image-tower {self.image_tower} exclude each other; give one")
-        for name in ("projection", "projection_dim", "projection_hidden", "projection_dropout"):
+        for name in ("projection", "text_projection", "projection_dim", "projection_hidden", "projection_dropout"):
             if not self.image_tower and getattr(self, name) != _default(name):
                 found.append(
                     f"{flag(name)} {getattr(self, name)} shapes heads of --image-tower and --text-tower; give them"
@@ -189,8 +224,23 @@ class TrainConfig:
             found.append(
                 f"--cache-image and --augment {self.augment} exclude each other: it makes new images every time"
             )
+        found += self._problems_of_what_trains()
         if self.resume == "auto" and self.output_dir is None:
             found.append("--resume auto needs the --output-dir whose run should go on")
+        return found
+
+    def _problems_of_what_trains(self) -> list[str]:
+        found = []
+        if self.unfreeze and not self.freeze:
+            found.append(f"--unfreeze {' '.join(self.unfreeze)} needs --freeze: without it, everything trains")
+        if not self.lora and (self.lora_alpha is not None or self.lora_dropout):
+            found.append("--lora-alpha and --lora-dropout shape adapters; give their rank with --lora")
+        if self.eval_ema and not self.ema:
+            found.append("--eval-ema needs --ema, such as --ema 0.999")
+        if self.ema == 1 or self.lora_dropout == 1:
+            found.append(f"--ema {self.ema} and --lora-dropout {self.lora_dropout} must be below 1")
+        if self.compile_backend != _default("compile_backend") and not self.compile:
+            found.append(f"--compile-backend {self.compile_backend} has no meaning without --compile; add it")
         return found
 
 
@@ -205,10 +255,12 @@ _AT_LEAST_ONE = (
 )
 _NOT_NEGATIVE = (
     "keep_graphs", "xbm_size", "xbm_start", "weight_decay", "warmup_steps", "grad_clip", "seed",
-    "save_every", "keep_checkpoints", "eval_every", "workers", "scale_max", "shard_cache_gib",
+    "save_every", "keep_checkpoints", "eval_every", "workers", "scale_max", "shard_cache_gib", "lora",
 )  # fmt: skip
-_FRACTIONS = ("max_bad", "label_smoothing", "projection_dropout", "dropout", "beta2")
-_POSITIVE = ("epochs", "lr", "pos_weight")
+_FRACTIONS = (
+    "max_bad", "label_smoothing", "projection_dropout", "dropout", "beta2", "lora_dropout", "layer_decay", "ema",
+)  # fmt: skip
+_POSITIVE = ("epochs", "lr", "pos_weight", "image_lr", "text_lr", "head_lr", "layer_decay", "lora_alpha")
 
 
 def _default(name: str) -> object:

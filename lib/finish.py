@@ -1,11 +1,14 @@
 """The end of a run: curve, summary, and the checked export of its best model."""
 
-import torch
+import copy
 
 from lib import backend
 from lib.collectives import gather_objects
-from lib.data import Chunk, IndexedSource
-from lib.export import export
+from lib.data import IndexedSource
+from lib.export import export, noise_and_texts
+from lib.export.card import model_card
+from lib.export.formats import HUGGING_FACE
+from lib.lora import merge
 from lib.narration import all_counts
 from lib.report import Reporter
 from lib.run import Run
@@ -41,20 +44,14 @@ def _export(run: Run, report: Reporter) -> float:
     """Write the best model (the last one without evaluations) in the Hugging Face layout, and check it."""
     # Accelerate's mixed precision is an instance's own `forward`; the check compares with a plain float32 model.
     vars(run.towers).pop("forward", None)
-    towers = run.towers
     best = run.checkpoints / "best"
     if run.best and best.exists():
         towers = TwoTowers.from_pretrained(best)
-    folder = run.folder / "export"
-    difference = export(towers.cpu().eval(), run.processing, folder, _export_sample(run))
+    else:
+        towers = copy.deepcopy(run.evaluated.cpu())  # which leaves torch.compile behind
+        merge(towers)
+    folder, at = run.folder / "export", run.best.get("step", run.steps)
+    card = model_card(run.folder, at, towers, run.processing, HUGGING_FACE, folder.name)
+    difference = export(towers.cpu().eval(), run.processing, folder, noise_and_texts(run.processing), card=card)
     report.say(f"exported to {folder}: largest logit difference {difference:.1e}")
     return difference
-
-
-def _export_sample(run: Run) -> Chunk:
-    """Noise as images, and texts of the data: enough to tell one model from another."""
-    texts = (run.source.sample_texts(8) or ["a text"])[:8]
-    side, count = run.processing.image_size, len(texts)
-    generator = torch.Generator().manual_seed(run.config.seed)
-    pixels = torch.randint(256, (count, 3, side, side), generator=generator, dtype=torch.uint8)
-    return Chunk(pixels, *run.processing.tokenize(texts), torch.arange(count), torch.arange(count))

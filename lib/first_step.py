@@ -35,12 +35,12 @@ def _start_bias(run: Run, chunks: list[Chunk]) -> float:
     if run.config.positives == "pair":
         group = torch.arange(len(group), device=device)
     if not run.pretrained:
-        return bias_from_counts(group, run.config.xbm_size)
+        return bias_from_counts(group, run.config.xbm_size, run.config.pos_weight)
     first = chunks[0].to(device)
     output = run.wrapped(**first.inputs)
     images, texts = gather_rows(output.image_embeds), gather_rows(output.text_embeds)
     own = gather_rows(first.group) if run.config.positives == "group" else torch.arange(len(images), device=device)
-    return solved_bias(Pairs(images, texts, own, own), output.logit_scale)
+    return solved_bias(Pairs(images, texts, own, own), output.logit_scale, run.config.pos_weight)
 
 
 def _verify(run: Run, objective: Objective, chunks: list[Chunk], report: Reporter) -> None:

@@ -9,13 +9,13 @@ import math
 import torch
 from torch import Tensor
 
-from lib.losses import Pairs, sigmoid
+from lib.losses import Pairs, PosWeight, balanced_weight, sigmoid
 
 SOLVED_ON = 2048  # pairs that the solved bias is taken from: more would not move it
 
 
-def bias_from_counts(group: Tensor, remembered: int) -> float:
-    """-ln(negatives per positive) for N fresh pairs of these groups and Q remembered ones of the same kind.
+def bias_from_counts(group: Tensor, remembered: int, pos_weight: PosWeight = 1.0) -> float:
+    """-ln(negatives per weighted positive) for N fresh pairs of these groups and Q remembered ones of the same kind.
 
     group: (N,) int64. Every row meets N fresh texts, Q remembered texts, and with its text Q remembered images.
     """
@@ -25,10 +25,11 @@ def bias_from_counts(group: Tensor, remembered: int) -> float:
     share = ((counts * (counts - 1)).sum() / (size * others)).item()  # of other pairs that are positives
     met = size - 1 + 2 * remembered
     positives = 1 + met * share
-    return -math.log(max(met + 1 - positives, 1.0) / positives)
+    weight = balanced_weight(group) if pos_weight == "balanced" else pos_weight
+    return -math.log(max(met + 1 - positives, 1.0) / (positives * weight))
 
 
-def solved_bias(pairs: Pairs, logit_scale: Tensor) -> float:
+def solved_bias(pairs: Pairs, logit_scale: Tensor, pos_weight: PosWeight = 1.0) -> float:
     """The bias at which the sigmoid loss of these pairs is least, at this scale: a softmax-trained model's start."""
     rows = slice(0, min(len(pairs), SOLVED_ON))
     some = Pairs(pairs.image_embeds[rows], pairs.text_embeds[rows], pairs.group[rows], pairs.sample_id[rows])
@@ -36,7 +37,7 @@ def solved_bias(pairs: Pairs, logit_scale: Tensor) -> float:
     for _ in range(40):  # the loss is convex in the bias: halve the bracket of its derivative's zero
         middle = (low + high) / 2
         bias = torch.tensor(middle, device=logit_scale.device)
-        if sigmoid(some, None, logit_scale, bias, rows).logit_bias > 0:
+        if sigmoid(some, None, logit_scale, bias, rows, pos_weight=pos_weight).logit_bias > 0:
             high = middle
         else:
             low = middle

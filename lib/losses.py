@@ -17,6 +17,8 @@ from torch import Tensor
 TILE = 1024  # rows and columns of a block of logits: 4 MiB in float32, about what a core's cache holds
 
 RememberedPositives = Literal["use", "ignore"]
+PosWeight = float | Literal["balanced"]
+"""A number, or as many times as there are negatives for each positive among the fresh pairs."""
 
 
 @dataclass(frozen=True)
@@ -63,17 +65,20 @@ def sigmoid(
     logit_bias: Tensor,
     rows: slice,
     *,
-    pos_weight: float = 1.0,
+    pos_weight: PosWeight = 1.0,
     remembered_positives: RememberedPositives = "use",
 ) -> LossShare:
     """Pairwise sigmoid loss: softplus(-z S) summed over all pairs and divided by N, z = +1 inside a group, else -1.
 
     S = logit_scale * <image, text> + logit_bias. Every row's image meets all fresh and remembered texts, every row's
     text meets all remembered images. A remembered copy of the same sample is left out; `pos_weight` multiplies the
-    positives' terms; with `remembered_positives="ignore"` remembered rows of the anchor's group are left out too.
+    positives' terms ("balanced": fresh positives and fresh negatives weigh the same); with
+    `remembered_positives="ignore"` remembered rows of the anchor's group are left out too.
     Source: Zhai et al., Sigmoid Loss for Language Image Pre-Training, 2023.
     """
     block = _Block(fresh, remembered, logit_scale, logit_bias, rows, remembered_positives)
+    if pos_weight == "balanced":
+        pos_weight = balanced_weight(fresh.group)
 
     def gradient(positive: Tensor, kept: Tensor | None, logits: Tensor) -> tuple[Tensor, Tensor]:
         losses = F.softplus(logits) - logits * positive  # softplus(-S) = softplus(S) - S
@@ -280,6 +285,12 @@ class _Block:
             scaled = anchors[r] * self.scale
             for c in _slices(len(others)):
                 yield r, c, torch.addmm(self.bias, scaled, others[c].T)
+
+
+def balanced_weight(group: Tensor) -> float:
+    """Negatives for each positive among all pairs of N images and N texts with these groups (N,); 1 without any."""
+    positives = int(_count_equal(group, group).sum())
+    return (len(group) ** 2 - positives) / positives or 1.0
 
 
 def _slices(length: int) -> Iterator[slice]:

@@ -12,19 +12,21 @@ from lib.losses import Pairs
 from lib.plan import oversize_warning
 from lib.report import Reporter
 from lib.run import Run, Update
+from lib.trainable import trained_share
+from lib.trunk_options import keeping_activations
 from lib.xbm import Drift
 
 
 def announce(run: Run, report: Reporter) -> None:
     """The start-up plan, and the settings as a file."""
     config, towers = run.config, run.towers
-    total = sum(p.numel() for p in towers.parameters())
-    trained = sum(p.numel() for p in towers.parameters() if p.requires_grad)
+    trained, total = trained_share(towers)
     texts = "" if run.source.distinct_texts is None else f", {run.source.distinct_texts:,} distinct texts"
     name = f"{config.image_tower} and {config.text_tower}" if config.image_tower else config.model
     report.say(
         f"model      {name}: {total:,} parameters, {trained:,} train; {towers.embed_dim} dimensions, "
         f"{towers.image_size} px",
+        *_rate_lines(run),
         f"data       {run.source.description}{texts}",
         *_stored_lines(run.prepare),
         *run.plan.lines(),
@@ -34,8 +36,12 @@ def announce(run: Run, report: Reporter) -> None:
     for warning in (
         oversize_warning(config.effective_batch, config.xbm_size, run.source.size),
         f"--lr {config.lr:g} is high for pretrained weights; 1e-5 is usual"
-        if run.pretrained and config.lr > 2e-4
+        if run.pretrained and config.lr > 2e-4 and not config.lora
         else None,
+        *(
+            f"--gradient-checkpointing: the {tower} tower does not offer it and keeps its activations"
+            for tower in (keeping_activations(towers) if config.gradient_checkpointing else ())
+        ),
         "no validation data: --val-data measures while training" if config.eval_every and not run.validation else None,
         f"left out: {counted(reason for _, reason in run.source.skipped)}" if run.source.skipped else None,
         f"left out of the validation data: {counted(reason for _, reason in run.validation.skipped)}"
@@ -53,6 +59,14 @@ def announce(run: Run, report: Reporter) -> None:
         run.accelerator.project_configuration.logging_dir = str(run.folder)
         flat = {n: v for n, v in dataclasses.asdict(config).items() if isinstance(v, int | float | str)}
         run.accelerator.init_trackers("image-text", config=flat)
+
+
+def _rate_lines(run: Run) -> list[str]:
+    """The peak rates, where parts have their own."""
+    rates = [group["initial_lr"] for group in run.optimizer.param_groups]
+    if min(rates) == max(rates):
+        return []
+    return [f"rates      {len(set(rates))} peak learning rates, {min(rates):.3g} to {max(rates):.3g}"]
 
 
 def _stored_lines(prepare: Prepare) -> list[str]:

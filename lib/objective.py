@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lib.losses import Loss
+from lib.losses import Loss, PosWeight, balanced_weight
 
 DenseLoss = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 """(image_embeds (N, D), text_embeds (N, D), group (N,), logit_scale, logit_bias) -> (), differentiable."""
@@ -30,11 +30,13 @@ def dense_sigmoid(
     logit_scale: Tensor,
     logit_bias: Tensor,
     *,
-    pos_weight: float = 1.0,
+    pos_weight: PosWeight = 1.0,
 ) -> Tensor:
     """The pairwise sigmoid loss with all N x N logits at once."""
     logits = logit_scale * image_embeds @ text_embeds.T + logit_bias
     positive = group[:, None] == group
+    if pos_weight == "balanced":
+        pos_weight = balanced_weight(group)
     losses = torch.where(positive, -pos_weight * F.logsigmoid(logits), -F.logsigmoid(-logits))
     return losses.sum() / len(group)
 

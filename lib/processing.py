@@ -3,52 +3,45 @@
 import json
 import re
 import string
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor
 from transformers import (
+    AltCLIPProcessor,
     AutoConfig,
-    AutoImageProcessor,
     AutoTokenizer,
+    ChineseCLIPProcessor,
     CLIPImageProcessor,
     CLIPProcessor,
     PretrainedConfig,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
+    Siglip2ImageProcessor,
+    Siglip2Processor,
     SiglipImageProcessor,
     SiglipProcessor,
 )
 
 from lib.errors import InputError
+from lib.image_form import DEFAULT_FORMS, ImageForm, Resize, model_image_form, read_image_form
 
-Resize = Literal["crop", "squash", "pad"]
-
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-SIGLIP_MEAN = SIGLIP_STD = (0.5, 0.5, 0.5)
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+ModelType = Literal["clip", "chinese_clip", "altclip", "siglip", "siglip2", "two_towers"]
 
 # Captions and prompts are short: an encoder that could read 512 tokens or more is not given that many.
 MAX_TEXT_LENGTH = 128
 
-
-@dataclass(frozen=True)
-class ImageForm:
-    """The size, normalization and way of resizing that an image encoder was made for."""
-
-    size: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    resize: Resize
-
-
-DEFAULT_FORMS = {
-    "clip": ImageForm(224, CLIP_MEAN, CLIP_STD, "crop"),
-    "siglip": ImageForm(224, SIGLIP_MEAN, SIGLIP_STD, "squash"),
-    "two_towers": ImageForm(224, IMAGENET_MEAN, IMAGENET_STD, "crop"),
+PROCESSORS = {
+    "clip": CLIPProcessor,
+    "chinese_clip": ChineseCLIPProcessor,
+    "altclip": AltCLIPProcessor,
+    "siglip": SiglipProcessor,
+    "siglip2": Siglip2Processor,
 }
+# Their position embeddings begin behind the padding token's number.
+OFFSET_POSITIONS = ("altclip_text_model", "camembert", "mpnet", "roberta", "xlm-roberta")
 
 
 @dataclass(frozen=True)
@@ -59,7 +52,8 @@ class Processing:
         or to max_length.
     canonical: SigLIP's text form, lower-case without punctuation (Zhai et al. 2023, arXiv:2303.15343).
     image_mean, image_std: of pixels in [0, 1], one number a channel.
-    model_type: "clip", "siglip" or "two_towers", which decides on the files that `save_pretrained` writes.
+    model_type: decides on the files that `save_pretrained` writes.
+    patch_size: side of a patch, for a model that takes images in patches (SigLIP 2 of any resolution), else None.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -70,7 +64,8 @@ class Processing:
     image_mean: tuple[float, ...]
     image_std: tuple[float, ...]
     resize: Resize
-    model_type: Literal["clip", "siglip", "two_towers"] = "two_towers"
+    model_type: ModelType = "two_towers"
+    patch_size: int | None = None
 
     def tokenize(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         """Returns input_ids and attention_mask, both (C, L) int64."""
@@ -98,10 +93,16 @@ class Processing:
     def _text_form(self) -> tuple:
         return self.max_length, self.padding, self.canonical, self.tokenizer.pad_token_id
 
-    def image_processor(self) -> CLIPImageProcessor | SiglipImageProcessor:
-        """The transformers image processor that does to a PIL image what our own pipeline does."""
+    def image_processor(self) -> CLIPImageProcessor | SiglipImageProcessor | Siglip2ImageProcessor:
+        """The transformers image processor that does to a PIL image what our own pipeline does.
+
+        SigLIP 2's own keeps an image's proportions; it does the same to square ones alone.
+        """
         square = {"height": self.image_size, "width": self.image_size}
         normalization = {"image_mean": list(self.image_mean), "image_std": list(self.image_std)}
+        if self.patch_size:
+            patches = (self.image_size // self.patch_size) ** 2
+            return Siglip2ImageProcessor(patch_size=self.patch_size, max_num_patches=patches, **normalization)
         if self.resize == "squash":
             return SiglipImageProcessor(size=square, **normalization)
         if self.resize == "crop":
@@ -111,31 +112,32 @@ class Processing:
         return CLIPImageProcessor(size=size, crop_size=square, **normalization)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write tokenizer and image processor; a CLIP or SigLIP folder then loads with `AutoProcessor`."""
+        """Write tokenizer and image processor; a CLIP-like or SigLIP folder then loads with `AutoProcessor`."""
         if self.model_type == "two_towers":
             self.tokenizer.save_pretrained(folder)
             self.image_processor().save_pretrained(folder)
             return
-        processor = CLIPProcessor if self.model_type == "clip" else SiglipProcessor
-        processor(self.image_processor(), self.tokenizer).save_pretrained(folder)
+        PROCESSORS[self.model_type](self.image_processor(), self.tokenizer).save_pretrained(folder)
 
     @classmethod
     def from_pretrained(cls, folder_or_id: str | Path) -> "Processing":
         """Read what `save_pretrained` wrote, or the processor of a CLIP or SigLIP model of the hub."""
         settings, _ = PretrainedConfig.get_config_dict(folder_or_id)
         model_type = check_model_type(folder_or_id, settings)
+        patch_size = None
         if model_type == "two_towers":
             text_config = AutoConfig.for_model(**settings["text_config"])
             # transformers knows no configuration for the folder as a whole
             tokenizer = load_tokenizer(folder_or_id, text_config)
         else:
-            text_config = AutoConfig.from_pretrained(folder_or_id).text_config
-            tokenizer = load_tokenizer(folder_or_id)
+            config = AutoConfig.from_pretrained(folder_or_id)
+            text_config, tokenizer = config.text_config, load_tokenizer(folder_or_id)
+            patch_size = config.vision_config.patch_size if model_type == "siglip2" else None
         form = read_image_form(folder_or_id, model_image_form(settings))
-        return make_processing(tokenizer, text_config, form, model_type)
+        return make_processing(tokenizer, text_config, form, model_type, patch_size)
 
 
-def check_model_type(folder_or_id: str | Path, settings: dict) -> str:
+def check_model_type(folder_or_id: str | Path, settings: dict) -> ModelType:
     """The model type that config.json names; InputError where it is none of ours."""
     model_type = settings.get("model_type")
     if model_type is None:
@@ -145,22 +147,18 @@ def check_model_type(folder_or_id: str | Path, settings: dict) -> str:
         )
     if model_type not in DEFAULT_FORMS:
         raise InputError(
-            f"--model {folder_or_id}: a model of type {model_type!r} is neither CLIP nor SigLIP nor written "
-            "by this program; put single encoders together with --image-tower and --text-tower"
+            f"--model {folder_or_id}: a model of type {model_type!r} is neither CLIP nor SigLIP, ChineseCLIP or "
+            "AltCLIP, nor written by this program; put single encoders together with --image-tower and --text-tower"
         )
     return model_type
 
 
-def model_image_form(settings: dict) -> ImageForm:
-    """The image form that a model's config.json names; what its type usually has where it says nothing."""
-    if "image_form" in settings:
-        return ImageForm(**settings["image_form"])
-    form = DEFAULT_FORMS[settings["model_type"]]
-    return replace(form, size=settings.get("vision_config", {}).get("image_size", form.size))
-
-
 def make_processing(
-    tokenizer: PreTrainedTokenizerBase, text_config: PretrainedConfig, form: ImageForm, model_type: str
+    tokenizer: PreTrainedTokenizerBase,
+    text_config: PretrainedConfig,
+    form: ImageForm,
+    model_type: ModelType,
+    patch_size: int | None = None,
 ) -> Processing:
     """Put a tokenizer and an image form together as the text encoder's configuration asks for.
 
@@ -168,6 +166,8 @@ def make_processing(
     """
     is_siglip = text_config.model_type.startswith("siglip")
     positions = getattr(text_config, "max_position_embeddings", MAX_TEXT_LENGTH)
+    if text_config.model_type in OFFSET_POSITIONS:
+        positions -= text_config.pad_token_id + 1
     max_length = min(tokenizer.model_max_length, positions, MAX_TEXT_LENGTH)
     tokenizer.model_max_length = max_length
     return Processing(
@@ -180,6 +180,7 @@ def make_processing(
         image_std=tuple(form.std),
         resize=form.resize,
         model_type=model_type,
+        patch_size=patch_size,
     )
 
 
@@ -192,22 +193,6 @@ def load_tokenizer(folder_or_id: str | Path, config: PretrainedConfig | None = N
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
-
-
-def read_image_form(folder_or_id: str | Path, default: ImageForm) -> ImageForm:
-    """What the image-processor files of a folder or hub id ask for; the default without such files."""
-    try:
-        processor = AutoImageProcessor.from_pretrained(folder_or_id)
-    except (OSError, ValueError):  # no such file, or one that names no known processor
-        return default
-    size, crop = processor.size, getattr(processor, "crop_size", None)
-    cropped = bool(getattr(processor, "do_center_crop", False)) and crop is not None
-    kept = "crop" if cropped or size.shortest_edge else "squash"
-    resize = "pad" if size.max_height else kept
-    side = crop.height if cropped else (size.height or size.shortest_edge)
-    if not processor.do_normalize:
-        return ImageForm(side, (0.0,) * 3, (1.0,) * 3, resize)
-    return ImageForm(side, tuple(processor.image_mean), tuple(processor.image_std), resize)
 
 
 def canonical_form(text: str) -> str:

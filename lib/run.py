@@ -6,14 +6,17 @@ from pathlib import Path
 from accelerate import Accelerator
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR
 
 from lib import checkpoint
+from lib.averaging import WeightAverage
 from lib.cached_step import RandomState, Recompute, StepResult
 from lib.checkpoint import TrainingState
 from lib.config import TrainConfig
 from lib.data import EvaluationSet, Prepare, Source, TrainingData
 from lib.errors import RunError
+from lib.lora import merged_weights
+from lib.optim import load_moments, moments_by_name, move_schedule
 from lib.plan import BatchPlan
 from lib.processing import Processing
 from lib.towers import TwoTowers
@@ -43,7 +46,8 @@ class Run:
     prepare: Prepare
     wrapped: nn.Module
     optimizer: Optimizer
-    schedule: LRScheduler
+    schedule: LambdaLR
+    average: WeightAverage | None
     plan: BatchPlan
     data: TrainingData
     memory: CrossBatchMemory
@@ -52,6 +56,8 @@ class Run:
     workers: int
     pretrained: bool
     """The towers did not start from random weights."""
+    share_texts: bool
+    """Each distinct text of a step is encoded once."""
     first_step: int = 0
     """Steps that were done before this process began."""
     best: dict = field(default_factory=dict)
@@ -62,6 +68,11 @@ class Run:
     @property
     def checkpoints(self) -> Path:
         return self.folder / "checkpoints"
+
+    @property
+    def evaluated(self) -> TwoTowers:
+        """The towers that are measured, kept as the checkpoints' model and exported: the average's on request."""
+        return self.average.module if self.average and self.config.eval_ema else self.towers
 
     @property
     def recompute(self) -> dict[str, Recompute]:
@@ -88,8 +99,8 @@ class Run:
                 "switch": self.switch.state_dict(),
             },
             optimizer={
-                "optimizer": self.optimizer.state_dict(),
-                "schedule": self.schedule.state_dict(),
+                "moments": moments_by_name(self.optimizer, self.towers),
+                "updates": self.schedule.last_epoch,
                 "scaler": scaler.state_dict() if scaler else {},
             },
             rank={
@@ -97,12 +108,15 @@ class Run:
                 "data": self.data.state_dict(),
             },
             memory=self.memory.state_dict() if self.memory.size else {},
+            weights=self.towers.state_dict() if self.config.lora or self.config.eval_ema else {},
+            average=self.average.state_dict() if self.average else {},
         )
         try:
             folder = checkpoint.save_checkpoint(
                 self.checkpoints,
                 step,
                 self.towers,
+                merged_weights(self.evaluated),
                 self.processing,
                 state,
                 rank=self.accelerator.process_index,
@@ -123,16 +137,11 @@ class Run:
 
     def restore(self, state: TrainingState) -> None:
         """Go on from a checkpoint's training state; the weights were loaded with the towers."""
-        # Learning rate and decay are the command line's, which may have changed; the moments are the checkpoint's.
-        asked = [
-            {name: g[name] for name in ("weight_decay", "betas") if name in g} for g in self.optimizer.param_groups
-        ]
-        self.optimizer.load_state_dict(state.optimizer["optimizer"])
-        self.schedule.load_state_dict(state.optimizer["schedule"])
-        self.schedule.base_lrs = [self.config.lr] * len(asked)
-        factors = [factor(self.schedule.last_epoch) for factor in self.schedule.lr_lambdas]
-        for group, settings, factor in zip(self.optimizer.param_groups, asked, factors, strict=True):
-            group.update(settings, initial_lr=self.config.lr, lr=self.config.lr * factor)
+        # Rates and decay are the command line's, which may have changed; the moments are the checkpoint's.
+        load_moments(self.optimizer, self.towers, state.optimizer["moments"])
+        move_schedule(self.schedule, state.optimizer["updates"])
+        if self.average and state.average:
+            self.average.load_state_dict(state.average)
         if self.accelerator.scaler and state.optimizer["scaler"]:
             self.accelerator.scaler.load_state_dict(state.optimizer["scaler"])
         self.data.load_state_dict(state.rank["data"], state.data_of_all_ranks)
@@ -154,8 +163,9 @@ class Run:
 def settings_of_the_weights(config: TrainConfig) -> dict:
     """What a checkpoint's weights, moments, memory and step number mean nothing without, as JSON values."""
     names = (
-        "model", "image_tower", "text_tower", "projection", "projection_dim", "projection_hidden", "projection_dropout",
-        "image_size", "dropout", "freeze", "optimizer", "effective_batch", "xbm_size", "captions", "seed",
+        "model", "image_tower", "text_tower", "projection", "text_projection", "projection_dim", "projection_hidden",
+        "projection_dropout", "image_size", "dropout", "freeze", "unfreeze", "lora",
+        "lora_alpha", "lora_dropout", "optimizer", "effective_batch", "xbm_size", "captions", "seed",
     )  # fmt: skip
     values = {name: getattr(config, name) for name in names}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}

@@ -8,19 +8,21 @@ import torch
 from accelerate import Accelerator
 
 from lib import backend, checkpoint
+from lib.averaging import WeightAverage
 from lib.checkpoint import TrainingState
 from lib.collectives import gather_objects
 from lib.config import TrainConfig, flag
 from lib.data import Prepare, Source, TrainingData
 from lib.data_setup import make_fetcher, make_prepare, most_workers, open_data, sample_inputs, steps_of_epochs
 from lib.errors import InputError
-from lib.optim import build_optimizer, build_schedule
+from lib.model_setup import make_optimizer, make_towers
+from lib.optim import build_schedule
 from lib.plan import BatchPlan, graphs_that_fit, largest_chunk, measure_activations, state_bytes
-from lib.processing import Processing
 from lib.report import METRICS
 from lib.run import Run, settings_of_the_weights
-from lib.towers import PRESETS, TwoTowers, load_towers
-from lib.towers.presets import SIZES
+from lib.shared_texts import same_every_time
+from lib.towers import TwoTowers
+from lib.trunk_options import compile_trunks
 from lib.xbm import CrossBatchMemory, MemorySwitch
 
 
@@ -35,9 +37,7 @@ def make_run(config: TrainConfig, family: str) -> Run:
     fetcher = make_fetcher(config)
     source, validation = open_data(config, fetcher)
     torch.manual_seed(config.seed)
-    towers, processing, pretrained = _towers(config, family, source, resume_from)
-    if not any(parameter.requires_grad for parameter in towers.parameters()):
-        raise InputError(f"--freeze {' '.join(config.freeze)} leaves nothing to train")
+    towers, processing, pretrained = make_towers(config, family, source, resume_from, state)
     towers.to(accelerator.device).train()
     torch.manual_seed(config.seed + 1 + accelerator.process_index)  # ranks draw their own dropout masks
 
@@ -46,10 +46,9 @@ def make_run(config: TrainConfig, family: str) -> Run:
     workers = _workers(config, state, plan, prepare)
     steps = config.steps or steps_of_epochs(config, source)
     warmup = steps // 10 if config.warmup_steps == "auto" else config.warmup_steps
-    optimizer = build_optimizer(
-        towers, config.optimizer, lr=config.lr, weight_decay=config.weight_decay, beta2=config.beta2
-    )
+    optimizer = make_optimizer(config, towers)
     schedule = build_schedule(optimizer, config.schedule, warmup, steps)
+    average = WeightAverage(towers, config.ema) if config.ema else None
     wrapped, prepared_optimizer = accelerator.prepare(towers, optimizer)
     run = Run(
         config=config,
@@ -78,13 +77,28 @@ def make_run(config: TrainConfig, family: str) -> Run:
         ),
         memory=CrossBatchMemory(config.xbm_size, towers.embed_dim, accelerator.device),
         switch=MemorySwitch(config.xbm_start, warmup),
+        average=average,
         steps=steps,
         workers=workers,
         pretrained=pretrained,
+        share_texts=_share_texts(config, towers, source, prepare, accelerator),
     )
+    if config.compile:  # last: what is measured before runs on a few pairs, for which nothing need be compiled
+        compile_trunks(towers, config.compile_backend, accelerator.device)
     if state:
         run.restore(state)
     return run
+
+
+def _share_texts(
+    config: TrainConfig, towers: TwoTowers, source: Source, prepare: Prepare, accelerator: Accelerator
+) -> bool:
+    """Whether to encode each distinct text of a step once: where that is exact, on all ranks alike."""
+    inputs = {name: tensor.to(accelerator.device) for name, tensor in sample_inputs(source, prepare).items()}
+    if config.shared_texts == "off" or config.lora_dropout:  # adapters start at 0, where their dropout does not show
+        return False
+    with accelerator.autocast():
+        return all(gather_objects(same_every_time(towers, inputs)))
 
 
 def _claim_folder(config: TrainConfig, family: str, accelerator: Accelerator) -> Path:
@@ -127,34 +141,6 @@ def _check_same_run(config: TrainConfig, saved: dict) -> None:
                 f"{flag(name)} {value} is not that of the checkpoint ({saved[name]}); resume with the same, or start "
                 "anew from its weights with --model CHECKPOINT_FOLDER"
             )
-
-
-def _towers(
-    config: TrainConfig, family: str, source: Source, resume_from: Path | None
-) -> tuple[TwoTowers, Processing, bool]:
-    if resume_from:
-        towers, processing = TwoTowers.from_pretrained(resume_from), Processing.from_pretrained(resume_from)
-    else:
-        towers, processing = load_towers(
-            family=family,
-            model=None if config.image_tower else config.model,
-            image_tower=config.image_tower,
-            text_tower=config.text_tower,
-            projection=config.projection,
-            projection_dim=config.projection_dim,
-            projection_hidden=config.projection_hidden,
-            projection_dropout=config.projection_dropout,
-            image_size=config.image_size,
-            texts=source.sample_texts,
-            use_bias=family == "siglip",
-            dropout=config.dropout,
-            seed=config.seed,
-        )
-    if config.resize != "auto":
-        processing = replace(processing, resize=config.resize)
-    towers.freeze(config.freeze)
-    pretrained = config.image_tower is None and config.model not in (*PRESETS, *SIZES)
-    return towers, processing, pretrained
 
 
 def _workers(config: TrainConfig, state: TrainingState | None, plan: BatchPlan, prepare: Prepare) -> int:
@@ -200,8 +186,15 @@ def _plan(
         embed_dim=towers.embed_dim,
         image_bytes=prepare.image_bytes,
         activation_bytes=activations,
-        state_bytes=state_bytes(list(towers.parameters()), moments=2 if config.optimizer == "adamw" else 0),
+        state_bytes=_state_bytes(config, towers),
     )
     if keep == "auto":
         keep = min(gather_objects(graphs_that_fit(plan, device, world_size)))
     return replace(plan, keep_graphs=min(keep, plan.chunks))
+
+
+def _state_bytes(config: TrainConfig, towers: TwoTowers) -> int:
+    """Weights, their average, gradients and moments."""
+    parameters = list(towers.parameters())
+    average = sum(parameter.nbytes for parameter in parameters) if config.ema else 0
+    return state_bytes(parameters, moments=0 if config.optimizer == "sgd" else 2) + average

@@ -93,10 +93,11 @@ def _optimizer_step(run: Run, loss: Loss, chunks: list[Chunk], remembered: Pairs
         backward=run.accelerator.backward,
         no_sync=backend.no_sync(run.accelerator, run.wrapped),
         keep_graphs=run.plan.keep_graphs,
+        share=run.share_texts,
         **run.recompute,
     )
     grad_norm = float(backend.clip_gradients(run.accelerator, run.wrapped, run.config.grad_clip))
-    lr = run.optimizer.param_groups[0]["lr"]
+    lr = max(group["lr"] for group in run.optimizer.param_groups)
     scaled = run.accelerator.scaler is not None  # fp16: an overflow is skipped by the scaler, and no fault
     if not math.isfinite(result.loss.item()) or not (scaled or math.isfinite(grad_norm)):
         raise RunError(_diverged(run, step, result.loss.item(), grad_norm))
@@ -109,6 +110,8 @@ def _optimizer_step(run: Run, loss: Loss, chunks: list[Chunk], remembered: Pairs
     run.optimizer.zero_grad()
     if run.config.scale_max:
         run.towers.clamp_logit_scale(run.config.scale_max)
+    if run.average and not run.overflows:
+        run.average.update_parameters(run.towers)
     return Update(result, grad_norm, lr)
 
 
@@ -128,10 +131,10 @@ def _evaluate(run: Run, loss: Loss, best: BestMetric, step: int, report: Reporte
     """Measure on validation data, on all ranks; note whether it is the best so far."""
     with run.accelerator.autocast():
         metrics = validate(
-            run.towers,
+            run.evaluated,
             run.validation,
             run.processing,
-            partial(_validation_loss, run.towers, loss),
+            partial(_validation_loss, run.evaluated, loss),
             device=run.accelerator.device,
             batch_size=min(256, run.plan.chunk_size * 2),
             workers=run.workers,

@@ -21,10 +21,13 @@ def naive_sigmoid(
     scale: Tensor,
     bias: Tensor,
     *,
-    pos_weight: float = 1.0,
+    pos_weight: float | str = 1.0,
     remembered_positives: str = "use",
 ) -> Tensor:
     """A double loop over all pairs."""
+    if pos_weight == "balanced":
+        positives = sum(int(one == other) for one in fresh.group for other in fresh.group)
+        pos_weight = (len(fresh) ** 2 - positives) / positives
     total = torch.zeros((), dtype=fresh.image_embeds.dtype)
     for i in range(len(fresh)):
         for j in range(len(fresh)):

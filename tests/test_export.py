@@ -1,124 +1,147 @@
 """An exported folder gives the same logits through transformers alone, or it is not there at all."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
+from made_exports import COMPOSED, OF_TRANSFORMERS, logits_of, made_towers, picture, run_example
 from PIL import Image
-from torch import Tensor
-from transformers import AutoModel, AutoProcessor, BertConfig, BertModel, ResNetConfig, ResNetModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoProcessor
 
-from lib.export import export
-from lib.processing import Processing, build_tokenizer
-from lib.towers import TwoTowers, load_towers
+from lib.errors import InputError, RunError
+from lib.export import export, noise_and_texts
+from lib.export.card import model_card
+from lib.export.formats import HUGGING_FACE
+from lib.processing import Processing
+from lib.towers import TwoTowers
 
-TEXTS = ["A photo of the digit zero!", "the digit one", "a dog, running over the grass"]
-
-
-@dataclass
-class Pairs:
-    pixel_values: Tensor
-    input_ids: Tensor
-    attention_mask: Tensor
+TEXTS = ["a photo of the digit zero", "one", "a dog, running over the grass"]
 
 
-@pytest.fixture(scope="module")
-def composed(tmp_path_factory):
-    root = tmp_path_factory.mktemp("encoders")
-    tokenizer = build_tokenizer(TEXTS)
-    image, text = root / "resnet", root / "bert"
-    ResNetModel(ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1])).save_pretrained(image)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
-    BertModel(BertConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(text)
-    tokenizer.save_pretrained(text)
-    return {"image_tower": str(image), "text_tower": str(text), "image_size": 32, "projection": "mlp"}
-
-
-DUALS = ["clip", "siglip", "clip with bias", "siglip without bias"]
-
-
-@pytest.fixture(params=[*DUALS, "composed"])
-def trained(request, composed):
+@pytest.fixture(params=[*OF_TRANSFORMERS, COMPOSED])
+def trained(request, tmp_path_factory):
     """Towers of each kind after a step away from their start."""
-    options = {
-        "clip": {"model": "tiny-clip", "family": "clip"},
-        "siglip": {"model": "tiny-siglip", "family": "siglip"},
-        "clip with bias": {"model": "tiny-clip", "family": "siglip"},
-        "siglip without bias": {"model": "tiny-siglip", "family": "clip"},
-        "composed": {**composed, "family": "siglip"},
-    }
-    towers, processing = load_towers(texts=lambda: TEXTS, **options[request.param])
-    towers.set_scale_and_bias(25.0, -6.0 if towers.use_bias else None)
-    with torch.no_grad():
-        for parameter in towers.parameters():
-            parameter.mul_(1.01)
-    return towers, processing
+    return made_towers(request.param, tmp_path_factory.mktemp("start"))
 
 
-def sample(processing: Processing) -> Pairs:
-    pixels = np.random.default_rng(0).integers(0, 256, (3, 3, 32, 32), dtype=np.uint8)
-    return Pairs(torch.from_numpy(pixels), *processing.tokenize(TEXTS))
+@pytest.fixture
+def clip(tmp_path_factory):
+    return made_towers("clip", tmp_path_factory.mktemp("start"))
 
 
-def logits(towers: TwoTowers, pairs: Pairs) -> Tensor:
-    output = towers(pairs.pixel_values, pairs.input_ids, pairs.attention_mask)
+def logits(towers: TwoTowers, pixels: torch.Tensor, processing: Processing) -> torch.Tensor:
+    output = towers(pixels, *processing.tokenize(TEXTS))
     return output.logit_scale * output.image_embeds @ output.text_embeds.T + output.logit_bias
+
+
+def noise(count: int = 3) -> torch.Tensor:
+    return torch.randint(256, (count, 3, 32, 32), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
 
 
 def test_the_export_gives_the_same_logits_and_leaves_only_itself(trained, tmp_path):
     towers, processing = trained
-    pairs = sample(processing)
     towers.train()
-    assert export(towers, processing, tmp_path / "export", pairs) <= 1e-5
+    assert export(towers, processing, tmp_path / "export", noise_and_texts(processing)) <= 1e-5
     assert towers.training
     assert [path.name for path in tmp_path.iterdir()] == ["export"]
     loaded = TwoTowers.from_pretrained(tmp_path / "export")
-    tokens = Processing.from_pretrained(tmp_path / "export").tokenize(TEXTS)
-    again = logits(loaded, Pairs(pairs.pixel_values, *tokens))
-    torch.testing.assert_close(again, logits(towers.eval(), pairs), rtol=0, atol=1e-5)
+    again = logits(loaded, noise(), Processing.from_pretrained(tmp_path / "export"))
+    torch.testing.assert_close(again, logits(towers.eval(), noise(), processing), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("trained", DUALS, indirect=True)
+@pytest.mark.parametrize("trained", ["clip with bias", "siglip"], indirect=True)
 def test_transformers_alone_gets_the_same_logits_from_pictures_and_texts(trained, tmp_path):
     towers, processing = trained
-    pairs = sample(processing)
-    export(towers, processing, tmp_path / "export", pairs)
+    export(towers, processing, tmp_path / "export", noise_and_texts(processing))
     processor = AutoProcessor.from_pretrained(tmp_path / "export")
-    pictures = [Image.fromarray(pixels.permute(1, 2, 0).numpy()) for pixels in pairs.pixel_values]
+    pictures = [Image.fromarray(pixels.permute(1, 2, 0).numpy()) for pixels in noise()]
     inputs = processor(text=TEXTS, images=pictures, padding=processing.padding, truncation=True, return_tensors="pt")
-    assert torch.equal(inputs["input_ids"], pairs.input_ids)
+    assert torch.equal(inputs["input_ids"], processing.tokenize(TEXTS)[0])
     found = AutoModel.from_pretrained(tmp_path / "export")(**inputs).logits_per_image
-    bias = towers.logit_bias if processing.model_type == "clip" else 0  # CLIPModel itself adds none
-    torch.testing.assert_close(found + bias, logits(towers, pairs), rtol=0, atol=1e-5)
+    bias = 0 if processing.model_type.startswith("siglip") else towers.logit_bias  # the others' models add none
+    torch.testing.assert_close(found + bias, logits(towers, noise(), processing), rtol=0, atol=1e-5)
 
 
-def test_an_export_replaces_an_older_one_whole(trained, tmp_path):
+def test_the_example_of_the_card_runs_and_is_true(trained, tmp_path, monkeypatch):
     towers, processing = trained
-    export(towers, processing, tmp_path / "export", sample(processing))
+    card = model_card(tmp_path / "no run", None, towers, processing, HUGGING_FACE, "export")
+    export(towers, processing, tmp_path / "export", noise_and_texts(processing), card=card)
+    expected = logits_of(towers, processing, picture(tmp_path))
+    found = run_example((tmp_path / "export" / "README.md").read_text(), tmp_path, monkeypatch)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+
+def test_an_export_replaces_an_older_one_whole(clip, tmp_path):
+    towers, processing = clip
+    export(towers, processing, tmp_path / "export", noise_and_texts(processing))
     (tmp_path / "export" / "left over").write_text("")
     towers.set_scale_and_bias(12.0, None)
-    export(towers, processing, tmp_path / "export", sample(processing))
+    export(towers, processing, tmp_path / "export", noise_and_texts(processing))
     assert not (tmp_path / "export" / "left over").exists()
     assert TwoTowers.from_pretrained(tmp_path / "export")().logit_scale.item() == pytest.approx(12.0)
 
 
-def test_files_that_say_something_else_are_no_export(tmp_path):
+def test_files_that_say_something_else_are_no_export(clip, tmp_path):
     """Negative control: a wrong normalization in the files is found, and the older export stays."""
-    towers, processing = load_towers(model="tiny", family="clip", texts=lambda: TEXTS)
-    export(towers, processing, tmp_path / "export", sample(processing))
+    towers, processing = clip
+    export(towers, processing, tmp_path / "export", noise_and_texts(processing))
     before = (tmp_path / "export" / "processor_config.json").read_text()
     wrong = replace(processing, image_mean=(0.5, 0.5, 0.5))
-    with pytest.raises(RuntimeError, match="differs from the model by"):
-        export(towers, wrong, tmp_path / "export", sample(processing))
+    with pytest.raises(RunError, match=r"differs from the model by .* in a logit, more than 0\.0001"):
+        export(towers, wrong, tmp_path / "export", noise_and_texts(processing))
     assert (tmp_path / "export" / "processor_config.json").read_text() == before
     assert [path.name for path in tmp_path.iterdir()] == ["export"]
 
 
-def test_a_model_with_a_broken_number_is_no_export(tmp_path):
-    towers, processing = load_towers(model="tiny", family="clip", texts=lambda: TEXTS)
+@pytest.mark.parametrize("change", [1e-3, 0.0])
+def test_a_weight_that_differs_in_the_file_is_no_export(clip, change, tmp_path):
+    """Negative control: one matrix of the written file is another; unchanged, the same detour is an export."""
+
+    def write(towers, processing, folder):
+        HUGGING_FACE.write(towers, processing, folder)
+        weights = load_file(folder / "model.safetensors")
+        weights["text_projection.weight"][0, 0] += change * 100
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+    towers, processing = clip
+    form, target = replace(HUGGING_FACE, write=write), tmp_path / "export"
+    if not change:
+        assert export(towers, processing, target, noise_and_texts(processing), form=form) <= 1e-5
+        return
+    with pytest.raises(RunError, match="differs from the model by"):
+        export(towers, processing, target, noise_and_texts(processing), form=form)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_with_a_broken_number_is_no_export(clip, tmp_path):
+    towers, processing = clip
     with torch.no_grad():
         towers.logit_scale.fill_(float("nan"))
     with pytest.raises(RuntimeError, match="nan"):
-        export(towers, processing, tmp_path / "export", sample(processing))
+        export(towers, processing, tmp_path / "export", noise_and_texts(processing))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_in_the_place_of_the_folder_is_told_and_kept(clip, tmp_path):
+    towers, processing = clip
+    (tmp_path / "runs").write_text("mine")
+    with pytest.raises(OSError):
+        export(towers, processing, tmp_path / "runs" / "export", noise_and_texts(processing))
+    assert (tmp_path / "runs").read_text() == "mine"
+
+
+def test_a_form_that_is_not_for_the_model_leaves_nothing(clip, tmp_path):
+    def refuse(towers):
+        raise InputError("--format: no")
+
+    towers, processing = clip
+    with pytest.raises(InputError, match="no"):
+        export(
+            towers,
+            processing,
+            tmp_path / "export",
+            noise_and_texts(processing),
+            form=replace(HUGGING_FACE, check=refuse),
+        )
     assert not list(tmp_path.iterdir())

@@ -51,6 +51,7 @@ CASES = [
     (infonce, naive_infonce, {"label_smoothing": 0.1}),
     (sigmoid, naive_sigmoid, {}),
     (sigmoid, naive_sigmoid, {"pos_weight": 3.0}),
+    (sigmoid, naive_sigmoid, {"pos_weight": "balanced"}),
 ]
 
 

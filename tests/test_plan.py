@@ -10,6 +10,7 @@ from lib.logit_bias import bias_from_counts, solved_bias
 from lib.losses import sigmoid
 from lib.plan import BatchPlan, largest_chunk, measure_activations, oversize_warning
 from lib.towers import build_preset
+from lib.trainable import set_trainable
 
 
 def plan(**changes) -> BatchPlan:
@@ -48,13 +49,13 @@ def test_measured_activations_predict_what_autograd_saves():
     whole = measure_activations(towers, inputs)
     # 17 tokens of 64 numbers in float32 enter each of some 25 operations of two layers: a sanity band.
     assert 17 * 64 * 4 * 20 < whole < 17 * 64 * 4 * 200
-    towers.freeze(["image"])
+    set_trainable(towers, ["image"])
     assert measure_activations(towers, inputs) < whole / 2
 
 
 def test_stored_outputs_of_a_frozen_trunk_need_no_activations_of_it():
     towers, processing = build_preset("tiny-clip", ["a photo of a cat"])
-    towers.freeze(["image.trunk", "text.trunk"])
+    set_trainable(towers, ["image.trunk", "text.trunk"])
     towers.train()
     inputs = four_pairs(processing)
     pooled = towers(**inputs)

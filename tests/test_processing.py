@@ -10,7 +10,8 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer, BertConfig
 
 from lib.errors import InputError
-from lib.processing import DEFAULT_FORMS, Processing, build_tokenizer, canonical_form, make_processing
+from lib.image_form import DEFAULT_FORMS
+from lib.processing import Processing, build_tokenizer, canonical_form, make_processing
 from lib.towers import build_preset
 
 TEXTS = ["a photo of the digit zero", "the digit one, drawn by hand", "a dog runs over the grass"]

@@ -24,6 +24,7 @@ from lib.report import read_metrics
 from lib.tower_outputs import Caching
 from lib.towers import build_preset
 from lib.towers.two_towers import TwoTowers
+from lib.trainable import set_trainable
 
 CPU = torch.device("cpu")
 PIPELINE = ImagePipeline(32)
@@ -59,7 +60,7 @@ def captions_table(folder: Path, count: int = 10) -> str:
 
 def towers_of(seed: int = 0, texts: tuple[str, ...] = ("a picture",)):
     towers, processing = build_preset("tiny-clip", list(texts), seed=seed)
-    towers.freeze(["image.trunk", "text.trunk"])
+    set_trainable(towers, ["image.trunk", "text.trunk"])
     return towers.train(), processing
 
 

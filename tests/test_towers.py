@@ -26,7 +26,8 @@ from transformers import (
 )
 
 from lib.errors import InputError
-from lib.processing import CLIP_MEAN, CLIP_STD, build_tokenizer
+from lib.image_form import CLIP_MEAN, CLIP_STD
+from lib.processing import build_tokenizer
 from lib.towers import PRESETS, TwoTowers, build_preset, load_towers
 
 TEXTS = ["a photo of the digit zero", "the digit one", "a dog runs over the grass"]
@@ -250,68 +251,6 @@ def test_every_trainable_parameter_gets_a_gradient(encoders, kind):
     assert without.isdisjoint(trainable(towers))
     poolers = {f"text.trunk.pooler.dense.{name}" for name in ("weight", "bias")}
     assert without == (set() if kind in DUALS else poolers)  # BERT's pooler is not used under mean pooling
-
-
-@pytest.mark.parametrize(
-    ("what", "frozen"),
-    [
-        ("image", ("image.",)),
-        ("text", ("text.",)),
-        ("image.trunk", ("image.trunk.",)),
-        ("text.trunk", ("text.trunk.",)),
-        ("image.head", ("image.head.",)),
-        ("text.head", ("text.head.",)),
-        ("scale", ("logit_scale",)),
-        ("bias", ("logit_bias",)),
-    ],
-)
-def test_freeze_stops_the_named_part_and_nothing_else(encoders, what, frozen):
-    towers, _ = any_kind(encoders, "mlp")
-    before = trainable(towers)
-    towers.freeze([what])
-    assert before - trainable(towers) == {name for name in before if name.startswith(frozen)} != set()
-    assert towers.image_frozen == (what == "image") and towers.text_frozen == (what == "text")
-    assert towers.image_trunk_frozen == (what in ("image", "image.trunk"))
-    assert towers.text_trunk_frozen == (what in ("text", "text.trunk"))
-
-
-def test_freezing_trunk_and_head_freezes_the_tower(encoders):
-    towers, _ = any_kind(encoders, "clip")
-    towers.freeze(["text.trunk", "text.head"])
-    assert towers.text_frozen and not towers.image_frozen
-
-
-def test_siglip_texts_have_a_head_and_its_images_none(encoders):
-    towers, _ = any_kind(encoders, "siglip")
-    towers.freeze(["text.trunk"])
-    assert towers.text_trunk_frozen and not towers.text_frozen
-    with pytest.raises(InputError, match="--freeze image.head: .*use --freeze image"):
-        towers.freeze(["image.head"])
-    towers.freeze(["image.trunk"])
-    assert towers.image_frozen
-
-
-def test_an_unknown_part_is_refused_with_the_nearest(encoders):
-    towers, _ = any_kind(encoders, "clip")
-    with pytest.raises(InputError, match="--freeze txt.trunk: .*nearest is text.trunk"):
-        towers.freeze(["txt.trunk"])
-
-
-def test_a_frozen_trunk_stays_in_eval_mode(encoders):
-    """Negative control: the same trunk, not frozen, changes its statistics and drops weights."""
-    for freeze in (False, True):
-        towers, processing = compose(encoders, "resnet", "bert")
-        if freeze:
-            towers.freeze(["image.trunk", "text.trunk"])
-        towers.train()
-        before = {name: value.clone() for name, value in towers.image.trunk.named_buffers()}
-        tokens = processing.tokenize(TEXTS)
-        first, second = towers(random_pixels(), *tokens), towers(random_pixels(), *tokens)
-        unchanged = all(torch.equal(before[name], value) for name, value in towers.image.trunk.named_buffers())
-        assert unchanged == freeze
-        assert torch.equal(first.text_pooled, second.text_pooled) == freeze
-        assert towers.training and towers.image.head.training
-        assert towers.image.trunk.training != freeze
 
 
 # ---- folders ----

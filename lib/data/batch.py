@@ -27,6 +27,8 @@ class Chunk:
     """(C,) int64; pairs of one group are positives of each other."""
     sample_id: Tensor
     """(C,) int64; stable hash of the pair's key."""
+    text_id: Tensor | None = None
+    """(C,) int64; hash of the text: pairs of one text_id have the same."""
     image_pooled: Tensor | None = None
     """(C, H) float32, what the image trunk made of the pixels"""
     text_pooled: Tensor | None = None
@@ -39,7 +41,7 @@ class Chunk:
     def inputs(self) -> dict[str, Tensor]:
         """What the towers' forward takes, by name."""
         tensors = self._tensors()
-        return {name: tensor for name, tensor in tensors.items() if name not in ("group", "sample_id")}
+        return {name: tensor for name, tensor in tensors.items() if name not in ("group", "sample_id", "text_id")}
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> "Chunk":
         """The same chunk on another device."""

@@ -72,11 +72,13 @@ class Prepare:
         # Prompts repeat: preparing the distinct texts only gives the same rows, the longest being the same.
         row_of_text = {text: row for row, text in enumerate(dict.fromkeys(texts))}
         rows = torch.tensor([row_of_text[text] for text in texts])
+        keys = [text_key(text) for text in row_of_text]
+        text_id = torch.tensor(keys)[rows]
         if self.text_outputs is not None:
-            pooled = _stored(self.text_outputs, "--cache-text", [text_key(text) for text in row_of_text])
-            return {"input_ids": None, "attention_mask": None, "text_pooled": pooled[rows]}
+            pooled = _stored(self.text_outputs, "--cache-text", keys)
+            return {"input_ids": None, "attention_mask": None, "text_pooled": pooled[rows], "text_id": text_id}
         input_ids, attention_mask = self.tokenize(list(row_of_text))
-        return {"input_ids": input_ids[rows], "attention_mask": attention_mask[rows]}
+        return {"input_ids": input_ids[rows], "attention_mask": attention_mask[rows], "text_id": text_id}
 
 
 def text_key(text: str) -> int:

@@ -1,103 +1,80 @@
 """Pairs composed of an image encoder and a text encoder, each with a projection head."""
 
 import json
-from dataclasses import asdict, dataclass, replace
+import math
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig
 
 from lib.errors import InputError
-from lib.processing import DEFAULT_FORMS, ImageForm, read_image_form
+from lib.image_form import DEFAULT_FORMS, ImageForm, read_image_form
+from lib.towers.classifiers import SOURCES, is_classifier, load_classifier, new_classifier
 from lib.towers.encoders import (
     check_and_settle,
-    image_pooling,
     load_image_encoder,
     load_text_encoder,
-    needs_interpolation,
     new_encoder,
     reading,
-    text_pooling,
+    split_half,
 )
+from lib.towers.heads import Head
+from lib.towers.pooling import image_pooling, needs_interpolation, patch_size_of, text_pooling
 from lib.towers.tower import ImageTower, Parts, Pooling, TextTower
-
-
-@dataclass(frozen=True)
-class Head:
-    """The form of both towers' projections into D dimensions.
-
-    kind: "linear", or "mlp" with one hidden layer of GELU units.
-    hidden: units of that layer; None for four times the trunk's width.
-    dropout: behind the hidden layer.
-    """
-
-    kind: Literal["linear", "mlp"]
-    dim: int
-    hidden: int | None = None
-    dropout: float = 0.0
-
-    def build(self, width: int) -> nn.Module:
-        """A head for a trunk whose pooled output is this wide."""
-        if self.kind == "mlp":
-            hidden = self.hidden or 4 * width
-            return nn.Sequential(
-                nn.Linear(width, hidden), nn.GELU(), nn.Dropout(self.dropout), nn.Linear(hidden, self.dim)
-            )
-        linear = nn.Linear(width, self.dim)
-        # Orthogonal, so that a frozen encoder below a frozen head keeps the angles that it was trained for.
-        nn.init.orthogonal_(linear.weight)
-        nn.init.zeros_(linear.bias)
-        return linear
 
 
 def new_pair(
     image_name: str,
     text_name: str,
-    head: Head,
+    image_head: Head,
+    text_head: Head,
     *,
     image_size: int | None,
     scale: float,
     bias: float | None,
     seed: int,
 ) -> Parts:
-    """Take two pretrained encoders, by folder or hub id, and put fresh heads on them.
+    """Take two pretrained encoders and put fresh heads on them.
 
+    image_name: a folder or hub id, the image half of a dual encoder as `NAME#image` with its own projection, or a
+        model of `lib.towers.classifiers`.
+    text_name: a folder or hub id, or `NAME#text`.
     image_size: another side than the encoder's own files name.
     """
-    with reading("--image-tower", image_name):
-        image_trunk, image_missing = load_image_encoder(image_name)
-        form = read_image_form(image_name, _default_form(image_trunk.config))
-    form = replace(form, size=image_size or form.size)
-    with reading("--text-tower", text_name):
-        text_trunk, text_missing = load_text_encoder(text_name)
-        text_pools = text_pooling(text_name, text_trunk.config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        image = _image_tower(image_trunk, head, form.size, None, image_missing, image_name)
-        text = _text_tower(text_trunk, head, text_pools, text_missing, text_name)
+        with reading("--image-tower", image_name):
+            image, form, image_settings, image_head = _load_image_tower(image_name, image_head, image_size)
+        with reading("--text-tower", text_name):
+            text, text_head = _load_text_tower(text_name, text_head)
     description = {
         "architectures": ["TwoTowers"],
         "model_type": "two_towers",
-        "image_config": _encoder_settings(image_trunk.config),
+        "image_config": image_settings,
         "image_pooling": image.pooling,
         "image_form": asdict(form),
-        "text_config": _encoder_settings(text_trunk.config),
+        "text_config": _encoder_settings(text.trunk.config),
         "text_pooling": text.pooling,
-        "projection": asdict(head),
+        "projection": asdict(image_head),
+        "text_projection": asdict(text_head),
     }
-    return Parts(image, text, description, head.dim, form, torch.tensor(scale).log().item(), bias)
+    return Parts(image, text, description, image_head.dim, form, torch.tensor(scale).log().item(), bias)
 
 
 def saved_pair(settings: dict, weights: dict[str, Tensor], name: str | Path, image_size: int | None) -> Parts:
     """Build the pair that config.json describes and fill in its weights."""
     form = ImageForm(**settings["image_form"])
+    image_head = Head(**settings["projection"])
+    text_head = Head(**settings.get("text_projection", settings["projection"]))  # left out where both are alike
+    if settings["image_config"]["model_type"] in SOURCES:
+        image_trunk = new_classifier(settings["image_config"], form.size)
+    else:
+        image_trunk = new_encoder(settings["image_config"])
     form = replace(form, size=image_size or form.size)
-    head = Head(**settings["projection"])
-    image_trunk, text_trunk = new_encoder(settings["image_config"]), new_encoder(settings["text_config"])
-    image = _image_tower(image_trunk, head, form.size, settings["image_pooling"], set(), name)
-    text = _text_tower(text_trunk, head, settings["text_pooling"], set(), name)
+    image = _image_tower(image_trunk, image_head, form.size, settings["image_pooling"], set(), name)
+    text = _text_tower(new_encoder(settings["text_config"]), text_head, settings["text_pooling"], set(), name)
     for part, tower in (("image.", image), ("text.", text)):
         own = {key.removeprefix(part): value for key, value in weights.items() if key.startswith(part)}
         tower.load_state_dict(own)
@@ -105,12 +82,38 @@ def saved_pair(settings: dict, weights: dict[str, Tensor], name: str | Path, ima
     description = settings | {"image_form": asdict(form)}
     description = {key: value for key, value in description.items() if not key.startswith("_")}
     log_scale = weights["logit_scale"].item()
-    return Parts(image, text, description, head.dim, form, log_scale, bias, pretrained_bias=bool(bias))
+    return Parts(image, text, description, image_head.dim, form, log_scale, bias, pretrained_bias=bool(bias))
+
+
+def _load_image_tower(name: str, head: Head, image_size: int | None) -> tuple[ImageTower, ImageForm, dict, Head]:
+    """The tower, the form of its images, what config.json says of its trunk, and the form of its head."""
+    if is_classifier(name):
+        trunk, form, settings = load_classifier(name, image_size)
+        return _image_tower(trunk, head, form.size, "ready", set(), name), form, settings, head
+    trunk, missing, projection = load_image_encoder(name)
+    form = read_image_form(split_half(name)[0], _default_form(trunk.config))
+    form = replace(form, size=image_size or form.size)
+    if projection is not None:
+        head = head.of(projection, name)
+    tower = _image_tower(trunk, head, form.size, None, missing, name)
+    if projection is not None:
+        tower.head = projection
+    return tower, form, _encoder_settings(trunk.config), head
+
+
+def _load_text_tower(name: str, head: Head) -> tuple[TextTower, Head]:
+    trunk, missing, projection = load_text_encoder(name)
+    if projection is not None:
+        head = head.of(projection, name)
+    tower = _text_tower(trunk, head, text_pooling(split_half(name)[0], trunk.config), missing, name)
+    if projection is not None:
+        tower.head = projection
+    return tower, head
 
 
 @torch.enable_grad()
 def _image_tower(
-    trunk: PreTrainedModel,
+    trunk: nn.Module,
     head: Head,
     size: int,
     pooling: Pooling | None,
@@ -119,19 +122,19 @@ def _image_tower(
 ) -> ImageTower:
     trunk.eval()  # one blank image is no batch to take statistics of
     blank = torch.zeros(1, 3, size, size)
-    interpolate = needs_interpolation(trunk, size)
+    interpolate, patch_size = needs_interpolation(trunk, size), patch_size_of(trunk)
     try:
         pooling = pooling or image_pooling(trunk, blank, interpolate)
-        pooled = ImageTower(trunk, nn.Identity(), pooling, interpolate).pooled(blank)
-    except (RuntimeError, ValueError) as error:
-        own = getattr(trunk.config, "image_size", "its own size")
+        pooled = ImageTower(trunk, nn.Identity(), pooling, interpolate, patch_size).pooled(blank)
+    except (RuntimeError, ValueError, AssertionError) as error:
+        own = getattr(getattr(trunk, "config", None), "image_size", "its own size")
         raise InputError(f"--image-size {size}: {name} does not take it ({error}); use {own}") from error
     check_and_settle(trunk, pooled, missing, "--image-tower", name)
-    return ImageTower(trunk, head.build(pooled.shape[1]), pooling, interpolate)
+    return ImageTower(trunk, head.build(pooled.shape[1]), pooling, interpolate, patch_size)
 
 
 @torch.enable_grad()
-def _text_tower(trunk: PreTrainedModel, head: Head, pooling: Pooling, missing: set[str], name: str | Path) -> TextTower:
+def _text_tower(trunk: nn.Module, head: Head, pooling: Pooling, missing: set[str], name: str | Path) -> TextTower:
     trunk.eval()
     masked = not trunk.config.model_type.startswith("siglip")
     tokens = torch.arange(4)[None]
@@ -142,9 +145,11 @@ def _text_tower(trunk: PreTrainedModel, head: Head, pooling: Pooling, missing: s
 
 def _default_form(config: PretrainedConfig) -> ImageForm:
     """For an image encoder that comes without image-processor files."""
-    family = config.model_type.split("_")[0]
+    family = config.model_type.removesuffix("_vision_model")
     form = DEFAULT_FORMS.get(family, DEFAULT_FORMS["two_towers"])
     size = getattr(config, "image_size", form.size)
+    if family == "siglip2":
+        size = math.isqrt(config.num_patches) * config.patch_size
     return replace(form, size=size if isinstance(size, int) else size[0])
 
 

@@ -1,31 +1,49 @@
-"""Encoders of transformers by folder or hub id: one half of a pair each, its pooling, and clear errors."""
+"""Encoders of transformers by folder or hub id, or halves of its dual encoders, with clear errors."""
 
-import inspect
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
+    AltCLIPModel,
+    AltCLIPTextModel,
+    AltCLIPVisionModel,
     AutoConfig,
     AutoModel,
+    ChineseCLIPModel,
+    ChineseCLIPTextModel,
     CLIPModel,
-    PretrainedConfig,
     PreTrainedModel,
+    Siglip2Model,
+    Siglip2TextModel,
     SiglipModel,
     SiglipTextModel,
 )
-from transformers.utils import cached_file, logging
+from transformers.utils import logging
 
 from lib.errors import InputError
-from lib.towers.tower import Pooling
 
-DUAL_MODELS = {"clip": CLIPModel, "siglip": SiglipModel}
-# What sentence-transformers calls the kinds of pooling, in its older and its newer files.
-SENTENCE_POOLINGS = {"mean_tokens": "mean", "cls_token": "cls", "mean": "mean", "cls": "cls"}
+DUAL_MODELS = {
+    "clip": CLIPModel,
+    "chinese_clip": ChineseCLIPModel,
+    "altclip": AltCLIPModel,
+    "siglip": SiglipModel,
+    "siglip2": Siglip2Model,
+}
+# Halves of those that AutoModel does not know.
+HALF_MODELS = {
+    "altclip_text_model": AltCLIPTextModel,
+    "altclip_vision_model": AltCLIPVisionModel,
+    "chinese_clip_text_model": ChineseCLIPTextModel,
+    "siglip_text_model": SiglipTextModel,
+    "siglip2_text_model": Siglip2TextModel,
+}
+# Where a dual encoder keeps each half, and the projection behind it.
+HALVES = {"image": ("vision_model", "visual_projection"), "text": ("text_model", "text_projection")}
 
 
 @contextmanager
@@ -70,87 +88,70 @@ def load_model(
     return model, set(report["missing_keys"])
 
 
-def load_image_encoder(name: str | Path) -> tuple[PreTrainedModel, set[str]]:
-    """The image encoder of that name, or the image half of a CLIP or SigLIP; and the weights it lacks."""
-    trunk, missing = _load_half(name, "vision_model")
-    if trunk.main_input_name != "pixel_values":
-        raise InputError(f"--image-tower {name}: a model of type {trunk.config.model_type!r} does not read images")
-    return trunk, missing
+class Encoder(NamedTuple):
+    """A pretrained encoder of transformers.
+
+    missing: names of weights that the files lack.
+    projection: the head that belongs to it, if the half of a dual encoder was asked for as `NAME#image` or
+        `NAME#text`: CLIP's projection, nothing for SigLIP, whose halves give embeddings. None: it wants a fresh one.
+    """
+
+    trunk: PreTrainedModel
+    missing: set[str]
+    projection: nn.Module | None
 
 
-def load_text_encoder(name: str | Path) -> tuple[PreTrainedModel, set[str]]:
-    """The text encoder of that name, or the text half of a CLIP or SigLIP; and the weights it lacks."""
-    trunk, missing = _load_half(name, "text_model")
-    if trunk.main_input_name != "input_ids" or trunk.config.is_encoder_decoder:
-        kind = trunk.config.model_type
-        raise InputError(f"--text-tower {name}: a model of type {kind!r} is not a text encoder without a decoder")
-    return trunk, missing
+def split_half(name: str | Path) -> tuple[str, str | None]:
+    """`NAME#text` -> NAME, "text"; a name without `#image` or `#text` comes back with None."""
+    folder_or_id, _, half = str(name).rpartition("#")
+    return (folder_or_id, half) if half in ("image", "text") and folder_or_id else (str(name), None)
+
+
+def load_image_encoder(name: str) -> Encoder:
+    """The image encoder of that name, or the image half of a dual encoder."""
+    encoder = _load_half(name, "image", "--image-tower")
+    if encoder.trunk.main_input_name != "pixel_values":
+        kind = encoder.trunk.config.model_type
+        raise InputError(f"--image-tower {name}: a model of type {kind!r} does not read images")
+    return encoder
+
+
+def load_text_encoder(name: str) -> Encoder:
+    """The text encoder of that name, or the text half of a dual encoder."""
+    encoder = _load_half(name, "text", "--text-tower")
+    config = encoder.trunk.config
+    if encoder.trunk.main_input_name != "input_ids" or config.is_encoder_decoder:
+        raise InputError(
+            f"--text-tower {name}: a model of type {config.model_type!r} is not a text encoder without a decoder"
+        )
+    return encoder
 
 
 def new_encoder(settings: dict) -> PreTrainedModel:
     """An encoder with drawn weights from the settings in its config.json."""
     config = AutoConfig.for_model(**settings)
-    if config.model_type == "siglip_text_model":  # AutoModel knows SigLIP's image half alone, not its text half
-        return SiglipTextModel(config)
+    if config.model_type == "chinese_clip_text_model":  # within its model it has no pooler
+        return ChineseCLIPTextModel(config, add_pooling_layer=False)
+    if config.model_type in HALF_MODELS:
+        return HALF_MODELS[config.model_type](config)
     return AutoModel.from_config(config, dtype=torch.float32)
 
 
-def _load_half(name: str | Path, half: str) -> tuple[PreTrainedModel, set[str]]:
-    model_type = AutoConfig.from_pretrained(name).model_type
+def _load_half(name: str, side: Literal["image", "text"], flag: str) -> Encoder:
+    folder_or_id, asked = split_half(name)
+    if asked not in (None, side):
+        raise InputError(f"{flag} {name}: this is the {asked} half; write {folder_or_id}#{side}")
+    model_type = AutoConfig.from_pretrained(folder_or_id).model_type
     if model_type not in DUAL_MODELS:
-        return load_model(SiglipTextModel if model_type == "siglip_text_model" else AutoModel, name)
-    model, missing = load_model(DUAL_MODELS[model_type], name)
-    prefix = f"{half}."
-    return getattr(model, half), {key.removeprefix(prefix) for key in missing if key.startswith(prefix)}
-
-
-def needs_interpolation(trunk: PreTrainedModel, image_size: int) -> bool:
-    """Whether the encoder's position embeddings are for images of another side and can be interpolated."""
-    own = getattr(trunk.config, "image_size", image_size)
-    known = inspect.signature(trunk.forward).parameters
-    return own not in (image_size, [image_size] * 2, (image_size,) * 2) and "interpolate_pos_encoding" in known
-
-
-@torch.no_grad()
-def image_pooling(trunk: PreTrainedModel, pixel_values: Tensor, interpolate: bool) -> Pooling:
-    """The encoder's own pooling; but a pooler with a dense layer belongs to a pre-training task: then [CLS].
-
-    Checkpoints of classifiers come without such a pooler. A map that nothing pools is averaged.
-    """
-    fitting = {"interpolate_pos_encoding": True} if interpolate else {}
-    output = trunk(pixel_values=pixel_values, **fitting)
-    pooler = getattr(trunk, "pooler", None)
-    dense = pooler is not None and any(isinstance(module, nn.Linear) for module in pooler.modules())
-    if getattr(output, "pooler_output", None) is not None and not dense:
-        return "pooler"
-    return "mean" if output.last_hidden_state.ndim == 4 else "cls"
-
-
-def text_pooling(name: str | Path, config: PretrainedConfig) -> Pooling:
-    """What a sentence-transformers folder asks for, or CLIP's and SigLIP's own; else the mean over tokens.
-
-    The mean, because without training for sentences it says more about one than [CLS] does (Reimers and
-    Gurevych 2019, arXiv:1908.10084, table 1).
-    """
-    if config.model_type.startswith(("clip", "siglip")):
-        return "pooler"
-    file = cached_file(
-        name,
-        "1_Pooling/config.json",
-        _raise_exceptions_for_gated_repo=False,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
-    if file is None:
-        return "mean"
-    settings = json.loads(Path(file).read_text())
-    modes = [key for key, on in settings.items() if key.startswith("pooling_mode_") and on is True]
-    asked = settings.get("pooling_mode") or "+".join(mode.removeprefix("pooling_mode_") for mode in modes)
-    if asked not in SENTENCE_POOLINGS:
-        raise InputError(
-            f"--text-tower {name}: it pools by {asked!r}; only the mean over tokens and [CLS] are known here"
-        )
-    return SENTENCE_POOLINGS[asked]
+        if asked:
+            raise InputError(f"{flag} {name}: a model of type {model_type!r} has no halves; leave out #{asked}")
+        return Encoder(*load_model(HALF_MODELS.get(model_type, AutoModel), folder_or_id), None)
+    model, missing = load_model(DUAL_MODELS[model_type], folder_or_id)
+    half, projection = HALVES[side]
+    if asked:
+        check_complete(missing & {f"{projection}.weight"}, flag, name)
+    own = {key.removeprefix(f"{half}.") for key in missing if key.startswith(f"{half}.")}
+    return Encoder(getattr(model, half), own, getattr(model, projection, nn.Identity()) if asked else None)
 
 
 def check_and_settle(trunk: nn.Module, pooled: Tensor, missing: set[str], flag: str, name: str | Path) -> None:

@@ -1,4 +1,4 @@
-"""Folders of weights: config.json and model.safetensors, in transformers' form for CLIP and SigLIP models."""
+"""Folders of weights: config.json and model.safetensors, in transformers' form for its dual encoders."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Which towers a run trains: a preset, a CLIP or SigLIP model, an earlier run's, or two encoders."""
+"""Which towers a run trains: a preset, a dual encoder (CLIP, SigLIP, ...), an earlier run's, or two encoders."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -7,9 +7,10 @@ from typing import Literal
 
 from lib.errors import InputError
 from lib.processing import Processing, load_tokenizer, make_processing
-from lib.towers.composed import Head, new_pair
-from lib.towers.encoders import reading
+from lib.towers.composed import new_pair
+from lib.towers.encoders import reading, split_half
 from lib.towers.folder import load_parts
+from lib.towers.heads import Head, HeadKind
 from lib.towers.presets import PRESETS, SIZES, START_SCALE, build_preset
 from lib.towers.two_towers import TwoTowers
 
@@ -20,7 +21,8 @@ def load_towers(
     model: str | None = None,
     image_tower: str | None = None,
     text_tower: str | None = None,
-    projection: Literal["linear", "mlp"] = "linear",
+    projection: HeadKind = "linear",
+    text_projection: HeadKind | Literal["same"] = "same",
     projection_dim: int = 512,
     projection_hidden: int | None = None,
     projection_dropout: float = 0.0,
@@ -34,9 +36,10 @@ def load_towers(
 
     family: decides between the presets that "tiny" or "small" stand for, and on the scale that a fresh model
         starts at.
-    model: a preset, or folder or hub id of a CLIP or SigLIP model, or a folder written by this program.
-    image_tower, text_tower: instead of a model, folders or hub ids of two encoders; `projection*` shape their
-        heads (see `lib.towers.composed.Head`).
+    model: a preset, or folder or hub id of a CLIP, SigLIP, SigLIP 2, ChineseCLIP or AltCLIP model, or a folder
+        written by this program.
+    image_tower, text_tower: instead of a model, two encoders as `lib.towers.composed.new_pair` takes them;
+        `projection*` shape their heads (see `lib.towers.heads.Head`), `text_projection` that of the text tower.
     image_size: another side of the images than the model's own.
     texts: gives texts of the training data; called only where a tokenizer has to be built.
     use_bias: whether logit_bias trains; by default in the SigLIP family. A model's own bias is its start.
@@ -48,8 +51,11 @@ def load_towers(
         raise InputError(f"--dropout {dropout} is for the presets {', '.join(SIZES)}; other models have their own")
     if image_tower or text_tower:
         _check_pair(model, image_tower, text_tower)
-        head = Head(projection, projection_dim, projection_hidden, projection_dropout)
-        return _compose(image_tower, text_tower, head, image_size, START_SCALE[family], use_bias, seed)
+        _check_text_projection(text_tower, text_projection)
+        image_head = Head(projection, projection_dim, projection_hidden, projection_dropout)
+        text_head = image_head if text_projection == "same" else replace(image_head, kind=text_projection)
+        heads = image_head, text_head
+        return _compose(image_tower, text_tower, heads, image_size, START_SCALE[family], use_bias, seed)
     if model is None:
         raise InputError(f"--model is missing: give a folder, a hub id or one of {', '.join(SIZES)}")
     if name in PRESETS:
@@ -73,19 +79,28 @@ def _check_pair(model: str | None, image_tower: str | None, text_tower: str | No
             raise InputError(f"{flag} is missing: a composed model needs both --image-tower and --text-tower")
 
 
+def _check_text_projection(text_tower: str, text_projection: str) -> None:
+    folder_or_id, half = split_half(text_tower)
+    if half and text_projection not in ("same", "none"):
+        raise InputError(
+            f"--text-projection {text_projection}: --text-tower {text_tower} has its own; leave the flag out, or use "
+            f"--text-tower {folder_or_id} for its encoder with a fresh head"
+        )
+
+
 def _compose(
     image_tower: str,
     text_tower: str,
-    head: Head,
+    heads: tuple[Head, Head],
     image_size: int | None,
     scale: float,
     use_bias: bool,
     seed: int,
 ) -> tuple[TwoTowers, Processing]:
     bias = 0.0 if use_bias else None
-    parts = new_pair(image_tower, text_tower, head, image_size=image_size, scale=scale, bias=bias, seed=seed)
+    parts = new_pair(image_tower, text_tower, *heads, image_size=image_size, scale=scale, bias=bias, seed=seed)
     with reading("--text-tower", text_tower):
-        tokenizer = load_tokenizer(text_tower)
+        tokenizer = load_tokenizer(split_half(text_tower)[0])
     processing = make_processing(tokenizer, parts.text.trunk.config, parts.image_form, "two_towers")
     return TwoTowers(parts), processing
 

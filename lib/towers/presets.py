@@ -15,7 +15,8 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from lib.processing import DEFAULT_FORMS, Processing, build_tokenizer, make_processing
+from lib.image_form import DEFAULT_FORMS
+from lib.processing import Processing, build_tokenizer, make_processing
 from lib.towers.dual import check_image_size, dual_parts
 from lib.towers.encoders import quiet
 from lib.towers.two_towers import TwoTowers

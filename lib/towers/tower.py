@@ -1,32 +1,46 @@
-"""The two towers: each an encoder of transformers (the trunk), a way of pooling, and a head that projects."""
+"""The two towers: each an encoder (the trunk), a way of pooling, and a head that projects."""
 
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from einops import rearrange, reduce
 from torch import Tensor, nn
 
-from lib.processing import ImageForm
+from lib.image_form import ImageForm
 
-Pooling = Literal["pooler", "cls", "mean"]
+Pooling = Literal["pooler", "cls", "mean", "ready"]
 
 
 class ImageTower(nn.Module):
     """Image encoder and head.
 
-    pooling: "pooler" is the encoder's own pooled output, "cls" its first token, "mean" the mean of its map.
+    pooling: "pooler" is the encoder's own pooled output, "cls" its first token, "mean" the mean of its map;
+        "ready" for a trunk of torchvision or timm, which gives nothing but its pooled output.
     interpolate: fit the encoder's position embeddings to another image size in every forward.
+    patch_size: side of the patches that the encoder takes instead of images, or None.
     """
 
-    def __init__(self, trunk: nn.Module, head: nn.Module, pooling: Pooling, interpolate: bool = False):
+    def __init__(
+        self,
+        trunk: nn.Module,
+        head: nn.Module,
+        pooling: Pooling,
+        interpolate: bool = False,
+        patch_size: int | None = None,
+    ):
         super().__init__()
-        self.trunk, self.head = trunk, head
-        self.pooling, self.interpolate = pooling, interpolate
+        self.trunk, self.head, self.pooling = trunk, head, pooling
+        self.interpolate, self.patch_size = interpolate, patch_size
 
     def pooled(self, pixel_values: Tensor) -> Tensor:
         """Normalized pixels (C, 3, H, W) -> the trunk's pooled output (C, H)."""
+        if self.pooling == "ready":
+            return self.trunk(pixel_values).flatten(1)
         if self.interpolate:
             output = self.trunk(pixel_values=pixel_values, interpolate_pos_encoding=True)
+        elif self.patch_size:
+            output = self.trunk(**patches(pixel_values, self.patch_size))
         else:
             output = self.trunk(pixel_values=pixel_values)
         if self.pooling == "pooler":
@@ -34,6 +48,19 @@ class ImageTower(nn.Module):
         if self.pooling == "cls":
             return output.last_hidden_state[:, 0]
         return reduce(output.last_hidden_state, "c h y x -> c h", "mean")
+
+
+def patches(pixel_values: Tensor, patch_size: int) -> dict[str, Tensor]:
+    """Pixels (C, 3, H, W) as the inputs of SigLIP 2's image encoder, which takes any resolution."""
+    images, _, height, width = pixel_values.shape
+    rows, columns = height // patch_size, width // patch_size
+    values = rearrange(pixel_values, "n c (h p) (w q) -> n (h w) (p q c)", p=patch_size, q=patch_size)
+    return {
+        "pixel_values": values,
+        "pixel_attention_mask": torch.ones(values.shape[:2], dtype=torch.int64, device=values.device),
+        # read as numbers, image by image: on the host that waits for nothing
+        "spatial_shapes": torch.tensor([[rows, columns]]).expand(images, 2),
+    }
 
 
 class TextTower(nn.Module):

@@ -1,8 +1,6 @@
 """TwoTowers: the one module that is trained; pixels and tokens in, unit embeddings, scale and bias out."""
 
-import difflib
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,11 +9,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from lib.errors import InputError
 from lib.towers.folder import load_parts, save_folder
 from lib.towers.tower import Parts
-
-FREEZABLE = ("image", "image.trunk", "image.head", "text", "text.trunk", "text.head", "scale", "bias")
 
 
 class TowerOutput(NamedTuple):
@@ -116,33 +111,14 @@ class TwoTowers(nn.Module):
         """No parameter of the text tower trains, its head included."""
         return _is_frozen(self.text)
 
-    def freeze(self, what: Sequence[str]) -> None:
-        """Stop training the named parts, any of `FREEZABLE`; a frozen trunk stays in eval mode."""
-        for name in what:
-            for parameter in self._part(name):
-                parameter.requires_grad_(False)
-        self.train(self.training)
-
-    def _part(self, name: str) -> list[nn.Parameter]:
-        if name not in FREEZABLE:
-            nearest = difflib.get_close_matches(name, FREEZABLE, n=1, cutoff=0.0)[0]
-            raise InputError(f"--freeze {name}: no such part, the nearest is {nearest}; all are {', '.join(FREEZABLE)}")
-        if name == "scale":
-            return [self.logit_scale]
-        if name == "bias":
-            return [self.logit_bias] if self.use_bias else []
-        parameters = list(self.get_submodule(name).parameters())
-        if not parameters:
-            tower = name.split(".")[0]
-            raise InputError(f"--freeze {name}: this model's {tower} tower has no head; use --freeze {tower}")
-        return parameters
-
     def train(self, mode: bool = True) -> "TwoTowers":
-        """Set the mode; frozen parts stay in eval mode: no dropout, batch-norm statistics as they are."""
+        """Set the mode; modules without a parameter that trains stay in eval mode with all they hold.
+
+        There is no dropout in them, and their batch-norm statistics stay as they are.
+        """
         super().train(mode)
-        for part in (self.image.trunk, self.image.head, self.text.trunk, self.text.head):
-            if mode and _is_frozen(part):
-                part.eval()
+        if mode:
+            _rest_where_frozen(self)
         return self
 
     @torch.no_grad()
@@ -160,10 +136,14 @@ class TwoTowers(nn.Module):
         """Keep the multiplier at or below max_scale (100 in CLIP, Radford et al. 2021, section 2.5)."""
         self.logit_scale.clamp_(max=math.log(max_scale))
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json and model.safetensors; a CLIP or SigLIP loads with transformers' AutoModel."""
+    def save_pretrained(self, folder: str | Path, state_dict: dict[str, Tensor] | None = None) -> None:
+        """Write config.json and model.safetensors; a CLIP or SigLIP loads with transformers' AutoModel.
+
+        state_dict: other weights than the towers' own, by the names that these have without adapters.
+        """
         # SigLIP's files hold a bias in any case: only a word says whether it is one that trains.
-        save_folder(Path(folder), self.description | {"use_bias": self.use_bias}, self.state_dict())
+        weights = self.state_dict() if state_dict is None else state_dict
+        save_folder(Path(folder), self.description | {"use_bias": self.use_bias}, weights)
 
     @classmethod
     def from_pretrained(cls, folder_or_id: str | Path) -> "TwoTowers":
@@ -181,3 +161,11 @@ def _at_least_float32(tensor: Tensor) -> Tensor:
 
 def _is_frozen(module: nn.Module) -> bool:
     return not any(parameter.requires_grad for parameter in module.parameters())
+
+
+def _rest_where_frozen(module: nn.Module) -> None:
+    for child in module.children():
+        if next(child.parameters(), None) is not None and _is_frozen(child):
+            child.eval()
+        else:
+            _rest_where_frozen(child)

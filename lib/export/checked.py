@@ -1,0 +1,81 @@
+"""Owns the promise of an export: the folder is there whole and gives the model's logits, or it is not there."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+from lib.errors import RunError
+from lib.export.formats import HUGGING_FACE, Format
+from lib.export.sample import Sample, expected_logits
+from lib.processing import Processing
+from lib.towers import TwoTowers
+from lib.towers.encoders import quiet
+
+TOLERANCE = 1e-4
+RECORD, CARD = "export.json", "README.md"
+
+
+def export(
+    towers: TwoTowers,
+    processing: Processing,
+    folder: str | Path,
+    sample: Sample,
+    *,
+    form: Format = HUGGING_FACE,
+    card: str | None = None,
+) -> float:
+    """Write the folder whole or not at all; returns the largest difference in a logit after loading it.
+
+    card: text of README.md.
+    Above a difference of 1e-4 it raises RunError, and InputError where the form is not for this model; an older
+    folder stays then.
+    """
+    form.check(towers)
+    folder = Path(folder)
+    unfinished = folder.with_name(f".{folder.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    try:
+        expected = expected_logits(towers, sample)
+        with quiet():
+            form.write(towers, processing, unfinished)
+            found = form.logits(towers, processing, unfinished, sample)
+        difference = (found.cpu() - expected).abs().max().item()
+        if not difference <= TOLERANCE:  # a NaN is a failure too
+            raise RunError(
+                f"the export to {folder} differs from the model by {difference:.2e} in a logit, more than "
+                f"{TOLERANCE:g}; nothing was written there"
+            )
+        _finish(unfinished, towers, difference, card)
+        _replace(unfinished, folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return difference
+
+
+def is_export(folder: Path) -> bool:
+    """Whether a folder was written by `export`, and may be replaced by it."""
+    return (folder / RECORD).is_file()
+
+
+def _finish(folder: Path, towers: TwoTowers, difference: float, card: str | None) -> None:
+    """Add the numbers that some formats have no place for, and the card."""
+    numbers = {
+        "logit_scale": towers.logit_scale.exp().item(),
+        "logit_bias": towers.logit_bias.item(),
+        "largest_logit_difference": difference,
+    }
+    (folder / RECORD).write_text(json.dumps(numbers, indent=2) + "\n")
+    if card is not None:
+        (folder / CARD).write_text(card, encoding="utf-8")
+
+
+def _replace(unfinished: Path, folder: Path) -> None:
+    """Put a finished folder in the place of an older one, if there is one."""
+    outdated = folder.with_name(f".{folder.name}.outdated")
+    shutil.rmtree(outdated, ignore_errors=True)
+    if folder.exists():
+        os.rename(folder, outdated)
+    os.rename(unfinished, folder)
+    shutil.rmtree(outdated, ignore_errors=True)

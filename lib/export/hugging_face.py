@@ -1,0 +1,97 @@
+"""Owns the Hugging Face layout: config.json, model.safetensors, tokenizer and image processor.
+
+A CLIP or SigLIP model loads with transformers' AutoModel and AutoProcessor, a composed pair of towers with
+`TwoTowers.from_pretrained` and `Processing.from_pretrained`.
+"""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoModel, AutoProcessor
+
+from lib.export.sample import PROBABILITIES, Sample, expected_logits
+from lib.processing import Processing
+from lib.towers import TwoTowers
+
+COMPOSED = "two_towers"
+
+
+def check(towers: TwoTowers) -> None:
+    """Every model has this form."""
+
+
+def write(towers: TwoTowers, processing: Processing, folder: Path) -> None:
+    """Write model, tokenizer and image processor."""
+    towers.save_pretrained(folder)
+    processing.save_pretrained(folder)
+
+
+def logits(towers: TwoTowers, processing: Processing, folder: Path, sample: Sample) -> Tensor:
+    """The folder's logits; through transformers alone where it knows the model."""
+    if processing.model_type == COMPOSED:
+        loaded = TwoTowers.from_pretrained(folder).to(towers.logit_scale.device, towers.logit_scale.dtype)
+        return expected_logits(loaded, sample)
+    return _of_transformers(folder, sample, towers.logit_scale, towers.text.masked) + added_bias(towers, processing)
+
+
+def added_bias(towers: TwoTowers, processing: Processing) -> float:
+    """What a user has to add to the logits of transformers: its SigLIP has the bias, the others know none."""
+    of_its_own = processing.model_type.startswith("siglip")
+    return 0.0 if of_its_own else towers.logit_bias.item()
+
+
+@torch.no_grad()
+def _of_transformers(folder: Path, sample: Sample, like: Tensor, masked: bool) -> Tensor:
+    """As a user of the folder would; like: gives device and dtype; masked: padding is told to the text encoder."""
+    model = AutoModel.from_pretrained(folder, dtype=like.dtype).to(like.device).eval()
+    processor = AutoProcessor.from_pretrained(folder)
+    images = processor.image_processor(list(sample.pixel_values.cpu()), return_tensors="pt")
+    output = model(
+        **images.to(like.device, like.dtype),  # pixels; for SigLIP 2 patches, their mask and shape
+        input_ids=sample.input_ids.to(like.device),
+        attention_mask=sample.attention_mask.to(like.device) if masked else None,
+    )
+    return output.logits_per_image
+
+
+def usage(towers: TwoTowers, processing: Processing, name: str, on_hub: bool) -> str:
+    """Python that loads the files and gets logits; name: a hub id or a folder."""
+    if processing.model_type == COMPOSED:
+        return _usage_of_composed(towers, name, on_hub)
+    bias = added_bias(towers, processing)
+    summand = f" + {bias!r}  # transformers' own model has no bias" if bias else ""
+    # SigLIP is not told which tokens are padding; its processor as a whole has settings of its own for both inputs.
+    tokens = "**tokens" if towers.text.masked else 'input_ids=tokens["input_ids"]'
+    return f"""import torch
+from PIL import Image
+from transformers import AutoModel, AutoProcessor
+
+model = AutoModel.from_pretrained("{name}").eval()
+processor = AutoProcessor.from_pretrained("{name}")
+texts, image = ["a photo of a cat", "a photo of a dog"], Image.open("picture.jpg").convert("RGB")
+pixels = processor.image_processor(image, return_tensors="pt")
+tokens = processor.tokenizer(texts, padding="{processing.padding}", truncation=True, return_tensors="pt")
+with torch.no_grad():
+    logits = model(**pixels, {tokens}).logits_per_image{summand}
+{PROBABILITIES[towers.use_bias]}"""
+
+
+def _usage_of_composed(towers: TwoTowers, name: str, on_hub: bool) -> str:
+    download = "from huggingface_hub import snapshot_download\n" if on_hub else ""
+    folder = f'snapshot_download("{name}")' if on_hub else f'"{name}"'
+    return f"""# in a checkout of the program that trained it
+import torch
+{download}from PIL import Image
+
+from lib.processing import Processing
+from lib.towers import TwoTowers
+
+folder = {folder}
+towers, processing = TwoTowers.from_pretrained(folder), Processing.from_pretrained(folder)
+texts, image = ["a photo of a cat", "a photo of a dog"], Image.open("picture.jpg").convert("RGB")
+pixel_values = processing.image_processor()(image, return_tensors="pt")["pixel_values"]
+with torch.no_grad():
+    output = towers(pixel_values, *processing.tokenize(texts))
+logits = output.logit_scale * output.image_embeds @ output.text_embeds.T + output.logit_bias
+{PROBABILITIES[towers.use_bias]}"""

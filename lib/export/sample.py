@@ -1,0 +1,62 @@
+"""Owns what all forms of export share: the pairs that they are checked with, and the last line of their examples."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from lib.processing import Processing
+from lib.towers import TwoTowers
+
+# Of different lengths, so that padding is part of the check.
+TEXTS = (
+    "a photo of a cat",
+    "two dogs run through the snow, one of them with a stick",
+    "a red square",
+    "the digit seven, written by hand",
+    "a man in a blue shirt is repairing the wheel of a bicycle",
+    "Somebody is cooking!",
+    "an aerial view of a harbour with 12 boats",
+    "music",
+)
+
+# Without a bias, trained with the softmax; with one, with the sigmoid.
+PROBABILITIES = {False: "probabilities = logits.softmax(-1)", True: "probabilities = logits.sigmoid()"}
+
+
+class Sample(Protocol):
+    """A few pairs, such as a chunk of the training data: uint8 pixels (n, 3, H, W) and tokens (n, L)."""
+
+    pixel_values: Tensor
+    input_ids: Tensor
+    attention_mask: Tensor
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """A `Sample` of its own."""
+
+    pixel_values: Tensor
+    input_ids: Tensor
+    attention_mask: Tensor
+
+
+def noise_and_texts(processing: Processing, texts: Sequence[str] = TEXTS, seed: int = 0) -> Pairs:
+    """Noise as images, with texts: enough to tell one model from another."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (len(texts), 3, processing.image_size, processing.image_size)
+    pixels = torch.randint(256, shape, generator=generator, dtype=torch.uint8)
+    return Pairs(pixels, *processing.tokenize(list(texts)))
+
+
+@torch.no_grad()
+def expected_logits(towers: TwoTowers, sample: Sample) -> Tensor:
+    """What every export has to give for the sample: (n, n) logits of the towers in eval mode, on the CPU."""
+    device, training = towers.logit_scale.device, towers.training
+    towers.eval()
+    tensors = (sample.pixel_values, sample.input_ids, sample.attention_mask)
+    output = towers(*(tensor.to(device) for tensor in tensors))
+    towers.train(training)
+    return (output.logit_scale * output.image_embeds @ output.text_embeds.T + output.logit_bias).cpu()

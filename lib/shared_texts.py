@@ -1,0 +1,66 @@
+"""The distinct texts of a step, encoded once: with class prompts most pairs of a large batch share their text.
+
+Exact while nothing in the text tower is drawn at random: the gradient of a shared embedding is the sum of its pairs'.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+Inputs = dict[str, Tensor]
+"""What the towers' forward takes, by name."""
+
+TEXT_INPUTS = ("input_ids", "attention_mask", "text_pooled")
+
+
+class TextChunk(Protocol):
+    """Pairs of one tower forward (see lib.data.Chunk): what the forward takes by name, and text_id (C,)."""
+
+    inputs: Inputs
+    text_id: Tensor | None
+
+
+def share_texts(chunks: Sequence[TextChunk]) -> tuple[list[Inputs], Tensor | None]:
+    """The chunks' inputs with every text once, and which of these texts each of the B pairs has: (B,) int64.
+
+    As many inputs as chunks; the images stay where they are, and the texts fill the last ones, so that the last, in
+    whose backward pass ranks synchronize, has both towers. None where the texts are all different.
+    """
+    inputs = [chunk.inputs for chunk in chunks]
+    if any(chunk.text_id is None for chunk in chunks):
+        return inputs, None
+    text_ids = torch.cat([chunk.text_id for chunk in chunks])
+    distinct, text_row = torch.unique(text_ids, return_inverse=True)
+    size = len(chunks[0].text_id)
+    blocks = -(-len(distinct) // size)
+    if len(distinct) == len(text_ids):
+        return inputs, None
+    first = torch.full((len(distinct),), len(text_ids)).scatter_reduce(0, text_row, torch.arange(len(text_ids)), "amin")
+    texts = {name: _joined(name, [each[name] for each in inputs])[first] for name in TEXT_INPUTS if name in inputs[0]}
+    shared = [{name: tensor for name, tensor in each.items() if name not in TEXT_INPUTS} for each in inputs]
+    for block in range(blocks):
+        rows = slice(block * size, (block + 1) * size)
+        shared[len(chunks) - blocks + block] |= {name: tensor[rows] for name, tensor in texts.items()}
+    return shared, text_row
+
+
+@torch.no_grad()
+def same_every_time(towers: torch.nn.Module, inputs: Inputs) -> bool:
+    """Whether the text tower gives a text the same embedding twice in training mode: no dropout in it."""
+    texts = {name: tensor for name, tensor in inputs.items() if name in TEXT_INPUTS}
+    with torch.random.fork_rng():
+        first, second = (towers(**texts).text_embeds for _ in range(2))
+    return torch.allclose(first, second, rtol=0, atol=1e-6)
+
+
+def _joined(name: str, parts: Sequence[Tensor]) -> Tensor:
+    """Concatenate rows. Token rows of chunks with shorter texts are lengthened by what ends them, under a zero mask."""
+    longest = max(part.shape[1] for part in parts)
+    lengthened = []
+    for part in parts:
+        missing = longest - part.shape[1]
+        end = torch.zeros_like(part[:, -1:]) if name == "attention_mask" else part[:, -1:]
+        lengthened.append(torch.cat([part, end.expand(-1, missing)], dim=1) if missing else part)
+    return torch.cat(lengthened)

@@ -1,0 +1,141 @@
+"""Image classifiers of torchvision and timm without their classifier: `torchvision:resnet50`, `timm:NAME`.
+
+A third part names the weights: `torchvision:resnet50:IMAGENET1K_V1`, or `:random` to start from scratch.
+"""
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from pickle import UnpicklingError
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+import torchvision
+from torch import nn
+from torchvision.models import get_model, get_model_weights, list_models
+
+from lib.errors import InputError
+from lib.image_form import ImageForm
+
+SOURCES = ("torchvision", "timm")
+RANDOM = "random"
+
+
+class Classifier(NamedTuple):
+    """A classifier's layers up to its pooled features, the images it takes, and what config.json says of it."""
+
+    trunk: nn.Module
+    form: ImageForm
+    settings: dict
+
+
+def is_classifier(name: str) -> bool:
+    """Whether a value of --image-tower names a model of torchvision or timm."""
+    return name.partition(":")[0] in SOURCES and ":" in name
+
+
+def load_classifier(value: str, image_size: int | None) -> Classifier:
+    """A classifier with its pretrained weights, or with drawn ones if the name ends with `:random`.
+
+    image_size: another side than the weights were made for. Raises InputError for an unknown name, for a package
+    or weights that are not here, and for a size that the model does not take.
+    """
+    source, _, rest = value.partition(":")
+    name, _, weights = rest.partition(":")
+    load = _load_torchvision if source == "torchvision" else _load_timm
+    trunk, form = load(name, weights, value, image_size)
+    return Classifier(trunk, form, {"model_type": source, "name": name})
+
+
+def new_classifier(settings: dict, image_size: int) -> nn.Module:
+    """The layers of a classifier with drawn weights, from what config.json says of it."""
+    name = settings["name"]
+    if settings["model_type"] == "torchvision":
+        return _without_classifier(get_model(name, weights=None, **_sized(name, image_size)))
+    return _fitted(_timm(f"timm:{name}").create_model(name, pretrained=False, num_classes=0), image_size)
+
+
+def _load_torchvision(name: str, weights: str, value: str, image_size: int | None) -> tuple[nn.Module, ImageForm]:
+    _check_known(value, name, list_models(module=torchvision.models))
+    known = get_model_weights(name)
+    if weights not in ("", RANDOM, *known.__members__):
+        names = ", ".join(weights.name for weights in known)
+        raise InputError(f"--image-tower {value}: {name} has the weights {names} and {RANDOM}")
+    chosen = known[weights] if weights in known.__members__ else known.DEFAULT
+    transform = chosen.transforms()
+    form = ImageForm(transform.crop_size[0], tuple(transform.mean), tuple(transform.std), "crop")
+    form = replace(form, size=image_size or form.size)
+    if weights != RANDOM and _sized(name, form.size) and form.size != transform.crop_size[0]:
+        raise InputError(
+            f"--image-size {image_size}: {value} takes {transform.crop_size[0]}, its weights have no other"
+        )
+    url = chosen.url
+    file = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
+    try:
+        model = get_model(name, weights=None if weights == RANDOM else chosen, **_sized(name, form.size))
+    except (OSError, RuntimeError, EOFError, UnpicklingError) as error:
+        state = "cannot be read" if file.exists() else f"is not in {file.parent} and cannot be fetched"
+        raise InputError(
+            f"--image-tower {value}: its file of weights {file.name} {state} ({error}). Put {url} into "
+            f"{file.parent}, or start from drawn weights with torchvision:{name}:{RANDOM}"
+        ) from error
+    if hasattr(model, "transform_input"):  # Inception: further outputs while it trains
+        raise InputError(f"--image-tower {value}: it has more than one classifier; use another model")
+    return _without_classifier(model), form
+
+
+def _load_timm(name: str, weights: str, value: str, image_size: int | None) -> tuple[nn.Module, ImageForm]:
+    timm = _timm(value)
+    if weights not in ("", RANDOM):
+        raise InputError(
+            f"--image-tower {value}: timm's names carry their weights (resnet50.a1_in1k), or end on :random"
+        )
+    if not timm.is_model(name):
+        _check_known(value, name, timm.list_models())
+    try:
+        model = timm.create_model(name, pretrained=weights != RANDOM, num_classes=0)
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise InputError(
+            f"--image-tower {value}: its weights cannot be loaded ({reason}). Without a network they must be in the "
+            f"cache of the Hugging Face hub (HF_HOME says where that is); timm:{name}:{RANDOM} starts from drawn ones"
+        ) from error
+    data = timm.data.resolve_data_config({}, model=model)
+    resize = "squash" if data["crop_mode"] == "squash" else "crop"
+    form = ImageForm(image_size or data["input_size"][-1], tuple(data["mean"]), tuple(data["std"]), resize)
+    return _fitted(model, form.size), form
+
+
+def _timm(value: str) -> ModuleType:
+    try:
+        import timm
+    except ImportError as error:
+        raise InputError(f"--image-tower {value}: timm is not installed; pip install timm") from error
+    return timm
+
+
+def _check_known(value: str, name: str, known: Sequence[str]) -> None:
+    if name not in known:
+        nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+        raise InputError(f"--image-tower {value}: no such model; the nearest is {value.partition(':')[0]}:{nearest}")
+
+
+def _sized(name: str, image_size: int) -> dict[str, int]:
+    """torchvision's ViTs are built for one side of the images; its other models take any, or say which."""
+    return {"image_size": image_size} if name.startswith("vit_") else {}
+
+
+def _fitted(trunk: nn.Module, image_size: int) -> nn.Module:
+    """A timm model for images of that side: transformers among them resize position embeddings and windows."""
+    if hasattr(trunk, "set_input_size") and image_size != trunk.default_cfg["input_size"][-1]:
+        trunk.set_input_size(img_size=image_size)
+    return trunk
+
+
+def _without_classifier(model: nn.Module) -> nn.Module:
+    """Replace the layer that gives the classes, always torchvision's last linear or convolutional one."""
+    layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    model.set_submodule(layers[-1], nn.Identity())
+    return model

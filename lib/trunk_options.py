@@ -1,0 +1,76 @@
+"""How the trunks run: with activations computed again in the backward pass, or compiled."""
+
+import warnings
+from typing import Literal
+
+import torch
+from torch import nn
+
+from lib.errors import InputError
+from lib.towers import TwoTowers
+
+COMPILE_OPTIONS = {"inductor": {"fallback_random": True}, "aot_eager": None}
+"""torch.compile's options by backend; dropout has to draw what it draws without compiling, in both passes of a step."""
+
+RECOMPILE_LIMIT = 64
+
+
+def checkpoint_activations(towers: TwoTowers) -> None:
+    """Keep only the inputs of each block and run it again in the backward pass, in every trunk that offers it.
+
+    Raises InputError where no trunk that trains does.
+    """
+    offering = [trunk for trunk in _trunks(towers).values() if _offers_checkpointing(trunk)]
+    for trunk in offering:
+        if hasattr(trunk.config, "use_cache"):  # of text generation: it would warn
+            trunk.config.use_cache = False
+        with warnings.catch_warnings():  # newer transformers know it by another name, which older ones lack
+            warnings.simplefilter("ignore", FutureWarning)
+            trunk.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if not any(_trains(trunk) for trunk in offering):
+        kinds = " and ".join(f"{type(trunk).__name__} ({tower})" for tower, trunk in _trunks(towers).items())
+        raise InputError(
+            f"--gradient-checkpointing: no trunk that trains offers it, of {kinds}; leave it out: a smaller "
+            "--chunk-size saves memory too"
+        )
+
+
+def keeping_activations(towers: TwoTowers) -> list[str]:
+    """The towers whose trunk trains and offers no checkpointing: image, text."""
+    return [tower for tower, trunk in _trunks(towers).items() if _trains(trunk) and not _offers_checkpointing(trunk)]
+
+
+def compile_trunks(towers: TwoTowers, backend: Literal["inductor", "aot_eager"], device: torch.device) -> None:
+    """Compile both trunks in place, so that names of parameters stay; InputError where this machine cannot.
+
+    The first forward of each kind (with and without graph, training and evaluation) takes the time to compile.
+    """
+    options = COMPILE_OPTIONS[backend]
+    try:  # a missing or broken C++ compiler shows only when something is compiled
+        torch.compile(torch.sin, backend=backend, options=options)(torch.ones(64, device=device))
+    except Exception as error:  # of many kinds, by backend and version
+        reason = str(error).strip().split("\n")[0]
+        raise InputError(
+            f"--compile: {backend} does not work here ({reason}); install a C++ compiler (g++, or name yours in CXX), "
+            "choose --compile-backend aot_eager, or leave it out"
+        ) from error
+    dynamo = torch._dynamo.config
+    # Both trunks share transformers' wrappers, each is compiled with and without a graph, for training, evaluation and
+    # the last chunk's size; beyond the limit torch would go on without compiling.
+    dynamo.recompile_limit = max(dynamo.recompile_limit, RECOMPILE_LIMIT)
+    # Cutting graphs at DDP's buckets gains nothing: of a step's many backward passes only the last reduces.
+    dynamo.optimize_ddp = False
+    for trunk in _trunks(towers).values():
+        trunk.compile(backend=backend, options=options)
+
+
+def _trunks(towers: TwoTowers) -> dict[str, nn.Module]:
+    return {"image": towers.image.trunk, "text": towers.text.trunk}
+
+
+def _trains(trunk: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in trunk.parameters())
+
+
+def _offers_checkpointing(trunk: nn.Module) -> bool:
+    return bool(getattr(trunk, "supports_gradient_checkpointing", False))

@@ -1,0 +1,117 @@
+"""A CLIP exported for open_clip gives the same logits there, from the same pictures and texts."""
+
+import json
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from made_exports import logits_of, made_towers, picture, run_example
+from safetensors.torch import load_file, save_file
+from transformers import CLIPConfig, CLIPModel, CLIPProcessor, CLIPTokenizer
+
+from lib.errors import InputError, RunError
+from lib.export import export, noise_and_texts
+from lib.export import open_clip as layout
+from lib.export.card import model_card
+from lib.export.formats import OPEN_CLIP
+from lib.image_form import DEFAULT_FORMS
+from lib.processing import Processing
+from lib.towers import TwoTowers
+
+open_clip = pytest.importorskip("open_clip", reason="needs open_clip_torch, an optional package")
+
+
+@pytest.mark.parametrize("kind", ["clip", "clip with bias"])
+def test_open_clip_gets_the_same_logits_by_the_example_of_the_card(kind, tmp_path, monkeypatch):
+    towers, processing = made_towers(kind, tmp_path / "start")
+    card = model_card(tmp_path / "no run", None, towers, processing, OPEN_CLIP, "export")
+    difference = export(towers, processing, tmp_path / "export", noise_and_texts(processing), form=OPEN_CLIP, card=card)
+    assert difference <= 1e-5
+    expected = logits_of(towers, processing, picture(tmp_path))
+    torch.testing.assert_close(run_example(card, tmp_path, monkeypatch), expected, rtol=0, atol=1e-5)
+    model = open_clip.create_model(f"local-dir:{tmp_path / 'export'}")
+    assert (model.logit_bias is not None) == towers.use_bias
+
+
+@pytest.mark.parametrize("resize", ["crop", "squash", "pad"])
+def test_pictures_become_square_in_the_same_way(resize, tmp_path):
+    towers, processing = made_towers("clip", tmp_path / "start")
+    export(towers, replace(processing, resize=resize), tmp_path / "export", noise_and_texts(processing), form=OPEN_CLIP)
+    _, prepare = open_clip.create_model_from_pretrained(f"local-dir:{tmp_path / 'export'}")
+    wide = picture(tmp_path).resize((96, 64))
+    found = prepare(wide)
+    ours = replace(processing, resize=resize).image_processor()(wide, return_tensors="pt")["pixel_values"][0]
+    assert (found - ours).abs().mean() < 0.02  # two libraries interpolate
+    others = {"crop": "squash", "squash": "pad", "pad": "crop"}
+    other = replace(processing, resize=others[resize]).image_processor()(wide, return_tensors="pt")["pixel_values"][0]
+    assert (found - other).abs().mean() > 0.2
+
+
+def test_openais_own_form_with_its_tokenizer_agrees_with_open_clips(shared, tmp_path):
+    """gelu as OpenCLIP trains, number 2 for the end token as OpenAI's old files have it, and the real vocabulary."""
+    tokenizer = CLIPTokenizer.from_pretrained(shared / "weights" / "clip_tokenizer")
+    sizes = {"hidden_size": 16, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes |= {"hidden_act": "gelu", "layer_norm_eps": 1e-4}
+    text = sizes | {"vocab_size": 49408, "eos_token_id": 2, "bos_token_id": 0, "pad_token_id": 1}
+    vision = sizes | {"image_size": 32, "patch_size": 8}
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=24)).save_pretrained(tmp_path / "start")
+    form = replace(DEFAULT_FORMS["clip"], size=32)
+    processor = Processing(tokenizer, 77, "longest", False, 32, form.mean, form.std, "crop", "clip").image_processor()
+    CLIPProcessor(processor, tokenizer).save_pretrained(tmp_path / "start")
+    towers, processing = TwoTowers.from_pretrained(tmp_path / "start"), Processing.from_pretrained(tmp_path / "start")
+    export(towers, processing, tmp_path / "export", noise_and_texts(processing), form=OPEN_CLIP)
+    model = open_clip.create_model(f"local-dir:{tmp_path / 'export'}").eval()
+    texts = ["a photo of a cat", "Two dogs, running! And a much longer sentence behind them."]
+    with torch.no_grad():
+        expected = towers(None, *processing.tokenize(texts)).text_embeds
+        for tokenize in (open_clip.get_tokenizer(f"local-dir:{tmp_path / 'export'}"), open_clip.SimpleTokenizer()):
+            found = model.encode_text(tokenize(texts), normalize=True)
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+
+
+def test_a_perturbed_weight_is_refused(tmp_path):
+    """Negative control: open_clip itself reads the changed file, and finds other logits."""
+
+    def write(towers, processing, folder):
+        layout.write(towers, processing, folder)
+        weights = load_file(folder / "open_clip_model.safetensors")
+        weights["visual.transformer.resblocks.0.attn.in_proj_weight"] *= 2
+        save_file(weights, folder / "open_clip_model.safetensors")
+
+    towers, processing = made_towers("clip", tmp_path / "start")
+    with pytest.raises(RunError, match="differs from the model"):
+        export(
+            towers,
+            processing,
+            tmp_path / "export",
+            noise_and_texts(processing),
+            form=replace(OPEN_CLIP, write=write),
+        )
+    assert not (tmp_path / "export").exists()
+
+
+def test_on_the_hub_the_tokenizer_is_that_of_the_repository(tmp_path):
+    towers, processing = made_towers("clip", tmp_path / "start")
+    form = replace(OPEN_CLIP, write=partial(layout.write, tokenizer_name="me/model"))
+    export(towers, processing, tmp_path / "export", noise_and_texts(processing), form=form)
+    settings = json.loads((tmp_path / "export" / "open_clip_config.json").read_text())
+    assert settings["model_cfg"]["text_cfg"]["hf_tokenizer_name"] == "me/model"
+    assert 'get_tokenizer("hf-hub:me/model")' in OPEN_CLIP.usage(towers, processing, "me/model", True)
+
+
+@pytest.mark.parametrize(
+    ("kind", "part", "change", "words"),
+    [
+        ("siglip", None, {}, "of type 'siglip': use --format hf or onnx"),
+        ("clip", "text_config", {"hidden_act": "gelu"}, r"activations quick_gelu \(images\) and gelu \(texts\)"),
+        ("clip", "vision_config", {"num_channels": 4}, "images of 4 channels"),
+    ],
+)
+def test_what_open_clip_cannot_express_is_refused(kind, part, change, words, tmp_path):
+    towers, processing = made_towers(kind, tmp_path / "start")
+    if part:
+        towers.description[part] |= change
+    with pytest.raises(InputError, match=words):
+        export(towers, processing, tmp_path / "export", noise_and_texts(processing), form=OPEN_CLIP)
+    assert not (tmp_path / "export").exists()
