@@ -35,7 +35,7 @@ sys.path.insert(0, str(ROOT))
 from lib.backend import usable_cores  # noqa: E402
 from lib.data import ImagePipeline, decode_image  # noqa: E402
 from lib.data.images import EXTENSIONS  # noqa: E402
-from lib.processing import CLIP_MEAN, CLIP_STD  # noqa: E402
+from lib.image_form import CLIP_MEAN, CLIP_STD  # noqa: E402
 
 SIZE = 224
 Way = Callable[[bytes], torch.Tensor]

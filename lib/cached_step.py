@@ -8,7 +8,7 @@ Letters: K chunks of C pairs on this rank, B = all pairs of this rank, N = W * B
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 import torch
@@ -57,6 +57,7 @@ def cached_step(
     backward: Callable[[Tensor], None] = torch.Tensor.backward,
     no_sync: Callable[[], AbstractContextManager] = nullcontext,
     keep_graphs: int = 0,
+    negatives: Sequence[Inputs] = (),
     image_recompute: Recompute = "all",
     text_recompute: Recompute = "all",
     share: bool = False,
@@ -67,36 +68,40 @@ def cached_step(
     suspends the reduction across ranks: only the last backward runs outside it, so there is one reduction per step.
     The graphs of the first `keep_graphs` chunks are kept from pass 1 instead of being recomputed. With `share` every
     distinct text of this rank is encoded once, which is exact while the text tower draws nothing at random.
+    `negatives` are texts that fit no image, the same on every rank: each rank encodes them all for its own images.
     """
-    keep_graphs = min(keep_graphs, len(chunks))
-    all_kept = keep_graphs == len(chunks)
-    passes: list[_ChunkPass] = []
     inputs, text_row = share_texts(chunks) if share else ([chunk.inputs for chunk in chunks], None)
+    inputs = [*negatives, *inputs]  # in front: ranks synchronize in the last backward, which has to have both towers
+    all_kept = keep_graphs >= len(chunks)
+    keep_graphs = len(inputs) if all_kept else keep_graphs
+    passes: list[_ChunkPass] = []
     for index, of_chunk in enumerate(inputs):
         kept = index < keep_graphs
         # DDP decides in forward whether its backward will reduce: a kept graph reduces only if no other follows.
-        last = all_kept and index == len(chunks) - 1
+        last = all_kept and index == len(inputs) - 1
         with nullcontext() if last else no_sync(), nullcontext() if kept else torch.no_grad():
             passes.append(_embed(towers, of_chunk, device, kept, image_recompute, text_recompute))
 
     statistics = _batch_norm_statistics(towers)
-    fresh, gradients = _loss_over_all_ranks(passes, chunks, text_row, loss, remembered)
-    surrogate = _Surrogate(passes, gradients)
+    fresh, gradients = _loss_over_all_ranks(passes, len(negatives), chunks, text_row, loss, remembered)
+    surrogate = _Surrogate(passes, len(negatives), gradients)
 
     difference = torch.zeros((), device=device)
     if keep_graphs:  # one backward for all of them: the reducer must meet every parameter once
         with nullcontext() if all_kept else no_sync():
             backward(sum(surrogate(i, passes[i].output, final=all_kept and i == 0) for i in range(keep_graphs)))
     after_pass_1 = RandomState.capture(device)
-    for index in range(keep_graphs, len(chunks)):
-        last = index == len(chunks) - 1
+    for index in range(keep_graphs, len(inputs)):
+        last = index == len(inputs) - 1
         with nullcontext() if last else no_sync():
             output = passes[index].again(towers, device, image_recompute, text_recompute)
             difference = torch.maximum(difference, passes[index].distance(output))
-            backward(surrogate(index, output, final=last))
+            of_chunk = surrogate(index, output, final=last)
+            if of_chunk.requires_grad:  # not so where all that the chunk has is frozen
+                backward(of_chunk)
     after_pass_1.restore()
     _restore(statistics)
-    return StepResult(gradients.loss, fresh, difference)
+    return StepResult(gradients.loss, replace(fresh, negative_texts=None), difference)
 
 
 @dataclass
@@ -114,7 +119,7 @@ class _ChunkPass:
         self.random_state.restore()
         inputs = _on(device, self.inputs)
         return towers(
-            pixel_values=inputs["pixel_values"] if image == "all" else None,
+            pixel_values=inputs.get("pixel_values") if image == "all" else None,
             input_ids=inputs.get("input_ids") if text == "all" else None,
             attention_mask=inputs.get("attention_mask") if text == "all" else None,
             image_pooled=self.image_pooled if image == "head" else None,
@@ -134,6 +139,10 @@ class _ChunkPass:
         return torch.stack(distances).max() if distances else torch.zeros((), device=self.output.logit_scale.device)
 
 
+def _count(embeds: Tensor | None) -> int:
+    return 0 if embeds is None else len(embeds)
+
+
 def _on(device: torch.device, inputs: Inputs) -> Inputs:
     return {name: tensor.to(device, non_blocking=True) for name, tensor in inputs.items()}
 
@@ -151,6 +160,7 @@ def _embed(towers, inputs: Inputs, device, kept: bool, image: Recompute, text: R
 @torch.no_grad()
 def _loss_over_all_ranks(
     passes: Sequence[_ChunkPass],
+    negatives: int,
     chunks: Sequence[TowerChunk],
     text_row: Tensor | None,
     loss: Loss,
@@ -158,17 +168,20 @@ def _loss_over_all_ranks(
 ) -> tuple[Pairs, LossShare]:
     """Gather all embeddings, and return them with the loss and the gradients for what this rank embedded.
 
+    negatives: so many of the first passes have texts that belong to no pair.
     text_row: (B,), which of the embedded texts each pair has; None: its own.
     """
     first = passes[0].output
     device = first.logit_scale.device
-    texts = torch.cat([p.output.text_embeds.detach() for p in passes if p.output.text_embeds is not None])
+    outputs = [p.output for p in passes]
+    texts = torch.cat([o.text_embeds.detach() for o in outputs[negatives:] if o.text_embeds is not None])
     text_row = None if text_row is None else text_row.to(device)
     fresh = Pairs(
-        gather_rows(torch.cat([p.output.image_embeds.detach() for p in passes])),
+        gather_rows(torch.cat([o.image_embeds.detach() for o in outputs[negatives:]])),
         gather_rows(texts if text_row is None else texts[text_row]),
         gather_rows(torch.cat([chunk.group for chunk in chunks]).to(device)),
         gather_rows(torch.cat([chunk.sample_id for chunk in chunks]).to(device)),
+        torch.cat([o.text_embeds.detach() for o in outputs[:negatives]]) if negatives else None,
     )
     rank, world_size = rank_and_world_size()
     per_rank = len(fresh) // world_size
@@ -178,7 +191,7 @@ def _loss_over_all_ranks(
     d_texts = sum_over_ranks(share.text_embeds)[rows]
     if text_row is not None:
         d_texts = torch.zeros_like(texts).index_add_(0, text_row, d_texts.to(texts.dtype))
-    return fresh, LossShare(total, share.image_embeds, d_texts, d_scale, d_bias)
+    return fresh, LossShare(total, share.image_embeds, d_texts, d_scale, d_bias, share.negative_texts)
 
 
 class _Surrogate:
@@ -188,10 +201,13 @@ class _Surrogate:
     the full gradient on every rank already, and enter once.
     """
 
-    def __init__(self, passes: Sequence[_ChunkPass], gradients: LossShare) -> None:
-        self.image_gradients = gradients.image_embeds.split([len(p.output.image_embeds) for p in passes])
-        texts = (p.output.text_embeds for p in passes)  # none in a chunk whose texts are elsewhere
-        self.text_gradients = gradients.text_embeds.split([0 if embeds is None else len(embeds) for embeds in texts])
+    def __init__(self, passes: Sequence[_ChunkPass], negatives: int, gradients: LossShare) -> None:
+        of_texts = gradients.text_embeds  # (B or the distinct texts, D), the negative texts' before them
+        if negatives:
+            of_texts = torch.cat([gradients.negative_texts.to(of_texts.dtype), of_texts])
+        # A chunk has no texts where they are shared and elsewhere, and no images where they are negatives.
+        self.image_gradients = gradients.image_embeds.split([_count(p.output.image_embeds) for p in passes])
+        self.text_gradients = of_texts.split([_count(p.output.text_embeds) for p in passes])
         self.d_scale, self.d_bias = gradients.logit_scale, gradients.logit_bias
         self.world_size = rank_and_world_size()[1]
 

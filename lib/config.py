@@ -28,6 +28,9 @@ class TrainConfig:
     """Validation pairs, as --data; without it, the val or test part of --data where it has one."""
     prompts: str | None = None
     """Prompt templates for class names: a shipped bank (digits, activities, objects, simple) or a YAML file."""
+    negative_prompts: Path | None = None
+    """YAML list of texts that fit no image, such as hard prompts; {} stands for each class name. Every step encodes
+    them all, as further negatives of every image."""
     captions: Literal["all", "one"] = "all"
     """Every caption is a pair, or one pair per image with a caption drawn anew in each epoch."""
     workers: int | Literal["auto"] = "auto"
@@ -101,6 +104,9 @@ class TrainConfig:
     """Dropout before the adapters."""
     scale_max: float = 0.0
     """Largest logit scale; the parameter is clamped after each step. 0: no limit."""
+    scale_schedule: tuple[float, float] | None = None
+    """The logit scale (1 / temperature) of the first and the last step, in equal ratios between them, in the place of
+    a learned one, whatever --scale-max: 10 100, or 20 20 for a constant."""
 
     # Batch
     effective_batch: int = 4096
@@ -181,6 +187,8 @@ class TrainConfig:
     """Steps between evaluations on validation data (one also runs at the end)."""
     best_metric: str = "auto"
     """Metric that picks the best checkpoint: auto (accuracy, or text_to_image.R@1), loss, macro_f1, ..."""
+    patience: int = 0
+    """Stop early after this many evaluations in a row without a better --best-metric. 0: never."""
     tracker: Literal["none", "tensorboard", "wandb"] = "none"
     """Experiment tracker, through Accelerate."""
 
@@ -225,6 +233,8 @@ class TrainConfig:
                 f"--cache-image and --augment {self.augment} exclude each other: it makes new images every time"
             )
         found += self._problems_of_what_trains()
+        if self.patience and not self.eval_every:
+            found.append(f"--patience {self.patience} counts evaluations; --eval-every 0 switches them off")
         if self.resume == "auto" and self.output_dir is None:
             found.append("--resume auto needs the --output-dir whose run should go on")
         return found
@@ -235,6 +245,8 @@ class TrainConfig:
             found.append(f"--unfreeze {' '.join(self.unfreeze)} needs --freeze: without it, everything trains")
         if not self.lora and (self.lora_alpha is not None or self.lora_dropout):
             found.append("--lora-alpha and --lora-dropout shape adapters; give their rank with --lora")
+        if self.scale_schedule and min(self.scale_schedule) <= 0:
+            found.append(f"--scale-schedule {self.scale_schedule[0]} {self.scale_schedule[1]} must be greater than 0")
         if self.eval_ema and not self.ema:
             found.append("--eval-ema needs --ema, such as --ema 0.999")
         if self.ema == 1 or self.lora_dropout == 1:
@@ -255,7 +267,7 @@ _AT_LEAST_ONE = (
 )
 _NOT_NEGATIVE = (
     "keep_graphs", "xbm_size", "xbm_start", "weight_decay", "warmup_steps", "grad_clip", "seed",
-    "save_every", "keep_checkpoints", "eval_every", "workers", "scale_max", "shard_cache_gib", "lora",
+    "save_every", "keep_checkpoints", "eval_every", "workers", "scale_max", "shard_cache_gib", "lora", "patience",
 )  # fmt: skip
 _FRACTIONS = (
     "max_bad", "label_smoothing", "projection_dropout", "dropout", "beta2", "lora_dropout", "layer_decay", "ema",

@@ -1,6 +1,8 @@
 """From settings to data: where it comes from, what is done to every pair, and how many steps an epoch has."""
 
 import os
+import sys
+from collections.abc import Sequence
 from math import ceil
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from lib import backend
 from lib.collectives import rank_and_world_size
 from lib.config import TrainConfig
 from lib.data import EvaluationSet, ImagePipeline, Prepare, Source, open_sources
+from lib.data.classes.prompt_banks import load_negative_prompts
 from lib.data.remote.fetch import Fetcher, default_fetcher
 from lib.data.shards.source import count_pairs
 from lib.data_info.info import data_info
@@ -46,8 +49,27 @@ def show_data(config: TrainConfig) -> None:
             ) from None
 
 
+def negative_texts(config: TrainConfig, source: Source) -> tuple[str, ...]:
+    """The texts of --negative-prompts; InputError for one that the data has too, where it has classes."""
+    if config.negative_prompts is None:
+        return ()
+    texts = load_negative_prompts(config.negative_prompts, source.classes)
+    both = set(texts) & set(source.sample_texts(sys.maxsize)) if source.classes else ()
+    if both:
+        raise InputError(
+            f"--negative-prompts {config.negative_prompts}: {min(both)!r} is a prompt of a class too; leave it out"
+        )
+    return texts
+
+
 def make_prepare(
-    config: TrainConfig, towers: TwoTowers, processing: Processing, source: Source, cache: Path, device: torch.device
+    config: TrainConfig,
+    towers: TwoTowers,
+    processing: Processing,
+    source: Source,
+    more_texts: Sequence[str],
+    cache: Path,
+    device: torch.device,
 ) -> Prepare:
     """What is done to every pair; frozen trunks run here, once, where their outputs are to be stored."""
     images = ImagePipeline(
@@ -62,7 +84,8 @@ def make_prepare(
     )
     workers = most_workers(config, rank_and_world_size()[1]) if config.workers == "auto" else config.workers
     caching = Caching(towers, processing, cache, device, workers)
-    return caching.fill(Prepare(images, processing.tokenize), source, config.cache_image, config.cache_text)
+    prepare = Prepare(images, processing.tokenize)
+    return caching.fill(prepare, source, config.cache_image, config.cache_text, more_texts)
 
 
 def most_workers(config: TrainConfig, world_size: int) -> int:

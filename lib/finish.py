@@ -4,19 +4,21 @@ import copy
 
 from lib import backend
 from lib.collectives import gather_objects
+from lib.curve import find_parting, parting_words
 from lib.data import IndexedSource
 from lib.export import export, noise_and_texts
 from lib.export.card import model_card
 from lib.export.formats import HUGGING_FACE
 from lib.lora import merge
 from lib.narration import all_counts
-from lib.report import Reporter
+from lib.report import Reporter, read_metrics
 from lib.run import Run
 from lib.towers import TwoTowers
 
 
-def finish(run: Run, report: Reporter, step: int, seconds: float) -> None:
-    """Curve, summary and, after the last step, the export of the best checkpoint."""
+def finish(run: Run, report: Reporter, step: int, complete: bool, seconds: float) -> None:
+    """Curve, summary and, of a run that is complete, the export of the best checkpoint."""
+    parting = find_parting(read_metrics(run.folder)) if run.accelerator.is_main_process else None
     summary = {
         "steps": step,
         "pairs": step * run.plan.effective_batch,
@@ -24,16 +26,20 @@ def finish(run: Run, report: Reporter, step: int, seconds: float) -> None:
         "peak_memory_bytes": max(gather_objects(backend.peak_memory_bytes(run.accelerator.device))),
         "eval": report.last_evaluation,
         "best": run.best,
+        "stopped_early": complete and step < run.steps,
+        "parting": parting,
         "data": all_counts(run) | ({"images": len(run.source.images)} if isinstance(run.source, IndexedSource) else {}),
     }
-    if run.memory.size and not run.switch.on and step == run.steps:
+    if parting:
+        report.say(f"warning: {parting_words(parting)}")
+    if run.memory.size and not run.switch.on and complete:
         report.say(
             "warning: the memory was never used: warm-up lasted, or remembered embeddings kept drifting (drift_image "
             "and drift_text in metrics.jsonl); --xbm-start STEP uses it from a step on, --xbm-size 0 saves its room"
         )
     report.curve()
     report.summary(summary)
-    if step == run.steps and run.accelerator.is_main_process:
+    if complete and run.accelerator.is_main_process:
         report.summary(summary | {"export_difference": _export(run, report)})
     report.close()
     run.accelerator.wait_for_everyone()  # rank 0 exports alone: the others must not end the group before it has

@@ -3,7 +3,7 @@
 Both take this rank's *rows* of the global batch and return those rows' share of the loss. Over any partition of the
 batch into rows the shares add up to the loss and gradients of the whole batch, so nothing here knows about ranks.
 
-Letters: N fresh pairs of the global batch, B rows of it, Q remembered pairs, D embedding dimension.
+Letters: N fresh pairs of the global batch, B rows of it, Q remembered pairs, P negative texts, D embedding dimension.
 """
 
 from collections.abc import Callable, Iterator
@@ -23,12 +23,16 @@ PosWeight = float | Literal["balanced"]
 
 @dataclass(frozen=True)
 class Pairs:
-    """Embedded pairs: `image_embeds` and `text_embeds` (N, D), unit norm; `group` and `sample_id` (N,) int64."""
+    """Embedded pairs: `image_embeds` and `text_embeds` (N, D), unit norm; `group` and `sample_id` (N,) int64.
+
+    `negative_texts` (P, D) belong to no pair: further candidates, and no positives, of every image.
+    """
 
     image_embeds: Tensor
     text_embeds: Tensor
     group: Tensor
     sample_id: Tensor
+    negative_texts: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.group)
@@ -48,6 +52,8 @@ class LossShare:
     """(), contribution to the gradient of the multiplier (not of its logarithm)."""
     logit_bias: Tensor
     """(), contribution to the gradient of the bias."""
+    negative_texts: Tensor | None = None
+    """(P, D), contribution to the gradients of the negative texts."""
 
 
 Loss = Callable[[Pairs, Pairs | None, Tensor, Tensor, slice], LossShare]
@@ -70,7 +76,7 @@ def sigmoid(
 ) -> LossShare:
     """Pairwise sigmoid loss: softplus(-z S) summed over all pairs and divided by N, z = +1 inside a group, else -1.
 
-    S = logit_scale * <image, text> + logit_bias. Every row's image meets all fresh and remembered texts, every row's
+    S = logit_scale * <image, text> + logit_bias. Every row's image meets all fresh, negative and remembered texts, its
     text meets all remembered images. A remembered copy of the same sample is left out; `pos_weight` multiplies the
     positives' terms ("balanced": fresh positives and fresh negatives weigh the same); with
     `remembered_positives="ignore"` remembered rows of the anchor's group are left out too.
@@ -84,13 +90,17 @@ def sigmoid(
         losses = F.softplus(logits) - logits * positive  # softplus(-S) = softplus(S) - S
         slope = torch.sigmoid(logits) - positive.to(logits.dtype)
         if pos_weight != 1.0:
-            weight = torch.where(positive, pos_weight, 1.0).to(logits.dtype)
+            weight = positive.to(logits.dtype).mul_(pos_weight - 1).add_(1)
             losses, slope = losses * weight, slope * weight
         if kept is not None:
             losses, slope = losses * kept, slope * kept
         return losses.sum() / len(fresh), slope / len(fresh)
 
     block.add_fresh(lambda r, c, logits: gradient(block.fresh_positive(r, c), None, logits))
+    if fresh.negative_texts is not None:
+        block.add_negative_texts(
+            lambda r, c, logits: gradient(torch.zeros_like(logits, dtype=torch.bool), None, logits)
+        )
     if remembered is not None:
         masked = lambda r, c, logits: gradient(*block.remembered_masks(r, c), logits)  # noqa: E731
         block.add_remembered_texts(masked)
@@ -112,7 +122,8 @@ def infonce(
 ) -> LossShare:
     """Symmetric InfoNCE: the mean cross-entropy over image rows and over text rows, averaged.
 
-    An anchor's candidates are all fresh and all remembered embeddings of the other tower; its target mass is spread
+    An anchor's candidates are all fresh and all remembered embeddings of the other tower, and an image's the negative
+    texts too; its target mass is spread
     evenly over its group; label smoothing spreads that share over all its candidates, as torch's cross_entropy does.
     A remembered copy of the same sample is left out. The softmax does not feel `logit_bias`: its gradient is zero.
     `merge_logsumexp` turns the (N,) partial log-sum-exp of the text anchors over these rows into that over all rows
@@ -123,6 +134,7 @@ def infonce(
     column_lse = merge_logsumexp(column_lse)
     on, off = 1 - label_smoothing, label_smoothing
     row_positives, row_candidates = block.counts(rows)
+    row_candidates = row_candidates + len(block.negative_texts)
     column_positives, column_candidates = block.counts(slice(0, len(fresh)))
     row_on, row_off = on / row_positives, off / row_candidates  # target of a positive, and of any candidate
     column_on, column_off = on / column_positives, off / column_candidates
@@ -134,6 +146,11 @@ def infonce(
             target += row_off[r, None] + column_off[c]
         softmaxes = torch.exp(logits - row_lse[r, None]).add_(torch.exp(logits - column_lse[c]))
         return -(logits * target).sum() / norm, softmaxes.sub_(target).div_(norm)
+
+    def negative_gradient(r: slice, c: slice, logits: Tensor) -> tuple[Tensor, Tensor]:
+        target = row_off[r, None].expand_as(logits)
+        softmax = torch.exp(logits - row_lse[r, None])
+        return -(logits * target).sum() / norm, softmax.sub_(target).div_(norm)
 
     def remembered_gradient(lse: Tensor, on_: Tensor, off_: Tensor) -> LogitGradient:
         def gradient(r: slice, c: slice, logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -148,11 +165,12 @@ def infonce(
 
     block.loss += (row_lse.sum() + column_lse[rows].sum()) / norm
     block.add_fresh(fresh_gradient)
+    if fresh.negative_texts is not None:
+        block.add_negative_texts(negative_gradient)
     if remembered is not None:
         block.add_remembered_texts(remembered_gradient(row_lse, row_on, row_off))
         block.add_remembered_images(remembered_gradient(column_lse[rows], column_on[rows], column_off[rows]))
-    share = block.share()
-    return LossShare(share.loss, share.image_embeds, share.text_embeds, share.logit_scale, torch.zeros_like(logit_bias))
+    return replace(block.share(), logit_bias=torch.zeros_like(logit_bias))
 
 
 def diagonal(loss: Loss) -> Loss:
@@ -199,6 +217,8 @@ class _Block:
                 remembered.image_embeds.to(dtype),
                 remembered.text_embeds.to(dtype),
             )
+        negative_texts = self.texts[:0] if fresh.negative_texts is None else fresh.negative_texts.to(dtype)
+        self.negative_texts, self.d_negative_texts = negative_texts, torch.zeros_like(negative_texts)
         self.loss = torch.zeros_like(self.scale)
         self.d_scale, self.d_bias = torch.zeros_like(self.scale), torch.zeros_like(self.scale)
         self.d_images, self.d_texts = torch.zeros_like(self.images), torch.zeros_like(self.texts)
@@ -240,6 +260,8 @@ class _Block:
         for r, c, logits in self._tiles(self.images, self.texts):
             over_texts[r] = torch.logaddexp(over_texts[r], logits.logsumexp(1))
             over_images[c] = torch.logaddexp(over_images[c], logits.logsumexp(0))
+        for r, _, logits in self._tiles(self.images, self.negative_texts):
+            over_texts[r] = torch.logaddexp(over_texts[r], logits.logsumexp(1))
         if self.remembered is not None:
             own_texts = over_images[
                 self.rows
@@ -257,6 +279,10 @@ class _Block:
         """The rows' images against all fresh texts."""
         self._add(self.images, self.texts, self.d_images, self.d_texts, gradient)
 
+    def add_negative_texts(self, gradient: LogitGradient) -> None:
+        """The rows' images against the texts that fit none."""
+        self._add(self.images, self.negative_texts, self.d_images, self.d_negative_texts, gradient)
+
     def add_remembered_texts(self, gradient: LogitGradient) -> None:
         """The rows' images against the remembered texts."""
         self._add(self.images, self.old_texts, self.d_images, None, gradient)
@@ -266,7 +292,8 @@ class _Block:
         self._add(self.row_texts, self.old_images, self.d_texts[self.rows], None, gradient)
 
     def share(self) -> LossShare:
-        return LossShare(self.loss, self.d_images, self.d_texts, self.d_scale, self.d_bias)
+        of_negatives = self.d_negative_texts if len(self.negative_texts) else None
+        return LossShare(self.loss, self.d_images, self.d_texts, self.d_scale, self.d_bias, of_negatives)
 
     def _add(self, anchors, others, d_anchors, d_others, gradient) -> None:
         of_dots = torch.zeros_like(anchors)  # sum over columns of (d loss / d logits) * other embedding

@@ -25,7 +25,8 @@ def make_towers(
     towers, processing = _load(config, family, source, resume_from)
     if config.resize != "auto":
         processing = replace(processing, resize=config.resize)
-    set_trainable(towers, config.freeze, config.unfreeze)
+    scheduled = ("scale",) if config.scale_schedule else ()
+    set_trainable(towers, (*config.freeze, *scheduled), config.unfreeze)
     if config.lora:
         alpha = 2 * config.lora if config.lora_alpha is None else config.lora_alpha
         add_adapters(towers, config.lora, alpha, config.lora_dropout, config.seed)

@@ -21,13 +21,13 @@ def announce(run: Run, report: Reporter) -> None:
     """The start-up plan, and the settings as a file."""
     config, towers = run.config, run.towers
     trained, total = trained_share(towers)
-    texts = "" if run.source.distinct_texts is None else f", {run.source.distinct_texts:,} distinct texts"
     name = f"{config.image_tower} and {config.text_tower}" if config.image_tower else config.model
     report.say(
         f"model      {name}: {total:,} parameters, {trained:,} train; {towers.embed_dim} dimensions, "
         f"{towers.image_size} px",
         *_rate_lines(run),
-        f"data       {run.source.description}{texts}",
+        f"data       {run.source.description}",
+        *_text_lines(run),
         *_stored_lines(run.prepare),
         *run.plan.lines(),
         f"steps      {run.steps:,} (from {run.first_step:,})" if run.first_step else f"steps      {run.steps:,}",
@@ -59,6 +59,15 @@ def announce(run: Run, report: Reporter) -> None:
         run.accelerator.project_configuration.logging_dir = str(run.folder)
         flat = {n: v for n, v in dataclasses.asdict(config).items() if isinstance(v, int | float | str)}
         run.accelerator.init_trackers("image-text", config=flat)
+
+
+def _text_lines(run: Run) -> list[str]:
+    """How many texts are different: with class prompts, far fewer than there are pairs."""
+    distinct, batch = run.source.distinct_texts, run.plan.effective_batch
+    once = "; each is encoded once a step" if run.share_texts and (distinct or 0) < batch else ""
+    known = [] if distinct is None else [f"texts      {distinct:,} distinct texts{once}"]
+    count = sum(len(next(iter(chunk.values()))) for chunk in run.negatives)
+    return known + ([f"           {count:,} negative prompts more, candidates of every image"] if count else [])
 
 
 def _rate_lines(run: Run) -> list[str]:

@@ -98,6 +98,12 @@ def build_schedule(
     return LambdaLR(optimizer, [partial(_one_later, factor) for factor in published.lr_lambdas])
 
 
+def scheduled_scale(first_and_last: tuple[float, float], step: int, steps: int) -> float:
+    """The logit scale of a step, counted from 1: in equal ratios from the first step's to the last's."""
+    first, last = first_and_last
+    return first * (last / first) ** ((step - 1) / max(steps - 1, 1))
+
+
 def move_schedule(schedule: LambdaLR, updates: int) -> None:
     """Go to where the schedule stands after this many updates, each group from its own peak."""
     schedule.last_epoch = updates

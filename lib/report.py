@@ -6,12 +6,10 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
 from accelerate import Accelerator
 from tqdm import tqdm
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+from lib.curve import draw_curve, flatten
 
 METRICS, SUMMARY, SKIPPED, CURVE = "metrics.jsonl", "summary.json", "skipped.jsonl", "loss_curve.png"
 
@@ -113,40 +111,6 @@ def read_lines(file: Path) -> list[dict]:
         except json.JSONDecodeError:
             continue
     return lines
-
-
-def draw_curve(lines: Sequence[dict], file: Path) -> None:
-    """Two panels: losses, and validation figures in [0, 1]."""
-    steps = [line for line in lines if "loss" in line]
-    evaluations = [(line["step"], flatten(line["eval"])) for line in lines if "eval" in line]
-    shares = sorted({name for _, e in evaluations for name, value in e.items() if name != "loss" and 0 <= value <= 1})
-    figure, axes = plt.subplots(
-        1, 2 if shares else 1, figsize=(11 if shares else 6, 4), squeeze=False, layout="constrained"
-    )
-    losses = axes[0, 0]
-    losses.plot([s["step"] for s in steps], [s["loss"] for s in steps], label="training (whole batch and memory)")
-    if evaluations:
-        losses.plot([s for s, _ in evaluations], [e.get("loss") for _, e in evaluations], "o-", label="validation")
-    remembered = next((line["step"] for line in steps if line.get("xbm_used")), None)
-    if remembered is not None and remembered > steps[0]["step"]:  # more candidates: the loss jumps, nothing broke
-        losses.axvline(remembered, color="grey", linestyle=":", label="memory used from here on")
-    losses.set(xlabel="step", ylabel="loss", title="Loss")
-    losses.legend()
-    if shares:
-        for name in shares:
-            axes[0, 1].plot([s for s, _ in evaluations], [e.get(name) for _, e in evaluations], "o-", label=name)
-        axes[0, 1].set(xlabel="step", ylim=(0, 1.02), title="Validation")
-        axes[0, 1].legend(fontsize="small")
-    figure.savefig(file, dpi=110)
-    plt.close(figure)
-
-
-def flatten(metrics: dict, prefix: str = "") -> dict[str, float]:
-    """Nested metrics as one level: {"text_to_image": {"R@1": x}} -> {"text_to_image.R@1": x}."""
-    flat = {}
-    for name, value in metrics.items():
-        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat
 
 
 def _finite(value):

@@ -19,6 +19,7 @@ from lib.lora import merged_weights
 from lib.optim import load_moments, moments_by_name, move_schedule
 from lib.plan import BatchPlan
 from lib.processing import Processing
+from lib.shared_texts import Inputs
 from lib.towers import TwoTowers
 from lib.xbm import CrossBatchMemory, MemorySwitch
 
@@ -58,16 +59,25 @@ class Run:
     """The towers did not start from random weights."""
     share_texts: bool
     """Each distinct text of a step is encoded once."""
+    negatives: list[Inputs]
+    """Texts that fit no image, in chunks, encoded at every step."""
     first_step: int = 0
     """Steps that were done before this process began."""
     best: dict = field(default_factory=dict)
     """{"step", "metric", "value"} of the best evaluation so far."""
+    stale: int = 0
+    """Evaluations in a row that were not the best."""
     overflows: int = 0
     """fp16 updates skipped in a row."""
 
     @property
     def checkpoints(self) -> Path:
         return self.folder / "checkpoints"
+
+    @property
+    def out_of_patience(self) -> bool:
+        """Whether --patience ends the run here."""
+        return bool(self.config.patience) and self.stale >= self.config.patience
 
     @property
     def evaluated(self) -> TwoTowers:
@@ -96,6 +106,7 @@ class Run:
                 "settings": settings_of_the_weights(self.config),
                 "steps": self.steps,
                 "best": self.best,
+                "stale": self.stale,
                 "switch": self.switch.state_dict(),
             },
             optimizer={
@@ -149,6 +160,7 @@ class Run:
             self.memory.load_state_dict(state.memory)
         self.switch.load_state_dict(state.progress["switch"])
         self.first_step, self.best = state.progress["step"], state.progress["best"]
+        self.stale = state.progress.get("stale", 0)
         if self.best:  # a kill may have come between the checkpoint and its mark, or the run has a new folder
             folder = self.checkpoints / f"step_{self.best['step']:06d}"
             if not checkpoint.is_whole(folder):
@@ -164,7 +176,7 @@ def settings_of_the_weights(config: TrainConfig) -> dict:
     """What a checkpoint's weights, moments, memory and step number mean nothing without, as JSON values."""
     names = (
         "model", "image_tower", "text_tower", "projection", "text_projection", "projection_dim", "projection_hidden",
-        "projection_dropout", "image_size", "dropout", "freeze", "unfreeze", "lora",
+        "projection_dropout", "image_size", "dropout", "freeze", "unfreeze", "scale_schedule", "lora",
         "lora_alpha", "lora_dropout", "optimizer", "effective_batch", "xbm_size", "captions", "seed",
     )  # fmt: skip
     values = {name: getattr(config, name) for name in names}

@@ -13,7 +13,15 @@ from lib.checkpoint import TrainingState
 from lib.collectives import gather_objects
 from lib.config import TrainConfig, flag
 from lib.data import Prepare, Source, TrainingData
-from lib.data_setup import make_fetcher, make_prepare, most_workers, open_data, sample_inputs, steps_of_epochs
+from lib.data_setup import (
+    make_fetcher,
+    make_prepare,
+    most_workers,
+    negative_texts,
+    open_data,
+    sample_inputs,
+    steps_of_epochs,
+)
 from lib.errors import InputError
 from lib.model_setup import make_optimizer, make_towers
 from lib.optim import build_schedule
@@ -41,7 +49,8 @@ def make_run(config: TrainConfig, family: str) -> Run:
     towers.to(accelerator.device).train()
     torch.manual_seed(config.seed + 1 + accelerator.process_index)  # ranks draw their own dropout masks
 
-    prepare = make_prepare(config, towers, processing, source, fetcher.cache, accelerator.device)
+    negatives = negative_texts(config, source)
+    prepare = make_prepare(config, towers, processing, source, negatives, fetcher.cache, accelerator.device)
     plan = _plan(config, towers, source, prepare, state, accelerator)
     workers = _workers(config, state, plan, prepare)
     steps = config.steps or steps_of_epochs(config, source)
@@ -82,6 +91,10 @@ def make_run(config: TrainConfig, family: str) -> Run:
         workers=workers,
         pretrained=pretrained,
         share_texts=_share_texts(config, towers, source, prepare, accelerator),
+        negatives=[
+            prepare.texts(list(negatives[start : start + plan.chunk_size]))
+            for start in range(0, len(negatives), plan.chunk_size)
+        ],
     )
     if config.compile:  # last: what is measured before runs on a few pairs, for which nothing need be compiled
         compile_trunks(towers, config.compile_backend, accelerator.device)
@@ -136,7 +149,7 @@ def _load_state(folder: Path | None, accelerator: Accelerator) -> TrainingState 
 
 def _check_same_run(config: TrainConfig, saved: dict) -> None:
     for name, value in settings_of_the_weights(config).items():
-        if saved[name] != value:
+        if saved.get(name, value) != value:  # a setting that was not yet there when it was saved
             raise InputError(
                 f"{flag(name)} {value} is not that of the checkpoint ({saved[name]}); resume with the same, or start "
                 "anew from its weights with --model CHECKPOINT_FOLDER"

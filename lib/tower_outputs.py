@@ -56,20 +56,25 @@ class Caching:
     """Processes that decode images."""
     batch_size: int = 256
 
-    def fill(self, prepare: Prepare, source: Source, cache_image: bool, cache_text: bool) -> Prepare:
-        """The same Prepare, with the stored outputs that are asked for; InputError where they would be wrong."""
+    def fill(
+        self, prepare: Prepare, source: Source, cache_image: bool, cache_text: bool, more_texts: Sequence[str] = ()
+    ) -> Prepare:
+        """The same Prepare, with the stored outputs that are asked for; InputError where they would be wrong.
+
+        more_texts: texts that are encoded beside the source's.
+        """
         if cache_image:
             prepare = replace(prepare, image_outputs=self._images(source, prepare))
         if cache_text:
-            prepare = replace(prepare, text_outputs=self._texts(source))
+            prepare = replace(prepare, text_outputs=self._texts({*source.sample_texts(sys.maxsize), *more_texts}))
         return prepare
 
-    def _texts(self, source: Source) -> StoredOutputs:
-        """Outputs of the text trunk for every distinct text of the source."""
+    def _texts(self, distinct: set[str]) -> StoredOutputs:
+        """Outputs of the text trunk for these texts."""
         if not self.towers.text_trunk_frozen:
             raise InputError("--cache-text: the text trunk trains, so its outputs change; add --freeze text.trunk")
         # Texts of like length share a batch, so little of it is padding.
-        texts = sorted(set(source.sample_texts(sys.maxsize)), key=lambda text: (len(text), text))
+        texts = sorted(distinct, key=lambda text: (len(text), text))
         keys = np.array([text_key(text) for text in texts], dtype=np.int64)
 
         def batches(rows: range) -> Iterator[tuple[dict[str, Tensor], Sequence[str]]]:

@@ -24,6 +24,7 @@ from lib.first_step import prepare_first_step
 from lib.losses import Loss, Pairs, diagonal
 from lib.narration import all_counts, announce, memory_metrics, step_metrics
 from lib.objective import Objective
+from lib.optim import scheduled_scale
 from lib.report import SKIPPED, SUMMARY, Reporter
 from lib.run import Run, Update
 from lib.setup import make_run
@@ -44,25 +45,27 @@ def train(config: TrainConfig, objective: Objective) -> None:
     best = BestMetric.resolve(config.best_metric, run.validation if config.eval_every else None)
     report = Reporter(run.folder, run.accelerator, run.steps, run.first_step)
     announce(run, report)
-    if run.first_step >= run.steps and (run.folder / SUMMARY).exists():
-        report.say(f"the run has its {run.steps} steps: nothing is left to do; more with a larger --steps or --epochs")
+    if _is_over(run, run.first_step) and (run.folder / SUMMARY).exists():
+        report.say(_nothing_left(run))
         run.accelerator.end_training()
         return
     with StopSignal() as stop:
         step = _loop(run, objective, loss, best, stop, report)
-        finish(run, report, step, time.perf_counter() - started)
+        finish(run, report, step, _is_over(run, step), time.perf_counter() - started)
 
 
 def _loop(run: Run, objective: Objective, loss: Loss, best: BestMetric, stop: "StopSignal", report: Reporter) -> int:
     """Data to step, and what is due after it; returns the last step that was done."""
     config, step = run.config, run.first_step
-    batches = run.data.steps(run.first_step, run.steps)
+    batches = run.data.steps(run.first_step, step if _is_over(run, step) else run.steps)
     while (timed := _next_batch(batches, step + 1)) is not None:
         chunks, data_seconds = timed
         step += 1
         began = time.perf_counter()
         if step == run.first_step + 1:
             prepare_first_step(run, objective, chunks, report)
+        if config.scale_schedule:
+            run.towers.set_scale_and_bias(scheduled_scale(config.scale_schedule, step, run.steps), None)
         remembered = run.memory.pairs() if run.switch.on else None
         update = _optimizer_step(run, loss, chunks, remembered, step)
         drift = _remember(run, update.result.fresh, step, report)
@@ -73,13 +76,35 @@ def _loop(run: Run, objective: Objective, loss: Loss, best: BestMetric, stop: "S
             _evaluate(run, loss, best, step, report)
         stopping = _agree(run, stop, step, report)
         is_best = run.best.get("step") == step
-        if stopping or (config.save_every and (is_best or _due(step, config.save_every, run.steps))):
+        over = _is_over(run, step)
+        if stopping or (config.save_every and (is_best or over or _due(step, config.save_every, run.steps))):
             run.save(step)
-        if stopping and step < run.steps:
+        if over:
+            if step < run.steps:
+                report.say(f"step {step}: {_patience_ended(run)}")
+            break
+        if stopping:
             report.say(f"stopped by a signal: step {step} is saved, --resume auto goes on from here")
             break
         del timed, chunks  # or two steps' images would be held while the next is waited for
     return step
+
+
+def _is_over(run: Run, step: int) -> bool:
+    return step >= run.steps or run.out_of_patience
+
+
+def _patience_ended(run: Run) -> str:
+    return (
+        f"{run.stale} evaluations in a row were not better than {run.best['metric']} {run.best['value']:.4f} of step "
+        f"{run.best['step']}, as --patience {run.config.patience} allows: the run ends"
+    )
+
+
+def _nothing_left(run: Run) -> str:
+    if run.out_of_patience:
+        return f"{_patience_ended(run)}: nothing is left to do; more with a larger --patience"
+    return f"the run has its {run.steps} steps: nothing is left to do; more with a larger --steps or --epochs"
 
 
 def _optimizer_step(run: Run, loss: Loss, chunks: list[Chunk], remembered: Pairs | None, step: int) -> Update:
@@ -93,6 +118,7 @@ def _optimizer_step(run: Run, loss: Loss, chunks: list[Chunk], remembered: Pairs
         backward=run.accelerator.backward,
         no_sync=backend.no_sync(run.accelerator, run.wrapped),
         keep_graphs=run.plan.keep_graphs,
+        negatives=run.negatives,
         share=run.share_texts,
         **run.recompute,
     )
@@ -108,7 +134,7 @@ def _optimizer_step(run: Run, loss: Loss, chunks: list[Chunk], remembered: Pairs
     if not run.overflows:
         run.schedule.step()
     run.optimizer.zero_grad()
-    if run.config.scale_max:
+    if run.config.scale_max and not run.config.scale_schedule:
         run.towers.clamp_logit_scale(run.config.scale_max)
     if run.average and not run.overflows:
         run.average.update_parameters(run.towers)
@@ -142,7 +168,9 @@ def _evaluate(run: Run, loss: Loss, best: BestMetric, step: int, report: Reporte
     report.evaluation(step, metrics)
     value = best.value(metrics)
     if best.better(value, run.best.get("value")):
-        run.best = {"step": step, "metric": best.name, "value": value}
+        run.best, run.stale = {"step": step, "metric": best.name, "value": value}, 0
+    else:
+        run.stale += 1
 
 
 @torch.no_grad()

@@ -36,6 +36,8 @@ def naive_sigmoid(
                 bool(fresh.group[i] == fresh.group[j]),
                 pos_weight,
             )
+        for text in fresh.negative_texts if fresh.negative_texts is not None else ():
+            total = total + _sigmoid_term(fresh.image_embeds[i] @ text * scale + bias, False, pos_weight)
         for j in range(len(remembered) if remembered else 0):
             positive = _remembered_kind(fresh, remembered, i, j, remembered_positives)
             if positive is None:
@@ -59,9 +61,10 @@ def naive_infonce(
 ) -> Tensor:
     """One cross-entropy with a probability target per anchor."""
     total = torch.zeros((), dtype=fresh.image_embeds.dtype)
-    for anchors, others, old in (
-        (fresh.image_embeds, fresh.text_embeds, remembered.text_embeds if remembered else None),
-        (fresh.text_embeds, fresh.image_embeds, remembered.image_embeds if remembered else None),
+    negatives = list(fresh.negative_texts) if fresh.negative_texts is not None else []
+    for anchors, others, old, more in (
+        (fresh.image_embeds, fresh.text_embeds, remembered.text_embeds if remembered else None, negatives),
+        (fresh.text_embeds, fresh.image_embeds, remembered.image_embeds if remembered else None, []),
     ):
         for i in range(len(fresh)):
             candidates, positives = [], []
@@ -73,6 +76,8 @@ def naive_infonce(
                 if positive is not None:
                     candidates.append(old[j])
                     positives.append(positive)
+            candidates += more
+            positives += [False] * len(more)
             target = torch.tensor(positives, dtype=anchors.dtype)
             logits = torch.stack(candidates) @ anchors[i] * scale + bias
             total = total + F.cross_entropy(

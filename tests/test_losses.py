@@ -20,8 +20,10 @@ def small_tiles(monkeypatch):
 
 def autograd(naive, fresh: Pairs, remembered, scale, bias, **options):
     """Value and gradients of the naive twin, as a LossShare over the whole batch."""
-    leaves = [t.clone().requires_grad_() for t in (fresh.image_embeds, fresh.text_embeds, scale, bias)]
-    value = naive(Pairs(leaves[0], leaves[1], fresh.group, fresh.sample_id), remembered, *leaves[2:], **options)
+    negatives = [] if fresh.negative_texts is None else [fresh.negative_texts]
+    leaves = [t.clone().requires_grad_() for t in (fresh.image_embeds, fresh.text_embeds, scale, bias, *negatives)]
+    pairs = Pairs(leaves[0], leaves[1], fresh.group, fresh.sample_id, *leaves[4:])
+    value = naive(pairs, remembered, *leaves[2:4], **options)
     gradients = torch.autograd.grad(value, leaves, allow_unused=True)
     return LossShare(
         value.detach(),
@@ -32,6 +34,9 @@ def autograd(naive, fresh: Pairs, remembered, scale, bias, **options):
 def assert_same(share: LossShare, twin: LossShare, tolerance: float = 1e-12) -> None:
     for name, value in vars(share).items():
         expected = getattr(twin, name)
+        assert (value is None) == (expected is None), name
+        if value is None:
+            continue
         error = (value - expected).abs().max() / expected.abs().max().clamp(min=1e-3)  # a zero is compared absolutely
         assert error <= tolerance, f"{name}: relative error {error:.2e}"
 
@@ -66,9 +71,22 @@ def test_value_and_gradients_equal_a_double_loop(loss, naive, options, memory, g
     assert_same(share, autograd(naive, fresh, remembered, SCALE, BIAS, **options))
 
 
+@pytest.mark.parametrize("memory", [False, True])
+@pytest.mark.parametrize(("loss", "naive", "options"), CASES)
+def test_with_negative_texts_too(loss, naive, options, memory):
+    fresh = random_pairs(17, DIM, seed=1, groups=4)
+    fresh = replace(fresh, negative_texts=random_pairs(9, DIM, seed=2).text_embeds)
+    remembered = remembered_pairs(4, fresh) if memory else None
+    share = loss(fresh, remembered, SCALE, BIAS, slice(0, 17), **options)
+    assert_same(share, autograd(naive, fresh, remembered, SCALE, BIAS, **options))
+    without = loss(replace(fresh, negative_texts=None), remembered, SCALE, BIAS, slice(0, 17), **options)
+    assert share.loss > 1.01 * without.loss
+
+
 @pytest.mark.parametrize("loss", [infonce, sigmoid])
 def test_shares_of_row_slices_add_up_to_the_whole_batch(loss):
     fresh = random_pairs(17, DIM, seed=1, groups=4)
+    fresh = replace(fresh, negative_texts=random_pairs(9, DIM, seed=2).text_embeds)
     remembered = remembered_pairs(4, fresh)
     whole = loss(fresh, remembered, SCALE, BIAS, slice(0, 17))
     slices = [slice(0, 5), slice(5, 14), slice(14, 17)]
@@ -81,6 +99,7 @@ def test_shares_of_row_slices_add_up_to_the_whole_batch(loss):
             sum(s.text_embeds for s in shares),
             sum(s.logit_scale for s in shares),
             sum(s.logit_bias for s in shares),
+            sum(s.negative_texts for s in shares),
         ),
         whole,
     )
@@ -125,7 +144,7 @@ def test_low_precision_embeddings_are_computed_in_float32(loss):
 def test_a_large_scale_does_not_overflow():
     fresh = random_pairs(17, DIM, seed=1)
     share = infonce(fresh, None, torch.tensor(5000.0), torch.tensor(0.0), slice(0, 17))
-    assert all(torch.isfinite(value).all() for value in vars(share).values())
+    assert all(torch.isfinite(value).all() for value in vars(share).values() if value is not None)
 
 
 def test_one_hand_computed_value():

@@ -68,6 +68,11 @@ class Prepare:
             sample_id=torch.tensor([pair.sample_id for pair in pairs], dtype=torch.int64),
         )
 
+    def texts(self, texts: list[str]) -> dict[str, Tensor]:
+        """What the towers' forward takes of texts without images, by name."""
+        prepared = self._texts(texts)
+        return {name: tensor for name, tensor in prepared.items() if tensor is not None and name != "text_id"}
+
     def _texts(self, texts: list[str]) -> dict[str, Tensor | None]:
         # Prompts repeat: preparing the distinct texts only gives the same rows, the longest being the same.
         row_of_text = {text: row for row, text in enumerate(dict.fromkeys(texts))}

@@ -1,9 +1,11 @@
 """Owns prompt templates: the banks shipped beside this file, and banks of the user's own."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
 
+from lib.data.pairs import fill
 from lib.errors import InputError
 
 _SHIPPED = Path(__file__).parent / "prompts"
@@ -13,17 +15,31 @@ def load_templates(prompts: str) -> tuple[str, ...]:
     """Templates of a shipped bank, by name, or of a YAML file that lists them; {} stands for the class."""
     shipped = {path.stem: path for path in sorted(_SHIPPED.glob("*.yaml"))}
     path = shipped.get(prompts, Path(prompts))
-    try:
-        templates = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError:
-        raise InputError(
-            f"--prompts {prompts} is no YAML file and no shipped bank; the banks are {', '.join(shipped)}"
-        ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"--prompts {prompts} is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(templates, list) or not templates or not all(isinstance(each, str) for each in templates):
-        raise InputError(f'--prompts {prompts} must hold a list of templates, as in: - "a photo of {{}}"')
+    templates = _listed(path, f"--prompts {prompts}", f"; the shipped banks are {', '.join(shipped)}")
     for template in templates:
         if "{}" not in template:
             raise InputError(f"--prompts {prompts}: the template {template!r} has no {{}} for the class name")
-    return tuple(dict.fromkeys(templates))
+    return templates
+
+
+def load_negative_prompts(file: Path, classes: Sequence[str] | None) -> tuple[str, ...]:
+    """Texts that a YAML file lists and that fit no image; one with {} stands for as many as there are classes."""
+    texts: list[str] = []
+    for text in _listed(file, f"--negative-prompts {file}", ""):
+        if "{}" in text and classes is None:
+            raise InputError(f"--negative-prompts {file}: {text!r} asks for class names, and the data has captions")
+        texts += [fill(text, name) for name in classes] if "{}" in text else [text]
+    return tuple(dict.fromkeys(texts))
+
+
+def _listed(path: Path, asked: str, advice: str) -> tuple[str, ...]:
+    """The texts of a YAML list; InputError, beginning with the flag and value that asked for it."""
+    try:
+        texts = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{asked} cannot be read ({error.strerror}){advice}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{asked} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(texts, list) or not texts or not all(isinstance(each, str) for each in texts):
+        raise InputError(f'{asked} must hold a list of texts, as in: - "a photo of {{}}"')
+    return tuple(dict.fromkeys(texts))
