@@ -9,7 +9,6 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from hashlib import blake2b
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +29,7 @@ from lib.data.shards.evaluation import shard_images
 from lib.data.shards.source import ShardSource
 from lib.errors import InputError
 from lib.evaluation.embed import counted, evaluating, image_loader
+from lib.fingerprint import fingerprint
 from lib.processing import Processing
 from lib.towers import TwoTowers
 from lib.towers.tower import ImageTower, TextTower
@@ -83,8 +83,8 @@ class Caching:
                 input_ids, attention_mask = self.processing.tokenize(batch)
                 yield {"input_ids": input_ids, "attention_mask": attention_mask}, [""] * len(batch)
 
-        name = _fingerprint(
-            "text", _structure(self.towers.text), self.towers.text.trunk, self.processing.text_identity(), keys
+        name = fingerprint(
+            _FORMAT, "text", _structure(self.towers.text), self.towers.text.trunk, self.processing.text_identity(), keys
         )
         return self._stored(f"text-{name}", keys, batches, "text")
 
@@ -112,7 +112,9 @@ class Caching:
 
         form = (self.processing.image_mean, self.processing.image_std, prepare.images)
         contents = images.identity(used)
-        name = _fingerprint("image", _structure(self.towers.image), self.towers.image.trunk, form, keys, contents)
+        name = fingerprint(
+            _FORMAT, "image", _structure(self.towers.image), self.towers.image.trunk, form, keys, contents
+        )
         return self._stored(f"image-{name}", keys, batches, "image")
 
     def _stored(self, name: str, keys: np.ndarray, batches: Batches, tower: str) -> StoredOutputs:
@@ -184,23 +186,6 @@ def _structure(tower: ImageTower | TextTower) -> object:
     heads = getattr(getattr(tower.trunk, "config", None), "num_attention_heads", None)
     how = tower.interpolate if isinstance(tower, ImageTower) else tower.masked
     return type(tower.trunk).__name__, repr(tower.trunk), heads, tower.pooling, how
-
-
-def _fingerprint(*parts: object) -> str:
-    """A hash of the parts: modules by their weights, arrays by their bytes, the rest by what it prints as."""
-    digest = blake2b(str(_FORMAT).encode(), digest_size=12)
-    for part in parts:
-        if isinstance(part, torch.nn.Module):
-            for name, tensor in sorted(part.state_dict().items()):
-                digest.update(f"{name} {tuple(tensor.shape)}".encode())
-                digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy() if tensor.ndim else b"")
-                digest.update(repr(tensor.item()).encode() if not tensor.ndim else b"")
-        elif isinstance(part, np.ndarray):
-            digest.update(np.ascontiguousarray(part).tobytes())
-        else:
-            digest.update(repr(part).encode())
-        digest.update(b"\x1f")
-    return digest.hexdigest()
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 from lib.data.captions.listing import CaptionedImages
@@ -57,6 +58,44 @@ def open_sources(
     return source, validation
 
 
+@dataclass(frozen=True)
+class EvaluationData:
+    """Data to evaluate on, found once; its parts are listed when they are asked for."""
+
+    data: str
+    prompts: str | None
+    image_root: str | None
+    fetcher: Fetcher
+    opened: OpenedData
+
+    @classmethod
+    def find(
+        cls, data: str, prompts: str | None, *, image_root: str | None = None, fetcher: Fetcher | None = None
+    ) -> "EvaluationData":
+        """Recognize the data; raises InputError, naming --data or --image-root, for what cannot be used."""
+        fetcher = fetcher or default_fetcher()
+        opened = open_data(data, "--data", image_root, fetcher)
+        _check_image_root(image_root, data, [opened])
+        return cls(data, prompts, image_root, fetcher, opened)
+
+    def part_for(self, split: str) -> str:
+        """The part that a --split means: of "auto" test, else val, else all there is; InputError if there is none."""
+        wanted = {"auto": _TO_EVALUATE, "train": ("train", "all"), "val": ("val",), "test": ("test",)}
+        if split not in wanted:
+            raise InputError(f"--split {split} is not one of {', '.join(wanted)}")
+        part = next((part for part in wanted[split] if part in self.opened.splits), None)
+        if part is None:
+            raise InputError(f"--split {split}: {self.data} has only {', '.join(self.opened.splits)}; try --split auto")
+        return part
+
+    def of(self, part: str) -> EvaluationSet | None:
+        """The images of train, val or test, or of "all" where the data has no parts; None if there is no such part."""
+        evaluation_set = _evaluation(self.opened, "--data", (part,), self.prompts, self.fetcher)
+        if evaluation_set is not None:
+            _check_prompts(self.prompts, self.data, evaluation_set)
+        return evaluation_set
+
+
 def open_evaluation(
     data: str, split: str, prompts: str | None, *, image_root: str | None = None, fetcher: Fetcher | None = None
 ) -> EvaluationSet:
@@ -64,17 +103,8 @@ def open_evaluation(
 
     Raises InputError, naming --data, --split or --prompts, for what cannot be used.
     """
-    wanted = {"auto": _TO_EVALUATE, "train": ("train", "all"), "val": ("val",), "test": ("test",)}
-    if split not in wanted:
-        raise InputError(f"--split {split} is not one of {', '.join(wanted)}")
-    fetcher = fetcher or default_fetcher()
-    opened = open_data(data, "--data", image_root, fetcher)
-    evaluation_set = _evaluation(opened, "--data", wanted[split], prompts, fetcher)
-    if evaluation_set is None:
-        raise InputError(f"--split {split}: {data} has only {', '.join(opened.splits)}; try --split auto")
-    _check_prompts(prompts, data, evaluation_set)
-    _check_image_root(image_root, data, [opened])
-    return evaluation_set
+    found = EvaluationData.find(data, prompts, image_root=image_root, fetcher=fetcher)
+    return found.of(found.part_for(split))
 
 
 def _training(opened: OpenedData, prompts: str | None, captions: Literal["one", "all"], fetcher: Fetcher) -> Source:

@@ -5,18 +5,16 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from lib.evaluation.pictures import Picture
-
-Rows = Sequence[Sequence[str]]
+from lib.evaluation.outcome import Picture, Rows
 
 STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 80rem; margin: 2rem auto; padding: 0 1rem; }
 table { border-collapse: collapse; margin: 1rem 0; }
 th, td { padding: .25rem .8rem; border-bottom: 1px solid #ddd; text-align: right; }
 th:first-child, td:first-child { text-align: left; }
 dl { display: grid; grid-template-columns: max-content auto; gap: .1rem 1rem; }
 dt { color: #666; } dd { margin: 0; overflow-wrap: anywhere; }
-img { max-width: 100%; height: auto; }
+.picture { overflow-x: auto; }
 """
 
 
@@ -64,4 +62,5 @@ def _table(rows: Rows) -> str:
 
 def _image(picture: Picture) -> str:
     encoded = base64.b64encode(picture.path.read_bytes()).decode("ascii")
-    return f'<img alt="{escape(picture.title)}" src="data:image/png;base64,{encoded}">'
+    # In its own size: a confusion matrix of a hundred classes would be illegible if it were made to fit the page.
+    return f'<div class="picture"><img alt="{escape(picture.title)}" src="data:image/png;base64,{encoded}"></div>'

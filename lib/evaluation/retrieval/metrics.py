@@ -1,4 +1,4 @@
-"""Retrieval: how high the right caption of an image, and the right image of a caption, is ranked."""
+"""Figures of retrieval: the ranks of right answers, and what they come to."""
 
 import math
 
@@ -8,9 +8,9 @@ from torch import Tensor
 
 from lib.errors import InputError
 from lib.evaluation.embed import require_finite
+from lib.evaluation.retrieval.counting import Side, count_before, similarity_of_pairs
 
 RECALL_AT = (1, 5, 10)
-BLOCK_ENTRIES = 1 << 22  # similarities held at a time: 32 MiB in float64
 
 
 def retrieval_metrics(
@@ -30,19 +30,20 @@ def retrieval_ranks(
 ) -> tuple[Tensor, Tensor]:
     """Ranks, from 1: of the first own caption of each image that has one, and of the image of each caption.
 
-    Returns int64 (images with captions,), in the order of the images, and (m,).
+    A rank is 1 + the wrong candidates at least as similar: ties count against the model, so that equal embeddings for
+    everything are no success. Returns int64 (images with captions,), in the order of the images, and (m,).
     """
     require_finite(image_embeds, "image")
     require_finite(text_embeds, "text")
     caption_image = torch.as_tensor(caption_image)
     if len(caption_image) == 0:
         raise InputError("no caption of the data set has a readable image; retrieval needs at least one")
-    images = torch.arange(len(image_embeds))
-    captioned = caption_image.unique()
-    return (
-        _first_right_ranks(image_embeds[captioned], text_embeds, captioned, caption_image),
-        _first_right_ranks(text_embeds, image_embeds, caption_image, images),
-    )
+    own = similarity_of_pairs(image_embeds[caption_image], text_embeds)
+    best = torch.full((len(image_embeds),), torch.inf).scatter_reduce(0, caption_image, own, "amax", include_self=False)
+    images = Side(image_embeds.float(), np.arange(len(image_embeds)), best.numpy())
+    captions = Side(text_embeds.float(), caption_image.numpy(), own.numpy())
+    before_image, before_caption = count_before(images, captions)
+    return torch.from_numpy(1 + before_image)[caption_image.unique()], torch.from_numpy(1 + before_caption)
 
 
 def keep_readable(valid: Tensor, caption_image: Tensor | np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
@@ -64,19 +65,3 @@ def summarize_ranks(ranks: Tensor) -> dict[str, float]:
     summary["MRR"] = math.fsum(1.0 / rank for rank in ranks.tolist()) / len(ranks)
     summary["median_rank"] = float(np.median(ranks.numpy()))
     return summary
-
-
-def _first_right_ranks(queries: Tensor, candidates: Tensor, query_key: Tensor, candidate_key: Tensor) -> Tensor:
-    """Rank of the best candidate with the query's own key: 1 + the wrong candidates at least as similar.
-
-    Ties count against the model, so that equal embeddings for everything are no success. Equal vectors must
-    tie wherever they stand in a matrix product, hence float64 products, rounded to float32 and then compared.
-    """
-    candidates = candidates.double()
-    ranks = []
-    for rows in torch.arange(len(queries)).split(max(1, BLOCK_ENTRIES // len(candidates))):
-        similarity = (queries[rows].double() @ candidates.T).float()  # (block, candidates)
-        right = query_key[rows, None] == candidate_key
-        best = similarity.masked_fill(~right, -torch.inf).amax(dim=1, keepdim=True)
-        ranks.append(1 + ((similarity >= best) & ~right).sum(dim=1))
-    return torch.cat(ranks)

@@ -1,0 +1,130 @@
+"""Retrieval models side by side: recall with intervals, and the differences."""
+
+from collections.abc import Iterable, Sequence
+from functools import partial
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from lib.data.evaluation_set import EvaluationSet
+from lib.evaluation.compare.plots import plot_intervals
+from lib.evaluation.compare.statistics import bootstrap, interval
+from lib.evaluation.outcome import Outcome, Picture, Rows, data_facts, figure, skipped_table
+from lib.evaluation.retrieval.metrics import RECALL_AT, keep_readable, retrieval_ranks, summarize_ranks
+from lib.evaluation.subject import Subject
+
+DIRECTIONS = ("image_to_text", "text_to_image")
+RECALLS = [f"R@{k}" for k in RECALL_AT]
+
+
+def compare_retrieval(
+    names: Sequence[str], data: EvaluationSet, subjects: Iterable[Subject], resamples: int, seed: int
+) -> Outcome | None:
+    """Compare on the images that every model could read, with their captions."""
+    answers = []
+    for subject in subjects:
+        answers.append((subject.embed_images(), subject.embed_texts(data.captions)))
+    if not subject.measures:
+        return None
+    valid = torch.stack([embedded.valid for embedded, _ in answers]).all(dim=0)
+    images, captions, caption_image = keep_readable(valid, data.caption_image)
+    ranks = [
+        retrieval_ranks(embedded.embeds[images], text_embeds[captions], caption_image)
+        for embedded, text_embeds in answers
+    ]
+    metrics = retrieval_comparison(names, ranks, caption_image.numpy(), resamples, seed)
+    facts = data_facts(data, answers[0][0]) | {"captions": str(len(captions))}
+    facts["intervals"] = f"95%, by {resamples} samples of the images with all their captions"
+    draw = partial(draw_pictures, metrics=metrics)
+    return Outcome(metrics, facts, tables(metrics) | skipped_table(data, answers[0][0]), draw)
+
+
+def retrieval_comparison(
+    names: Sequence[str],
+    ranks: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    caption_image: np.ndarray,
+    resamples: int,
+    seed: int,
+) -> dict:
+    """Figures of each model with 95% intervals of its recalls, and the differences of each two.
+
+    ranks: of each model, as `retrieval_ranks` returns them; caption_image: (m,). Images are resampled, each with all
+    its captions, since captions of one image are not independent; the same ones for all models.
+    """
+    _, place = np.unique(caption_image, return_inverse=True)  # (m,) among the images with captions
+    counts = np.bincount(place)
+    found = np.stack([_found(*each, place) for each in ranks])  # (models, images, 2 directions, 3)
+
+    def resampled_recalls(rows: np.ndarray) -> np.ndarray:
+        sizes = np.array([len(rows), counts[rows].sum()])
+        return found[:, rows].sum(axis=1) / sizes[:, None]
+
+    samples = bootstrap(resampled_recalls, len(counts), resamples, seed)  # (resamples, models, 2, 3)
+    models = {
+        name: {
+            direction: summarize_ranks(ranks[number][way]) | {"intervals": _intervals(samples[:, number, way])}
+            for way, direction in enumerate(DIRECTIONS)
+        }
+        for number, name in enumerate(names)
+    }
+    pairs = []
+    for one, other in combinations(range(len(names)), 2):
+        differences = samples[:, other] - samples[:, one]
+        pair = {"models": [names[one], names[other]]}
+        for way, direction in enumerate(DIRECTIONS):
+            first, second = models[names[one]][direction], models[names[other]][direction]
+            pair[direction] = {key: second[key] - first[key] for key in RECALLS}
+            pair[direction]["intervals"] = _intervals(differences[:, way])
+        pairs.append(pair)
+    return {"models": models, "pairs": pairs}
+
+
+def _found(to_text: torch.Tensor, to_image: torch.Tensor, place: np.ndarray) -> np.ndarray:
+    """Queries of each image that succeed within K: (images, 2, 3), itself and its captions."""
+    within = np.array(RECALL_AT)
+    by_image = (to_text.numpy()[:, None] <= within).astype(np.int64)
+    by_caption = np.zeros_like(by_image)
+    np.add.at(by_caption, place, to_image.numpy()[:, None] <= within)
+    return np.stack([by_image, by_caption], axis=1)
+
+
+def _intervals(samples: np.ndarray) -> dict[str, tuple[float, float]]:
+    """Of recalls (resamples, 3), by name."""
+    return {key: interval(samples[:, number]) for number, key in enumerate(RECALLS)}
+
+
+def tables(metrics: dict) -> dict[str, Rows]:
+    """Each direction of each model, and the differences of each two."""
+    overall = [["model", "direction", *RECALLS, "MRR", "median rank"]]
+    for name, model in metrics["models"].items():
+        for direction in DIRECTIONS:
+            figures = model[direction]
+            cells = [f"{figure(figures[key])} {_bounds(figures, key)}" for key in RECALLS]
+            words = direction.replace("_", " ")
+            overall.append([name, words, *cells, figure(figures["MRR"]), f"{figures['median_rank']:g}"])
+    differences = [["models", "direction", *RECALLS]]
+    for pair in metrics["pairs"]:
+        for direction in DIRECTIONS:
+            cells = [f"{pair[direction][key]:+.4f} {_bounds(pair[direction], key)}" for key in RECALLS]
+            differences.append([" → ".join(pair["models"]), direction.replace("_", " "), *cells])
+    return {"Comparison of retrieval": overall, "Differences": differences}
+
+
+def _bounds(figures: dict, key: str) -> str:
+    low, high = figures["intervals"][key]
+    return f"[{low:.4f}, {high:.4f}]"
+
+
+def draw_pictures(folder: Path, metrics: dict) -> list[Picture]:
+    """Draw the recalls with their intervals into the folder."""
+    picture = Picture("Recall with 95% intervals", folder / "recall.png")
+    panels = {}
+    for direction in DIRECTIONS:
+        for key in RECALLS:
+            values = {name: model[direction] for name, model in metrics["models"].items()}
+            title = f"{direction.replace('_', ' ')} {key}"
+            panels[title] = {name: (figures[key], figures["intervals"][key]) for name, figures in values.items()}
+    plot_intervals(panels, picture.path)
+    return [picture]

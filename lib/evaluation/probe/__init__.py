@@ -1,0 +1,1 @@
+"""Probe: how well classifiers read the classes out of frozen image embeddings, with all labels and with a few."""

@@ -1,0 +1,165 @@
+"""What a task measures: a model, one part of the data, and how to run the one over the other."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lib.collectives import rank_and_world_size
+from lib.data.evaluation_set import EvaluationSet
+from lib.data.pipeline import ImagePipeline
+from lib.data.remote.fetch import default_fetcher
+from lib.data.sources import EvaluationData
+from lib.errors import InputError
+from lib.evaluation.embed import Embedded, embed_images, embed_texts
+from lib.evaluation.options import Common
+from lib.evaluation.stored import StoredEmbeddings, of_texts
+from lib.evaluation.subset import limited
+from lib.fingerprint import fingerprint
+from lib.processing import Processing
+from lib.towers import TwoTowers
+
+_FORMAT = 1
+"""Of the stored embeddings: another number where the same model and inputs would give others."""
+
+Needs = Literal["classes", "captions", "images"]
+
+
+@dataclass(frozen=True)
+class Model:
+    """A pair of towers on a device, and what they want of their inputs."""
+
+    name: str
+    """the folder of the weights, or the hub id"""
+    towers: TwoTowers
+    processing: Processing
+    device: torch.device
+
+    @classmethod
+    def load(cls, name: str, device: torch.device) -> "Model":
+        """Load a run, checkpoint or export folder, or a CLIP or SigLIP model by hub id or folder."""
+        folder = model_folder(name)
+        towers, processing = TwoTowers.from_pretrained(folder), Processing.from_pretrained(folder)
+        return cls(folder, towers.to(device), processing, device)
+
+    @property
+    def pipeline(self) -> ImagePipeline:
+        """From an image to the pixels that the model takes, without augmentation."""
+        return ImagePipeline(self.processing.image_size, self.processing.resize, "none")
+
+    @cached_property
+    def identity(self) -> str:
+        """Changes when the weights do, the structure, or what is done to images and texts."""
+        form = self.processing.image_mean, self.processing.image_std, self.pipeline
+        towers = self.towers
+        return fingerprint(_FORMAT, towers.description, repr(towers), towers, form, self.processing.text_identity())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """A model and one part of the data; embeddings come from the cache where they were computed before."""
+
+    model: Model
+    data: EvaluationSet
+    part: str
+    """which part `data` is: "train", "val", "test", or "all" where there are none"""
+    every_part: EvaluationData
+    options: Common
+    stored: StoredEmbeddings
+
+    @classmethod
+    def open(
+        cls, model: str, options: Common, device: torch.device, *, needs: Needs, prompts: str | None = None
+    ) -> "Subject":
+        """Open the data, then load the model; InputError for what cannot be used or is of the wrong kind.
+
+        needs: what the data must have besides images. prompts: bank or file of templates, None for the data's own.
+        """
+        fetcher = default_fetcher()
+        fetcher = replace(fetcher, cache=options.cache_dir or fetcher.cache, allow_pipe=options.allow_pipe)
+        every_part = EvaluationData.find(options.data, prompts, image_root=options.image_root, fetcher=fetcher)
+        part = every_part.part_for(options.split)
+        data = _limited(every_part.of(part), options.limit)
+        _check_kind(data, needs)
+        stored = StoredEmbeddings(fetcher.cache / "embeddings")
+        loaded = Model.load(model, device)
+        return cls(model=loaded, data=data, part=part, every_part=every_part, options=options, stored=stored)
+
+    def of(self, part: str) -> "Subject | None":
+        """The same model on another part, "train", "val" or "test"; None where the data has no such part."""
+        if part == self.part:
+            return self
+        data = self.every_part.of(part)
+        return None if data is None else replace(self, data=_limited(data, self.options.limit), part=part)
+
+    @property
+    def measures(self) -> bool:
+        """Whether this process is the one that measures; the others have done their share once all is embedded."""
+        return rank_and_world_size()[0] == 0
+
+    def embed_images(self) -> Embedded:
+        """All images of the part, with a progress bar on rank 0; all ranks together."""
+        keys, contents = self.data.image_keys, self.data.images.identity(np.arange(len(self.data)))
+        name = f"image-{fingerprint(self.model.identity, keys, contents)}"
+        found = self.stored.find(name)
+        if found is None:
+            found = embed_images(
+                self.model.towers,
+                self.data,
+                self.model.pipeline,
+                device=self.model.device,
+                batch_size=self.options.batch_size,
+                workers=self.options.workers,
+                progress=True,
+            )
+            self.stored.keep(name, found)
+        return found
+
+    def embed_texts(self, texts: Sequence[str]) -> Tensor:
+        """Texts (m) -> (m, D), each distinct one encoded once, with a progress bar on rank 0; all ranks together."""
+        distinct = sorted(set(texts))
+        name = f"text-{fingerprint(self.model.identity, distinct)}"
+        found = self.stored.find(name)
+        if found is None:
+            embeds = embed_texts(
+                self.model.towers,
+                distinct,
+                self.model.processing.tokenize,
+                device=self.model.device,
+                batch_size=self.options.batch_size,
+                progress=True,
+            )
+            found = of_texts(embeds)
+            self.stored.keep(name, found)
+        row_of = {text: row for row, text in enumerate(distinct)}
+        return found.embeds[[row_of[text] for text in texts]]
+
+
+def model_folder(model: str) -> str:
+    """Where the weights are: of a run its export, else its best checkpoint; a hub id stays as it is."""
+    root = Path(model)
+    if not root.is_dir():
+        return model
+    for folder in (root, root / "export", root / "checkpoints" / "best"):
+        if (folder / "config.json").is_file():
+            return str(folder)
+    raise InputError(
+        f"--model {model} holds no model: no config.json in it, in its export/ or in its checkpoints/best/; "
+        "name a finished run, a checkpoint or an export"
+    )
+
+
+def _limited(data: EvaluationSet, limit: int | None) -> EvaluationSet:
+    return data if limit is None else limited(data, limit)
+
+
+def _check_kind(data: EvaluationSet, needs: Needs) -> None:
+    if needs == "classes" and data.classes is None:
+        raise InputError(f"{data.name} has captions and no classes: run `evaluate.py retrieval` on it instead")
+    if needs == "captions" and data.captions is None:
+        raise InputError(f"{data.name} has classes and no captions: run `evaluate.py zeroshot` on it instead")

@@ -1,0 +1,135 @@
+"""The task table: the figures of several runs and evaluations, gathered from the files that they left."""
+
+import csv
+import json
+import statistics
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import NamedTuple
+
+import tyro
+
+from lib.collectives import rank_and_world_size
+from lib.errors import InputError
+from lib.evaluation.html import aligned
+from lib.evaluation.outcome import Rows, figure
+from lib.report import SUMMARY
+
+METRICS = "metrics.json"
+FIGURES = (
+    *("accuracy", "top5", "macro_precision", "macro_recall", "macro_f1", "mean_entropy"),
+    *("R@1", "R@5", "R@10", "MRR", "median_rank"),
+)
+OF_TRAINING = ("steps", "wall_seconds")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """Gather the results of runs and evaluations, in a table for each kind of figures."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """Folders that evaluate.py or a training script left; evaluations in a run's folder come with it."""
+    mean: bool = False
+    """Add mean and standard deviation, for runs that differ in their seed alone."""
+    output_dir: Path | None = None
+    """Folder for table.csv and table.md; without, the tables are printed only."""
+
+    def check(self) -> None:
+        """Raise InputError where there is nothing to gather."""
+        if not self.runs:
+            raise InputError("table needs folders of runs or evaluations, as in: evaluate.py table runs/a runs/b")
+
+
+class Result(NamedTuple):
+    """Figures of a folder, and of what in it: a classifier, a direction, a temperature, a compared model."""
+
+    folder: str
+    of: str
+    figures: dict[str, float]
+
+
+def table(options: Table) -> None:
+    """Print the tables and write them where asked to."""
+    if rank_and_world_size()[0] > 0:
+        return
+    results = [result for run in options.runs for result in results_of(run)]
+    tables = [_rows(kind, options.mean) for kind in _by_kind(results)]
+    print("\n\n".join(map(aligned, tables)))
+    if options.output_dir:
+        files = options.output_dir / "table.md", options.output_dir / "table.csv"
+        files[0].write_text("\n".join(map(_markdown, tables)), encoding="utf-8")
+        _write_csv(results, files[1])
+        print(f"\ntables: {files[0]}, {files[1]}")
+
+
+def results_of(run: Path) -> list[Result]:
+    """What a folder holds: evaluations in it and one level below, and the last validation of a training."""
+    files = [run / SUMMARY, run / METRICS, *sorted(run.glob(f"*/{METRICS}"))]
+    results = [result for file in files if file.is_file() for result in _read(file)]
+    if not results:
+        raise InputError(
+            f"{run} holds no results, no {METRICS} and no {SUMMARY}: name a folder that evaluate.py or a training "
+            "script left"
+        )
+    return results
+
+
+def _read(file: Path) -> list[Result]:
+    """The results of one file; InputError if it cannot be read."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        folder = str(file.parent)
+        if file.name == METRICS:
+            return [Result(folder, of, figures) for of, figures in _figures(content)]
+        training = {key: content[key] for key in OF_TRAINING}
+        validated = list(_figures(content.get("eval", {}))) or [("", {})]
+        return [Result(folder, f"training {of}".strip(), figures | training) for of, figures in validated]
+    except (OSError, ValueError, KeyError, AttributeError) as fault:
+        raise InputError(f"{file} cannot be read: {fault!r}; make it anew, or leave the folder out") from None
+
+
+def _figures(content: dict, of: str = "") -> Iterator[tuple[str, dict[str, float]]]:
+    """(name, figures) of the topmost dictionaries that have figures: those below them are of classes and the like."""
+    found = {key: content[key] for key in FIGURES if isinstance(content.get(key), int | float)}
+    if found:
+        yield of, found
+        return
+    for name, inner in content.items():
+        if isinstance(inner, dict):
+            yield from _figures(inner, f"{of} {'' if name == 'models' else name}".strip())
+
+
+def _by_kind(results: Iterable[Result]) -> list[list[Result]]:
+    """Results with the same figures go together."""
+    kinds: dict[tuple, list[Result]] = {}
+    for result in results:
+        kinds.setdefault(tuple(result.figures), []).append(result)
+    return list(kinds.values())
+
+
+def _rows(results: Sequence[Result], mean: bool) -> Rows:
+    columns = list(results[0].figures)
+    rows = [["results", "of", *(column.replace("_", " ") for column in columns)]]
+    rows += [[each.folder, each.of, *map(figure, each.figures.values())] for each in results]
+    for of, alike in groupby(sorted(results, key=lambda each: each.of), key=lambda each: each.of):
+        values = list(zip(*(each.figures.values() for each in alike), strict=True))
+        if mean and len(values[0]) > 1:
+            for name, function in (("mean", statistics.fmean), ("standard deviation", statistics.stdev)):
+                rows.append([name, of, *(figure(float(function(column))) for column in values)])
+    return rows
+
+
+def _markdown(rows: Rows) -> str:
+    head, *body = ("| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |" for row in rows)
+    return "\n".join([head, f"|{'---|' * len(rows[0])}", *body, ""])
+
+
+def _write_csv(results: Sequence[Result], path: Path) -> None:
+    """All results in one table, empty cells where one has no such figure."""
+    columns = [key for key in (*FIGURES, *OF_TRAINING) if any(key in each.figures for each in results)]
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, ["results", "of", *columns])
+        writer.writeheader()
+        writer.writerows({"results": each.folder, "of": each.of} | each.figures for each in results)

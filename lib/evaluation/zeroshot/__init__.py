@@ -1,0 +1,1 @@
+"""Zero-shot classification: figures, the study of prompts, calibration, and their charts."""
