@@ -60,6 +60,7 @@ def cached_step(
     image_recompute: Recompute = "all",
     text_recompute: Recompute = "all",
     share: bool = False,
+    between_chunks: Callable[[], None] = lambda: None,
 ) -> StepResult:
     """Accumulate on the parameters of `towers` the gradient of `loss` over the N pairs of all ranks.
 
@@ -67,6 +68,8 @@ def cached_step(
     suspends the reduction across ranks: only the last backward runs outside it, so there is one reduction per step.
     The graphs of the first `keep_graphs` chunks are kept from pass 1 instead of being recomputed. With `share` every
     distinct text of this rank is encoded once, which is exact while the text tower draws nothing at random.
+    `between_chunks` is called where all ranks alike can give a step up: before every forward but the first, while no
+    reduction is under way. What it raises leaves gradients behind, and batch-norm statistics of pass 1.
     """
     keep_graphs = min(keep_graphs, len(chunks))
     all_kept = keep_graphs == len(chunks)
@@ -76,6 +79,8 @@ def cached_step(
         kept = index < keep_graphs
         # DDP decides in forward whether its backward will reduce: a kept graph reduces only if no other follows.
         last = all_kept and index == len(chunks) - 1
+        if index:
+            between_chunks()
         with nullcontext() if last else no_sync(), nullcontext() if kept else torch.no_grad():
             passes.append(_embed(towers, of_chunk, device, kept, image_recompute, text_recompute))
 
@@ -90,6 +95,7 @@ def cached_step(
     after_pass_1 = RandomState.capture(device)
     for index in range(keep_graphs, len(chunks)):
         last = index == len(chunks) - 1
+        between_chunks()
         with nullcontext() if last else no_sync():
             output = passes[index].again(towers, device, image_recompute, text_recompute)
             difference = torch.maximum(difference, passes[index].distance(output))
