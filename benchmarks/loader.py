@@ -32,7 +32,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from lib.backend import usable_cores  # noqa: E402
+from lib.backends import usable_cores  # noqa: E402
 from lib.data import ImagePipeline, decode_image  # noqa: E402
 from lib.data.images import EXTENSIONS  # noqa: E402
 from lib.image_form import CLIP_MEAN, CLIP_STD  # noqa: E402

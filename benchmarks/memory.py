@@ -21,7 +21,7 @@ import tyro
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from lib.backend import usable_cores  # noqa: E402
+from lib.backends import usable_cores  # noqa: E402
 from lib.cached_step import cached_step  # noqa: E402
 from lib.data import Chunk  # noqa: E402
 from lib.losses import infonce  # noqa: E402

@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by demo.sh and test.sh: makes .venv in the project's folder and installs a requirements file into it,
 # once; again only when the file, or one that it includes, has changed.
 

@@ -61,6 +61,7 @@ def cached_step(
     image_recompute: Recompute = "all",
     text_recompute: Recompute = "all",
     share: bool = False,
+    between_chunks: Callable[[], None] = lambda: None,
 ) -> StepResult:
     """Accumulate on the parameters of `towers` the gradient of `loss` over the N pairs of all ranks.
 
@@ -69,6 +70,8 @@ def cached_step(
     The graphs of the first `keep_graphs` chunks are kept from pass 1 instead of being recomputed. With `share` every
     distinct text of this rank is encoded once, which is exact while the text tower draws nothing at random.
     `negatives` are texts that fit no image, the same on every rank: each rank encodes them all for its own images.
+    `between_chunks` is called where all ranks alike can give a step up: before every forward but the first, while no
+    reduction is under way. What it raises leaves gradients behind, and batch-norm statistics of pass 1.
     """
     inputs, text_row = share_texts(chunks) if share else ([chunk.inputs for chunk in chunks], None)
     inputs = [*negatives, *inputs]  # in front: ranks synchronize in the last backward, which has to have both towers
@@ -79,6 +82,8 @@ def cached_step(
         kept = index < keep_graphs
         # DDP decides in forward whether its backward will reduce: a kept graph reduces only if no other follows.
         last = all_kept and index == len(inputs) - 1
+        if index:
+            between_chunks()
         with nullcontext() if last else no_sync(), nullcontext() if kept else torch.no_grad():
             passes.append(_embed(towers, of_chunk, device, kept, image_recompute, text_recompute))
 
@@ -93,6 +98,7 @@ def cached_step(
     after_pass_1 = RandomState.capture(device)
     for index in range(keep_graphs, len(inputs)):
         last = index == len(inputs) - 1
+        between_chunks()
         with nullcontext() if last else no_sync():
             output = passes[index].again(towers, device, image_recompute, text_recompute)
             difference = torch.maximum(difference, passes[index].distance(output))

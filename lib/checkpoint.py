@@ -10,12 +10,14 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from lib.errors import InputError
@@ -66,15 +68,16 @@ def save_checkpoint(
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
     barrier()
-    torch.save(state.rank, unfinished / _rank_file(rank))
-    if rank == 0:
-        towers.save_pretrained(unfinished, model)
-        processing.save_pretrained(unfinished)
-        torch.save(state.optimizer, unfinished / "optimizer.pt")
-        for name, tensors in (("memory", state.memory), ("weights", state.weights), ("average", state.average)):
-            if tensors:
-                whole = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-                save_file(whole, unfinished / f"{name}.safetensors")
+    with _disk_errors():
+        torch.save(state.rank, unfinished / _rank_file(rank))
+        if rank == 0:
+            towers.save_pretrained(unfinished, model)
+            processing.save_pretrained(unfinished)
+            torch.save(state.optimizer, unfinished / "optimizer.pt")
+            for name, tensors in (("memory", state.memory), ("weights", state.weights), ("average", state.average)):
+                if tensors:
+                    whole = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+                    save_file(whole, unfinished / f"{name}.safetensors")
     barrier()
     if rank == 0:
         _seal(unfinished, state.progress)
@@ -170,6 +173,15 @@ def prune(root: Path, keep: int) -> None:
         if folder.resolve() != best:
             (folder / MANIFEST).unlink(missing_ok=True)  # a removal that is cut short leaves no checkpoint behind
             shutil.rmtree(folder)
+
+
+@contextmanager
+def _disk_errors() -> Iterator[None]:
+    """torch and safetensors say in ways of their own that a file could not be written: make an OSError of them."""
+    try:
+        yield
+    except (RuntimeError, SafetensorError) as error:
+        raise OSError(str(error)) from error
 
 
 def _data_of_ranks(folder: Path, world_size: int) -> list[dict]:

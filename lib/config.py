@@ -161,6 +161,10 @@ class TrainConfig:
     """Learning rate after warm-up."""
     grad_clip: float = 1.0
     """Largest gradient norm; 0: no clipping."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """A loss or gradient that is not finite (fp16 overflows aside) ends the run, or its update is left out."""
+    nonfinite_limit: int = 10
+    """Updates in a row that --on-nonfinite skip may leave out before it stops."""
     ema: float = 0.0
     """Keep a moving average of the weights with this decay, such as 0.999. 0: none."""
     eval_ema: bool = False
@@ -264,6 +268,7 @@ _AT_LEAST_ONE = (
     "projection_hidden",
     "image_size",
     "shuffle_buffer",
+    "nonfinite_limit",
 )
 _NOT_NEGATIVE = (
     "keep_graphs", "xbm_size", "xbm_start", "weight_decay", "warmup_steps", "grad_clip", "seed",

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lib import backend
+from lib.backends import usable_cores
 from lib.collectives import rank_and_world_size
 from lib.config import TrainConfig
 from lib.data import EvaluationSet, ImagePipeline, Prepare, Source, open_sources
@@ -90,7 +90,7 @@ def make_prepare(
 
 def most_workers(config: TrainConfig, world_size: int) -> int:
     """Processes for each rank's decoding; none for the digits, which need no decoding."""
-    return 0 if config.data == ("digits",) else min(4, max(1, backend.usable_cores() // world_size))
+    return 0 if config.data == ("digits",) else min(4, max(1, usable_cores() // world_size))
 
 
 def sample_inputs(source: Source, prepare: Prepare) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""The two kinds of failure that are told in one line: what the user gave, and what went wrong on the way."""
+"""What ends a script in one line and an exit code: a fault of what the user gave, one on the way, or a stop."""
 
 import os
 import sys
@@ -19,12 +19,20 @@ class RunError(RuntimeError):
         """Only the rank that met it knows: it is told from there."""
 
 
+class StoppedEarly(Exception):
+    """A signal ended the run before its last step: the same command with --resume auto goes on. Exit code 75.
+
+    That is EX_TEMPFAIL of sysexits.h, "try again later", by which launch/ and schedulers start a job again.
+    """
+
+
 @contextmanager
 def told_in_one_line() -> Iterator[None]:
-    """Turn both kinds into one line on stderr and an exit code; other errors keep their traceback."""
+    """Turn these into one line on stderr and an exit code; other errors keep their traceback."""
     try:
         yield
-    except (InputError, RunError) as error:
+    except (InputError, RunError, StoppedEarly) as error:
+        word = "stopped" if isinstance(error, StoppedEarly) else "error"
         if int(os.environ.get("RANK", "0")) == 0 or getattr(error, "of_one_rank", False):
-            print(f"error: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, InputError) else 1)
+            print(f"{word}: {error}", file=sys.stderr)
+        sys.exit({InputError: 2, RunError: 1, StoppedEarly: 75}[type(error)])

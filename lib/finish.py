@@ -2,7 +2,7 @@
 
 import copy
 
-from lib import backend
+from lib.backends import peak_memory_bytes
 from lib.collectives import gather_objects
 from lib.curve import find_parting, parting_words
 from lib.data import IndexedSource
@@ -11,19 +11,21 @@ from lib.export.card import model_card
 from lib.export.formats import HUGGING_FACE
 from lib.lora import merge
 from lib.narration import all_counts
+from lib.prediction import Prediction, compared, told
 from lib.report import Reporter, read_metrics
 from lib.run import Run
 from lib.towers import TwoTowers
 
 
-def finish(run: Run, report: Reporter, step: int, complete: bool, seconds: float) -> None:
+def finish(run: Run, report: Reporter, prediction: Prediction, step: int, complete: bool, seconds: float) -> None:
     """Curve, summary and, of a run that is complete, the export of the best checkpoint."""
     parting = find_parting(read_metrics(run.folder)) if run.accelerator.is_main_process else None
     summary = {
         "steps": step,
         "pairs": step * run.plan.effective_batch,
         "wall_seconds": seconds,
-        "peak_memory_bytes": max(gather_objects(backend.peak_memory_bytes(run.accelerator.device))),
+        "peak_memory_bytes": max(gather_objects(peak_memory_bytes(run.accelerator.device))),
+        "prediction": compared(run, prediction),
         "eval": report.last_evaluation,
         "best": run.best,
         "stopped_early": complete and step < run.steps,
@@ -37,24 +39,26 @@ def finish(run: Run, report: Reporter, step: int, complete: bool, seconds: float
             "warning: the memory was never used: warm-up lasted, or remembered embeddings kept drifting (drift_image "
             "and drift_text in metrics.jsonl); --xbm-start STEP uses it from a step on, --xbm-size 0 saves its room"
         )
+    report.say(told(summary["prediction"]))
     report.curve()
     report.summary(summary)
+    last = run.whole_towers() if complete else None  # of all ranks, where each holds a part
     if complete and run.accelerator.is_main_process:
-        report.summary(summary | {"export_difference": _export(run, report)})
+        report.summary(summary | {"export_difference": _export(run, last, report)})
     report.close()
     run.accelerator.wait_for_everyone()  # rank 0 exports alone: the others must not end the group before it has
     run.accelerator.end_training()
 
 
-def _export(run: Run, report: Reporter) -> float:
+def _export(run: Run, last: TwoTowers, report: Reporter) -> float:
     """Write the best model (the last one without evaluations) in the Hugging Face layout, and check it."""
-    # Accelerate's mixed precision is an instance's own `forward`; the check compares with a plain float32 model.
-    vars(run.towers).pop("forward", None)
+    # Mixed precision is an instance's own `forward`; the check compares with a plain float32 model.
+    vars(last).pop("forward", None)
     best = run.checkpoints / "best"
     if run.best and best.exists():
         towers = TwoTowers.from_pretrained(best)
     else:
-        towers = copy.deepcopy(run.evaluated.cpu())  # which leaves torch.compile behind
+        towers = copy.deepcopy(last.cpu())  # which leaves torch.compile behind
         merge(towers)
     folder, at = run.folder / "export", run.best.get("step", run.steps)
     card = model_card(run.folder, at, towers, run.processing, HUGGING_FACE, folder.name)

@@ -4,7 +4,7 @@ from functools import partial
 
 import torch
 
-from lib import backend, verify
+from lib import verify
 from lib.cached_step import cached_step
 from lib.collectives import gather_rows
 from lib.data import Chunk
@@ -14,6 +14,7 @@ from lib.losses import Pairs, diagonal
 from lib.objective import Objective
 from lib.report import Reporter
 from lib.run import Run
+from lib.undo import batch_norm_statistics, put_back
 
 
 def prepare_first_step(run: Run, objective: Objective, chunks: list[Chunk], report: Reporter) -> None:
@@ -21,7 +22,8 @@ def prepare_first_step(run: Run, objective: Objective, chunks: list[Chunk], repo
     fresh_bias = run.first_step == 0 and run.towers.use_bias and not run.towers.pretrained_bias
     if objective.family == "siglip" and fresh_bias:
         bias = _start_bias(run, chunks)
-        run.towers.set_scale_and_bias(None, bias)
+        with run.backend.editing(run.towers.logit_bias):
+            run.towers.set_scale_and_bias(None, bias)
         report.say(f"logit_bias starts at {bias:.3f}")
     if run.config.verify_gradients:
         _verify(run, objective, chunks, report)
@@ -45,14 +47,27 @@ def _start_bias(run: Run, chunks: list[Chunk]) -> float:
 
 def _verify(run: Run, objective: Objective, chunks: list[Chunk], report: Reporter) -> None:
     """Compare the cached step with plain autograd on a few pairs; stop where they differ."""
+    statistics = batch_norm_statistics(run.towers)
     few, device = verify.small_chunks(chunks), run.accelerator.device
     pairwise = run.config.positives == "pair"
     loss = diagonal(objective.loss) if pairwise else objective.loss
-    no_sync = backend.no_sync(run.accelerator, run.wrapped)
-    cached = partial(cached_step, run.wrapped, few, loss, None, device=device, no_sync=no_sync, **run.recompute)
-    plain = partial(verify.plain_autograd, run.wrapped, run.towers, few, objective.dense, pairwise, device)
-    differences = verify.compare_gradients(run.towers, cached, plain, device)
-    tolerance = verify.TOLERANCE[run.accelerator.mixed_precision]
+    cached = partial(
+        cached_step,
+        run.wrapped,
+        few,
+        loss,
+        None,
+        device=device,
+        backward=run.backend.backward,
+        no_sync=run.backend.no_sync,
+        keep_graphs=min(run.plan.keep_graphs, 1),
+        share=run.share_texts,
+        **run.recompute,
+    )
+    plain = partial(verify.plain_autograd, run.backend, few, objective.dense, pairwise, device)
+    differences = verify.compare_gradients(run.backend, cached, plain, device)
+    put_back(statistics)
+    tolerance = verify.TOLERANCE[run.backend.precision.name]
     report.say(
         "verify-gradients: largest relative difference "
         + ", ".join(f"{part} {difference:.1e}" for part, difference in differences.items())

@@ -2,8 +2,8 @@
 
 import dataclasses
 
-from lib import backend
-from lib.checkpoint import merge_counts
+from lib.backends import peak_memory_bytes
+from lib.checkpoint import is_whole, merge_counts
 from lib.collectives import gather_objects
 from lib.config import save_config
 from lib.data import Prepare
@@ -50,6 +50,11 @@ def announce(run: Run, report: Reporter) -> None:
         "there is one class alone: with --positives group all pairs are positives of each other"
         if run.source.classes and len(run.source.classes) == 1 and config.positives == "group"
         else None,
+        *(
+            f"{folder} is not a whole checkpoint, cut short while it was written or removed: it is passed over"
+            for folder in sorted(run.checkpoints.glob("step_*"))
+            if not is_whole(folder)
+        ),
     ):
         if warning:
             report.say(f"warning: {warning}")
@@ -99,10 +104,11 @@ def step_metrics(run: Run, step: int, update: Update, seconds: float, data_secon
         "logit_scale": run.towers.logit_scale.exp().item(),
         "logit_bias": run.towers.logit_bias.item(),
         "grad_norm": update.grad_norm,
+        **({} if update.applied else {"skipped": "not finite"}),
         "pairs_per_second": run.plan.effective_batch / seconds,
         "step_seconds": seconds,
         "data_seconds": data_seconds,
-        "peak_memory_bytes": backend.peak_memory_bytes(run.accelerator.device),
+        "peak_memory_bytes": peak_memory_bytes(run.accelerator.device),
         "replay_difference": update.result.replay_difference.item(),
     }
 

@@ -1,6 +1,5 @@
 """BatchPlan: N, B, C, Q, W of a run, the memory that they need, and the words that tell the user so."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
 
@@ -49,9 +48,7 @@ class BatchPlan:
     @property
     def embedding_bytes(self) -> int:
         """Fresh embeddings of both towers and their gradients, the memory, and the loss's tiles."""
-        rows = 4 * self.effective_batch + 2 * self.xbm_size
-        tile = min(TILE, self.effective_batch) ** 2
-        return 4 * (rows * self.embed_dim + 4 * tile)
+        return embedding_bytes(self.effective_batch, self.xbm_size, self.embed_dim)
 
     @property
     def device_bytes(self) -> int:
@@ -78,6 +75,13 @@ class BatchPlan:
             f"{gigabytes(self.device_bytes - self.state_bytes - self.embedding_bytes)}), "
             f"{gigabytes(self.pixel_bytes)} of images on the host",
         ]
+
+
+def embedding_bytes(effective_batch: int, xbm_size: int, embed_dim: int) -> int:
+    """Fresh embeddings of both towers and their gradients, the memory, and the loss's tiles, in float32."""
+    rows = 4 * effective_batch + 2 * xbm_size
+    tile = min(TILE, effective_batch) ** 2
+    return 4 * (rows * embed_dim + 4 * tile)
 
 
 def oversize_warning(effective_batch: int, xbm_size: int, pairs: int | None) -> str | None:
@@ -136,11 +140,10 @@ def measure_activations(towers: nn.Module, inputs: dict[str, Tensor]) -> int:
     return max(difference, 4 * largest_output)
 
 
-def largest_chunk(activation_bytes: int, per_rank: int, device: torch.device) -> int:
-    """C for --chunk-size auto: the largest power of two whose activations fit in half of the free memory."""
-    budget = free_memory(device) // 2 if device.type != "cpu" else CPU_ACTIVATIONS
+def largest_chunk(activation_bytes: int, per_rank: int) -> int:
+    """C for --chunk-size auto on a CPU: the largest power of two whose activations are not more than pays."""
     chunk = 1
-    while 2 * chunk <= min(per_rank, LARGEST_CHUNK) and 2 * chunk * activation_bytes <= budget:
+    while 2 * chunk <= min(per_rank, LARGEST_CHUNK) and 2 * chunk * activation_bytes <= CPU_ACTIVATIONS:
         chunk *= 2
     return chunk
 
@@ -156,11 +159,6 @@ def free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return psutil.virtual_memory().available
-
-
-def state_bytes(parameters: Sequence[nn.Parameter], moments: int) -> int:
-    """Weights, and for those that train the gradient and the optimizer's moments, in bytes."""
-    return sum(p.nbytes * (2 + moments if p.requires_grad else 1) for p in parameters)
 
 
 def gigabytes(count: int) -> str:

@@ -10,14 +10,16 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from lib import checkpoint
 from lib.averaging import WeightAverage
+from lib.backends import Backend
 from lib.cached_step import RandomState, Recompute, StepResult
 from lib.checkpoint import TrainingState
 from lib.config import TrainConfig
 from lib.data import EvaluationSet, Prepare, Source, TrainingData
 from lib.errors import RunError
 from lib.lora import merged_weights
-from lib.optim import load_moments, moments_by_name, move_schedule
+from lib.optim import move_schedule
 from lib.plan import BatchPlan
+from lib.probe import Costs
 from lib.processing import Processing
 from lib.shared_texts import Inputs
 from lib.towers import TwoTowers
@@ -31,6 +33,8 @@ class Update:
     result: StepResult
     grad_norm: float
     lr: float
+    applied: bool = True
+    """False where --on-nonfinite skip left the update out."""
 
 
 @dataclass
@@ -38,7 +42,7 @@ class Run:
     """Everything that the loop works with; `towers` is the bare model, `wrapped` the one that all passes go through."""
 
     config: TrainConfig
-    accelerator: Accelerator
+    backend: Backend
     folder: Path
     source: Source
     validation: EvaluationSet | None
@@ -50,6 +54,8 @@ class Run:
     schedule: LambdaLR
     average: WeightAverage | None
     plan: BatchPlan
+    costs: Costs
+    """What a pair takes in the towers."""
     data: TrainingData
     memory: CrossBatchMemory
     switch: MemorySwitch
@@ -69,6 +75,12 @@ class Run:
     """Evaluations in a row that were not the best."""
     overflows: int = 0
     """fp16 updates skipped in a row."""
+    nonfinite: int = 0
+    """Updates left out in a row because loss or gradient were not finite."""
+
+    @property
+    def accelerator(self) -> Accelerator:
+        return self.backend.accelerator
 
     @property
     def checkpoints(self) -> Path:
@@ -84,18 +96,20 @@ class Run:
         """The towers that are measured, kept as the checkpoints' model and exported: the average's on request."""
         return self.average.module if self.average and self.config.eval_ema else self.towers
 
+    def whole_towers(self) -> TwoTowers | None:
+        """`evaluated` with all of its weights, on the main process at least; all ranks call it."""
+        return self.evaluated if self.evaluated is not self.towers else self.backend.whole_towers()
+
     @property
     def recompute(self) -> dict[str, Recompute]:
         """What of each tower pass 2 has to run again."""
-        t = self.towers
-        return {
-            "image_recompute": _recompute(t.image_frozen, t.image_trunk_frozen),
-            "text_recompute": _recompute(t.text_frozen, t.text_trunk_frozen),
-        }
+        return recompute_of(self.towers)
 
     def save(self, step: int) -> Path:
         """Write the checkpoint of a finished step, and prune old ones."""
-        scaler = self.accelerator.scaler
+        backend = self.backend
+        whole = backend.whole_towers()  # on all ranks, of which each may hold a part
+        model = whole if self.evaluated is self.towers else self.evaluated
         state = TrainingState(
             progress={
                 "step": step,
@@ -110,16 +124,16 @@ class Run:
                 "switch": self.switch.state_dict(),
             },
             optimizer={
-                "moments": moments_by_name(self.optimizer, self.towers),
+                "moments": backend.moments(),
                 "updates": self.schedule.last_epoch,
-                "scaler": scaler.state_dict() if scaler else {},
+                "scaler": backend.loss_scale.state_dict() if backend.loss_scale else {},
             },
             rank={
                 "random": asdict(RandomState.capture(self.accelerator.device)) | {"device": None},
                 "data": self.data.state_dict(),
             },
             memory=self.memory.state_dict() if self.memory.size else {},
-            weights=self.towers.state_dict() if self.config.lora or self.config.eval_ema else {},
+            weights=whole.state_dict() if whole is not None and (self.config.lora or self.config.eval_ema) else {},
             average=self.average.state_dict() if self.average else {},
         )
         try:
@@ -127,7 +141,7 @@ class Run:
                 self.checkpoints,
                 step,
                 self.towers,
-                merged_weights(self.evaluated),
+                {} if model is None else merged_weights(model),
                 self.processing,
                 state,
                 rank=self.accelerator.process_index,
@@ -149,12 +163,12 @@ class Run:
     def restore(self, state: TrainingState) -> None:
         """Go on from a checkpoint's training state; the weights were loaded with the towers."""
         # Rates and decay are the command line's, which may have changed; the moments are the checkpoint's.
-        load_moments(self.optimizer, self.towers, state.optimizer["moments"])
+        self.backend.load_moments(state.optimizer["moments"])
         move_schedule(self.schedule, state.optimizer["updates"])
         if self.average and state.average:
             self.average.load_state_dict(state.average)
-        if self.accelerator.scaler and state.optimizer["scaler"]:
-            self.accelerator.scaler.load_state_dict(state.optimizer["scaler"])
+        if self.backend.loss_scale and state.optimizer["scaler"]:
+            self.backend.loss_scale.load_state_dict(state.optimizer["scaler"])
         self.data.load_state_dict(state.rank["data"], state.data_of_all_ranks)
         if self.memory.size and state.memory:
             self.memory.load_state_dict(state.memory)
@@ -170,6 +184,14 @@ class Run:
         random = state.rank["random"]
         if random:
             RandomState(random["cpu"], random["accelerator"], self.accelerator.device).restore()
+
+
+def recompute_of(towers: TwoTowers) -> dict[str, Recompute]:
+    """What of each tower pass 2 has to run again, as the cached step takes it."""
+    return {
+        "image_recompute": _recompute(towers.image_frozen, towers.image_trunk_frozen),
+        "text_recompute": _recompute(towers.text_frozen, towers.text_trunk_frozen),
+    }
 
 
 def settings_of_the_weights(config: TrainConfig) -> dict:

@@ -2,13 +2,15 @@
 
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 
-from lib import backend, checkpoint
+from lib import checkpoint
 from lib.averaging import WeightAverage
+from lib.backends import Backend
 from lib.checkpoint import TrainingState
 from lib.collectives import gather_objects
 from lib.config import TrainConfig, flag
@@ -25,19 +27,27 @@ from lib.data_setup import (
 from lib.errors import InputError
 from lib.model_setup import make_optimizer, make_towers
 from lib.optim import build_schedule
-from lib.plan import BatchPlan, graphs_that_fit, largest_chunk, measure_activations, state_bytes
-from lib.report import METRICS
-from lib.run import Run, settings_of_the_weights
+from lib.plan import (
+    LARGEST_CHUNK,
+    BatchPlan,
+    embedding_bytes,
+    free_memory,
+    graphs_that_fit,
+    largest_chunk,
+    measure_activations,
+)
+from lib.probe import Costs, largest_that_fits, measure_costs, peak_of_chunk
+from lib.run import Run, recompute_of, settings_of_the_weights
 from lib.shared_texts import same_every_time
 from lib.towers import TwoTowers
 from lib.trunk_options import compile_trunks
 from lib.xbm import CrossBatchMemory, MemorySwitch
 
 
-def make_run(config: TrainConfig, family: str) -> Run:
-    """Build everything that the settings ask for, or raise InputError before the first batch."""
-    accelerator = backend.start(config.tracker)
-    folder = _claim_folder(config, family, accelerator)
+def make_run(config: TrainConfig, family: str, backend: Backend, folder: Path) -> Run:
+    """Build everything that the settings ask for in the run's folder, or raise InputError before the first batch."""
+    accelerator = backend.accelerator
+    _check_backend(config, backend)
     resume_from = checkpoint.find_resume(config.resume, folder / "checkpoints")
     state = _load_state(resume_from, accelerator)
     if state:
@@ -51,17 +61,17 @@ def make_run(config: TrainConfig, family: str) -> Run:
 
     negatives = negative_texts(config, source)
     prepare = make_prepare(config, towers, processing, source, negatives, fetcher.cache, accelerator.device)
-    plan = _plan(config, towers, source, prepare, state, accelerator)
+    plan, costs = _plan(config, towers, source, prepare, state, backend)
     workers = _workers(config, state, plan, prepare)
     steps = config.steps or steps_of_epochs(config, source)
     warmup = steps // 10 if config.warmup_steps == "auto" else config.warmup_steps
     optimizer = make_optimizer(config, towers)
-    schedule = build_schedule(optimizer, config.schedule, warmup, steps)
     average = WeightAverage(towers, config.ema) if config.ema else None
-    wrapped, prepared_optimizer = accelerator.prepare(towers, optimizer)
+    wrapped = backend.prepare(towers, optimizer, config.grad_clip)
+    schedule = build_schedule(optimizer, config.schedule, warmup, steps)  # after: it knows the final groups
     run = Run(
         config=config,
-        accelerator=accelerator,
+        backend=backend,
         folder=folder,
         source=source,
         validation=validation,
@@ -69,9 +79,10 @@ def make_run(config: TrainConfig, family: str) -> Run:
         processing=processing,
         prepare=prepare,
         wrapped=wrapped,
-        optimizer=prepared_optimizer,
-        schedule=schedule,  # not prepared: Accelerate would step it once per process
+        optimizer=optimizer,
+        schedule=schedule,
         plan=plan,
+        costs=costs,
         data=TrainingData(
             source,
             prepare,
@@ -90,7 +101,7 @@ def make_run(config: TrainConfig, family: str) -> Run:
         steps=steps,
         workers=workers,
         pretrained=pretrained,
-        share_texts=_share_texts(config, towers, source, prepare, accelerator),
+        share_texts=_share_texts(config, towers, source, prepare, backend),
         negatives=[
             prepare.texts(list(negatives[start : start + plan.chunk_size]))
             for start in range(0, len(negatives), plan.chunk_size)
@@ -103,42 +114,33 @@ def make_run(config: TrainConfig, family: str) -> Run:
     return run
 
 
-def _share_texts(
-    config: TrainConfig, towers: TwoTowers, source: Source, prepare: Prepare, accelerator: Accelerator
-) -> bool:
-    """Whether to encode each distinct text of a step once: where that is exact, on all ranks alike."""
-    inputs = {name: tensor.to(accelerator.device) for name, tensor in sample_inputs(source, prepare).items()}
+def _check_backend(config: TrainConfig, backend: Backend) -> None:
+    """Refuse what needs whole weights on every rank where each has a part of them."""
+    asked = {
+        f"--keep-graphs {config.keep_graphs}": config.keep_graphs not in (0, "auto"),
+        f"--ema {config.ema}": config.ema > 0,
+        "--compile": config.compile,
+    }
+    needed = [name for name, wanted in asked.items() if wanted]
+    if backend.shards_weights and needed:
+        raise InputError(
+            f"{' and '.join(needed)}: not with FSDP2 or ZeRO 3, where a rank has a part of the weights; leave it out, "
+            "or use DDP, ZeRO 1 or ZeRO 2"
+        )
+
+
+def _share_texts(config: TrainConfig, towers: TwoTowers, source: Source, prepare: Prepare, backend: Backend) -> bool:
+    """Whether to encode each distinct text of a step once: where that is exact, on all ranks alike.
+
+    Not where weights are sharded: ranks would differ in the chunks that have texts, and must run the same forwards.
+    """
+    if backend.shards_weights:
+        return False
+    inputs = {name: tensor.to(backend.accelerator.device) for name, tensor in sample_inputs(source, prepare).items()}
     if config.shared_texts == "off" or config.lora_dropout:  # adapters start at 0, where their dropout does not show
         return False
-    with accelerator.autocast():
+    with backend.autocast():
         return all(gather_objects(same_every_time(towers, inputs)))
-
-
-def _claim_folder(config: TrainConfig, family: str, accelerator: Accelerator) -> Path:
-    """The run's folder, chosen by rank 0 for all; refuses to write over another run."""
-    choice = _choose_folder(config, family) if accelerator.is_main_process else None
-    choice = gather_objects(choice)[0]
-    if isinstance(choice, InputError):
-        raise choice
-    return choice
-
-
-def _choose_folder(config: TrainConfig, family: str) -> Path | InputError:
-    folder = config.output_dir
-    if folder is None:
-        names = [Path("runs") / (family if number == 1 else f"{family}-{number}") for number in range(1, 10_000)]
-        folder = next(name for name in names if not name.exists())
-    elif config.resume != "auto" and (folder / METRICS).exists():
-        return InputError(
-            f"--output-dir {folder} already holds a run; go on with it by --resume auto, or name another folder"
-        )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / ".writable").touch()
-        (folder / ".writable").unlink()
-    except OSError as error:
-        return InputError(f"--output-dir {folder} cannot be written ({error.strerror}); name another folder")
-    return folder
 
 
 def _load_state(folder: Path | None, accelerator: Accelerator) -> TrainingState | None:
@@ -176,12 +178,12 @@ def _plan(
     source: Source,
     prepare: Prepare,
     state: TrainingState | None,
-    accelerator: Accelerator,
-) -> BatchPlan:
-    """Measure the towers on texts of the data, and settle what is `auto`, alike on all ranks."""
-    device, world_size = accelerator.device, accelerator.num_processes
+    backend: Backend,
+) -> tuple[BatchPlan, Costs]:
+    """Try the towers on texts of the data, and settle what is `auto`, alike on all ranks."""
+    device, world_size = backend.accelerator.device, backend.accelerator.num_processes
     inputs = {name: tensor.to(device) for name, tensor in sample_inputs(source, prepare).items()}
-    with accelerator.autocast():
+    with backend.autocast():
         activations = measure_activations(towers, inputs)
     per_rank = config.effective_batch // world_size
     chunk_size, keep = config.chunk_size, config.keep_graphs
@@ -189,7 +191,7 @@ def _plan(
         chunk_size = state.progress["chunk_size"] if chunk_size == "auto" else chunk_size
         keep = state.progress["keep_graphs"] if keep == "auto" else keep
     if chunk_size == "auto":
-        chunk_size = min(gather_objects(largest_chunk(activations, per_rank, device)))
+        chunk_size = min(gather_objects(_largest_chunk(config, towers, inputs, activations, backend)))
     plan = BatchPlan(
         effective_batch=config.effective_batch,
         world_size=world_size,
@@ -199,15 +201,38 @@ def _plan(
         embed_dim=towers.embed_dim,
         image_bytes=prepare.image_bytes,
         activation_bytes=activations,
-        state_bytes=_state_bytes(config, towers),
+        state_bytes=_state_bytes(config, towers, backend),
     )
-    if keep == "auto":
+    if backend.shards_weights:
+        keep = 0
+    elif keep == "auto":
         keep = min(gather_objects(graphs_that_fit(plan, device, world_size)))
-    return replace(plan, keep_graphs=min(keep, plan.chunks))
+    with backend.autocast():
+        recompute = recompute_of(towers)
+        costs = measure_costs(
+            towers, inputs, min(chunk_size, per_rank), device, recompute["image_recompute"], recompute["text_recompute"]
+        )
+    return replace(plan, keep_graphs=min(keep, plan.chunks)), costs
 
 
-def _state_bytes(config: TrainConfig, towers: TwoTowers) -> int:
-    """Weights, their average, gradients and moments."""
-    parameters = list(towers.parameters())
-    average = sum(parameter.nbytes for parameter in parameters) if config.ema else 0
-    return state_bytes(parameters, moments=0 if config.optimizer == "sgd" else 2) + average
+def _largest_chunk(
+    config: TrainConfig, towers: TwoTowers, inputs: dict[str, torch.Tensor], activations: int, backend: Backend
+) -> int:
+    """C for --chunk-size auto: tried on an accelerator; reckoned on a CPU, where one too large ends the process."""
+    device, per_rank = backend.accelerator.device, config.effective_batch // backend.accelerator.num_processes
+    if device.type == "cpu":
+        return largest_chunk(activations, per_rank)
+    # To come beside the chunk: gradients and moments, and the embeddings with the loss's tiles.
+    weights = sum(parameter.nbytes for parameter in towers.parameters())
+    room = free_memory(device) - (_state_bytes(config, towers, backend) - weights)
+    room -= embedding_bytes(config.effective_batch, config.xbm_size, towers.embed_dim)
+    with backend.autocast():
+        return largest_that_fits(partial(peak_of_chunk, towers, inputs, device), min(per_rank, LARGEST_CHUNK), room)
+
+
+def _state_bytes(config: TrainConfig, towers: TwoTowers, backend: Backend) -> int:
+    """Weights, their average, gradients and moments, on one rank."""
+    weights = sum(parameter.nbytes for parameter in towers.parameters())
+    trained = sum(parameter.nbytes for parameter in towers.parameters() if parameter.requires_grad)
+    moments = 0 if config.optimizer == "sgd" else 2
+    return backend.state_bytes(weights, trained, moments) + (weights if config.ema else 0)

@@ -1,36 +1,42 @@
 """The training loop: data to step, and what is due after a step."""
 
 import math
-import signal
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from lib import backend
+from lib import backends
 from lib.cached_step import cached_step
 from lib.checkpoint import newest_whole
 from lib.collectives import gather_objects, rank_and_world_size, sum_over_ranks
 from lib.config import TrainConfig
 from lib.data import Chunk
 from lib.data_setup import show_data
-from lib.errors import InputError, RunError
+from lib.errors import InputError, RunError, StoppedEarly
 from lib.evaluation.best import BestMetric
 from lib.evaluation.validation import validate
 from lib.finish import finish
 from lib.first_step import prepare_first_step
+from lib.folder import claimed_folder, full_disk_told
 from lib.losses import Loss, Pairs, diagonal
 from lib.narration import all_counts, announce, memory_metrics, step_metrics
 from lib.objective import Objective
 from lib.optim import scheduled_scale
+from lib.prediction import predict
 from lib.report import SKIPPED, SUMMARY, Reporter
 from lib.run import Run, Update
 from lib.setup import make_run
+from lib.stop import StepGivenUp, StopSignal
 from lib.towers import TwoTowers
+from lib.undo import BeforeStep
+from lib.watchdog import Watchdog
 from lib.xbm import Drift
 
+NO_DRIFT = Drift(float("nan"), float("nan"), 0)
 MOST_OVERFLOWS = 50  # fp16 updates skipped in a row: by then the gradient scale is far below any useful one
 
 
@@ -39,25 +45,46 @@ def train(config: TrainConfig, objective: Objective) -> None:
     if config.data_info:
         show_data(config)
         return
-    started = time.perf_counter()
-    run = make_run(config, objective.family)
+    backend = backends.start(config.tracker)
+    with claimed_folder(config, objective.family, backend.accelerator) as folder, Watchdog():
+        _train(make_run(config, objective.family, backend, folder), objective)
+
+
+def _train(run: Run, objective: Objective) -> None:
+    started, config = time.perf_counter(), run.config
     loss = diagonal(objective.loss) if config.positives == "pair" else objective.loss
     best = BestMetric.resolve(config.best_metric, run.validation if config.eval_every else None)
     report = Reporter(run.folder, run.accelerator, run.steps, run.first_step)
     announce(run, report)
-    if _is_over(run, run.first_step) and (run.folder / SUMMARY).exists():
+    prediction = predict(run, loss)
+    report.say(*prediction.lines())
+    over = _is_over(run, run.first_step)
+    if over and (run.folder / SUMMARY).exists():
         report.say(_nothing_left(run))
         run.accelerator.end_training()
         return
-    with StopSignal() as stop:
-        step = _loop(run, objective, loss, best, stop, report)
-        finish(run, report, step, _is_over(run, step), time.perf_counter() - started)
+    standing = partial(newest_whole, run.checkpoints)
+    # The batches are closed whatever happens: at its end the process waits for the data workers, who wait for it.
+    data = closing(run.data.steps(run.first_step, run.first_step if over else run.steps))
+    with full_disk_told(standing), StopSignal(run.accelerator.device, standing) as stop, data as batches:
+        step = _loop(run, objective, loss, best, batches, stop, report)
+        finish(run, report, prediction, step, _is_over(run, step), time.perf_counter() - started)
+    if stop.obeyed and step < run.steps:
+        raise StoppedEarly(f"by a signal after step {step} of {run.steps}; --resume auto goes on from {standing()}")
 
 
-def _loop(run: Run, objective: Objective, loss: Loss, best: BestMetric, stop: "StopSignal", report: Reporter) -> int:
+def _loop(
+    run: Run,
+    objective: Objective,
+    loss: Loss,
+    best: BestMetric,
+    batches: Iterator[list[Chunk]],
+    stop: StopSignal,
+    report: Reporter,
+) -> int:
     """Data to step, and what is due after it; returns the last step that was done."""
     config, step = run.config, run.first_step
-    batches = run.data.steps(run.first_step, step if _is_over(run, step) else run.steps)
+    before = BeforeStep.of(run)
     while (timed := _next_batch(batches, step + 1)) is not None:
         chunks, data_seconds = timed
         step += 1
@@ -65,16 +92,23 @@ def _loop(run: Run, objective: Objective, loss: Loss, best: BestMetric, stop: "S
         if step == run.first_step + 1:
             prepare_first_step(run, objective, chunks, report)
         if config.scale_schedule:
-            run.towers.set_scale_and_bias(scheduled_scale(config.scale_schedule, step, run.steps), None)
+            with run.backend.editing(run.towers.logit_scale):
+                run.towers.set_scale_and_bias(scheduled_scale(config.scale_schedule, step, run.steps), None)
         remembered = run.memory.pairs() if run.switch.on else None
-        update = _optimizer_step(run, loss, chunks, remembered, step)
-        drift = _remember(run, update.result.fresh, step, report)
+        try:
+            update = _optimizer_step(run, loss, chunks, remembered, step, before, stop)
+        except StepGivenUp:
+            step -= 1
+            _give_up(run, before, step)
+            stop.obeyed = True
+            break
+        drift = _remember(run, update.result.fresh, step, report) if update.applied else NO_DRIFT
         seconds = time.perf_counter() - began + data_seconds
         memory = memory_metrics(run, step, remembered, drift) if run.memory.size else {}
         report.step(step_metrics(run, step, update, seconds, data_seconds) | memory)
         if run.validation and _due(step, config.eval_every, run.steps):
             _evaluate(run, loss, best, step, report)
-        stopping = _agree(run, stop, step, report)
+        stopping = _agree(run, stop, step, seconds, report)
         is_best = run.best.get("step") == step
         over = _is_over(run, step)
         if stopping or (config.save_every and (is_best or over or _due(step, config.save_every, run.steps))):
@@ -84,8 +118,9 @@ def _loop(run: Run, objective: Objective, loss: Loss, best: BestMetric, stop: "S
                 report.say(f"step {step}: {_patience_ended(run)}")
             break
         if stopping:
-            report.say(f"stopped by a signal: step {step} is saved, --resume auto goes on from here")
+            stop.obeyed = True
             break
+        before = BeforeStep.of(run)
         del timed, chunks  # or two steps' images would be held while the next is waited for
     return step
 
@@ -107,38 +142,62 @@ def _nothing_left(run: Run) -> str:
     return f"the run has its {run.steps} steps: nothing is left to do; more with a larger --steps or --epochs"
 
 
-def _optimizer_step(run: Run, loss: Loss, chunks: list[Chunk], remembered: Pairs | None, step: int) -> Update:
-    """Gradients of the whole batch, clipped; one update of weights and rate."""
-    result = cached_step(
-        run.wrapped,
-        chunks,
-        loss,
-        remembered,
-        device=run.accelerator.device,
-        backward=run.accelerator.backward,
-        no_sync=backend.no_sync(run.accelerator, run.wrapped),
-        keep_graphs=run.plan.keep_graphs,
-        negatives=run.negatives,
-        share=run.share_texts,
-        **run.recompute,
-    )
-    grad_norm = float(backend.clip_gradients(run.accelerator, run.wrapped, run.config.grad_clip))
+def _give_up(run: Run, before: BeforeStep, step: int) -> None:
+    """Go back to the end of `step` and save it, unless the checkpoint that stands holds it or nothing was learned."""
+    before.restore(run)
+    standing = newest_whole(run.checkpoints)
+    if step > run.first_step and (standing is None or int(standing.name.removeprefix("step_")) != step):
+        run.save(step)
+
+
+def _optimizer_step(
+    run: Run,
+    loss: Loss,
+    chunks: list[Chunk],
+    remembered: Pairs | None,
+    step: int,
+    before: BeforeStep,
+    stop: StopSignal,
+) -> Update:
+    """Gradients of the whole batch, clipped; one update of weights and rate, where they are finite."""
+    backend = run.backend
+    with backend.gradients_of_a_step():
+        result = cached_step(
+            run.wrapped,
+            chunks,
+            loss,
+            remembered,
+            device=run.accelerator.device,
+            backward=backend.backward,
+            no_sync=backend.no_sync,
+            keep_graphs=run.plan.keep_graphs,
+            share=run.share_texts,
+            between_chunks=stop.look,
+            **run.recompute,
+        )
+    grad_norm = backend.clip_gradients(run.config.grad_clip)
     lr = max(group["lr"] for group in run.optimizer.param_groups)
-    scaled = run.accelerator.scaler is not None  # fp16: an overflow is skipped by the scaler, and no fault
-    if not math.isfinite(result.loss.item()) or not (scaled or math.isfinite(grad_norm)):
-        raise RunError(_diverged(run, step, result.loss.item(), grad_norm))
-    run.optimizer.step()
-    run.overflows = run.overflows + 1 if run.optimizer.step_was_skipped else 0
-    if run.overflows > MOST_OVERFLOWS:
-        raise RunError(_diverged(run, step, result.loss.item(), grad_norm))
-    if not run.overflows:
+    if math.isfinite(result.loss.item()) and math.isfinite(grad_norm):
+        run.nonfinite = run.overflows = 0
+        backend.step()
         run.schedule.step()
-    run.optimizer.zero_grad()
-    if run.config.scale_max and not run.config.scale_schedule:
-        run.towers.clamp_logit_scale(run.config.scale_max)
-    if run.average and not run.overflows:
-        run.average.update_parameters(run.towers)
-    return Update(result, grad_norm, lr)
+        if run.config.scale_max and not run.config.scale_schedule:
+            with backend.editing(run.towers.logit_scale):
+                run.towers.clamp_logit_scale(run.config.scale_max)
+        if run.average:
+            run.average.update_parameters(run.towers)
+        return Update(result, grad_norm, lr)
+    backend.drop_gradients()
+    if backend.loss_scale and math.isfinite(result.loss.item()):  # fp16: the next step has a smaller scale; no fault
+        run.overflows += 1
+        if run.overflows > MOST_OVERFLOWS:
+            raise RunError(_diverged(run, step, result.loss.item(), grad_norm))
+        return Update(result, grad_norm, lr)
+    run.nonfinite += 1
+    if run.config.on_nonfinite == "stop" or run.nonfinite > run.config.nonfinite_limit:
+        raise RunError(_diverged(run, step, result.loss.item(), grad_norm))
+    before.restore_statistics()
+    return Update(result, grad_norm, lr, applied=False)
 
 
 def _remember(run: Run, fresh: Pairs, step: int, report: Reporter) -> Drift:
@@ -155,7 +214,7 @@ def _remember(run: Run, fresh: Pairs, step: int, report: Reporter) -> Drift:
 
 def _evaluate(run: Run, loss: Loss, best: BestMetric, step: int, report: Reporter) -> None:
     """Measure on validation data, on all ranks; note whether it is the best so far."""
-    with run.accelerator.autocast():
+    with run.backend.autocast():
         metrics = validate(
             run.evaluated,
             run.validation,
@@ -185,27 +244,7 @@ def _validation_loss(towers: TwoTowers, loss: Loss, image_embeds: Tensor, text_e
     return sum_over_ranks(share.loss.clone()).item()
 
 
-class StopSignal:
-    """Within it, SIGTERM and a first Ctrl-C only set a flag; the ranks agree on it after a step."""
-
-    def __init__(self) -> None:
-        self.received = False
-
-    def __enter__(self) -> "StopSignal":
-        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, _: object) -> None:
-        if self.received and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.received = True
-
-
-def _agree(run: Run, stop: "StopSignal", step: int, report: Reporter) -> bool:
+def _agree(run: Run, stop: StopSignal, step: int, seconds: float, report: Reporter) -> bool:
     """One small reduction over the ranks: was any told to stop, and which pairs could none of them read?
 
     Too many unreadable pairs end the run here.
@@ -213,8 +252,10 @@ def _agree(run: Run, stop: "StopSignal", step: int, report: Reporter) -> bool:
     counts, new_skips = run.data.counts, run.data.new_skips()
     found_early = len(run.source.skipped) if run.accelerator.is_main_process else 0
     bad, read = sum(counts.skipped.values()) - found_early, counts.read - found_early
-    numbers = torch.tensor([int(stop.received), len(new_skips), bad, read], device=run.accelerator.device)
-    told, fresh_skips, bad, read = sum_over_ranks(numbers).tolist()
+    numbers = [int(stop.received), len(new_skips), bad, read, round(1000 * seconds)]
+    sums = sum_over_ranks(torch.tensor(numbers, device=run.accelerator.device))
+    told, fresh_skips, bad, read, milliseconds = sums.tolist()
+    stop.pace(milliseconds / 1000 / run.plan.world_size, 2 * run.plan.chunks - run.plan.keep_graphs)
     if fresh_skips:
         report.skipped(step, [skip for of_rank in gather_objects(new_skips) for skip in of_rank])
     total = run.source.size or max(read, 100)
@@ -246,7 +287,8 @@ def _diverged(run: Run, step: int, loss: float, grad_norm: float) -> str:
     """What to say about a loss or gradient that is not a number."""
     last = newest_whole(run.checkpoints)
     standing = f"the last good checkpoint is {last}" if last else "no checkpoint had been written"
+    times = f" in {run.nonfinite} steps in a row" if run.nonfinite > 1 else ""
     return (
-        f"step {step}: loss {loss}, gradient norm {grad_norm}: training diverged; {standing}. "
+        f"step {step}: loss {loss}, gradient norm {grad_norm}{times}: training diverged; {standing}. "
         "Lower --lr, lengthen --warmup-steps or lower --grad-clip, and go on with --resume auto"
     )

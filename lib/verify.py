@@ -1,17 +1,19 @@
 """--verify-gradients: the cached step against plain autograd, on the user's own model, data, precision and ranks."""
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from lib.backends import Backend
 from lib.cached_step import RandomState
-from lib.collectives import gather_rows, rank_and_world_size, sum_over_ranks
+from lib.collectives import gather_rows, rank_and_world_size
 from lib.data import Chunk
 from lib.objective import DenseLoss
 
 TOLERANCE = {"no": 1e-3, "fp16": 5e-2, "bf16": 1e-1}  # relative to the largest gradient of a part
+FP16_SCALE = 2.0**10
 PAIRS, CHUNKS = 16, 2  # of each rank: small enough for all graphs at once
 
 PART_OF = {
@@ -31,20 +33,20 @@ def small_chunks(chunks: Sequence[Chunk]) -> list[Chunk]:
 
 
 def compare_gradients(
-    towers: nn.Module, cached: Callable[[], None], plain: Callable[[], None], device: torch.device
+    backend: Backend, cached: Callable[[], object], plain: Callable[[], object], device: torch.device
 ) -> dict[str, float]:
     """Largest relative difference between the gradients that two ways leave, per tower and for scale and bias.
 
     Both start from the same random state and from no gradients, and leave none behind.
     """
-    state = RandomState.capture(device)
-    gradients = []
-    for run in (cached, plain):
-        state.restore()
-        towers.zero_grad(set_to_none=True)
-        run()
-        gradients.append({n: p.grad.detach().clone() for n, p in towers.named_parameters() if p.grad is not None})
-    towers.zero_grad(set_to_none=True)
+    state, gradients = RandomState.capture(device), []
+    with _moderate_loss_scale(backend):
+        for run in (cached, plain):
+            state.restore()
+            with backend.gradients_of_a_step():
+                run()
+            gradients.append(backend.gradients())
+            backend.forget_gradients()
     state.restore()
     ours, twin = gradients
     worst: dict[str, float] = {}
@@ -58,16 +60,18 @@ def compare_gradients(
 
 
 def plain_autograd(
-    wrapped: nn.Module,
-    towers: nn.Module,
-    chunks: Sequence[Chunk],
-    dense: DenseLoss,
-    pairwise: bool,
-    device: torch.device,
+    backend: Backend, chunks: Sequence[Chunk], dense: DenseLoss, pairwise: bool, device: torch.device
 ) -> None:
-    """Leave on `towers` the gradient of the N x N loss over all ranks' chunks, with all graphs kept."""
-    with getattr(wrapped, "no_sync", nullcontext)():
-        outputs = [wrapped(**chunk.to(device).inputs) for chunk in chunks]
+    """Leave on the towers the gradient of the N x N loss over all ranks' chunks, with all graphs kept.
+
+    The backend takes the mean over ranks, so the loss is multiplied by W: each rank's graph is that of its own rows. In
+    scale and bias every rank has the whole gradient, of which it gives a part in W.
+    """
+    outputs = []
+    for index, chunk in enumerate(chunks):
+        # One backward follows, which reduces if the last forward says so.
+        with nullcontext() if index == len(chunks) - 1 else backend.no_sync():
+            outputs.append(backend.wrapped(**chunk.to(device).inputs))
     images = torch.cat([output.image_embeds for output in outputs])
     texts = torch.cat([output.text_embeds for output in outputs])
     group = gather_rows(torch.cat([chunk.group for chunk in chunks]).to(device))
@@ -79,17 +83,30 @@ def plain_autograd(
         _own_rows(gather_rows(images.detach()), images, rows),
         _own_rows(gather_rows(texts.detach()), texts, rows),
         group,
-        outputs[0].logit_scale,
-        outputs[0].logit_bias,
+        _part_of_gradient(outputs[0].logit_scale, world_size),
+        _part_of_gradient(outputs[0].logit_bias, world_size),
     )
-    value.backward()
-    for name, parameter in towers.named_parameters():
-        if parameter.grad is not None:
-            sum_over_ranks(parameter.grad)
-            if name in ("logit_scale", "logit_bias"):  # every rank holds the whole gradient of these
-                parameter.grad /= world_size
+    backend.backward(world_size * value)
 
 
 def _own_rows(everything: Tensor, own: Tensor, rows: slice) -> Tensor:
     """All ranks' embeddings as constants, but this rank's with their graph."""
     return torch.cat([everything[: rows.start], own.to(everything.dtype), everything[rows.stop :]])
+
+
+def _part_of_gradient(scalar: Tensor, parts: int) -> Tensor:
+    """The same value, whose gradient is one of so many equal parts."""
+    return scalar / parts + (1 - 1 / parts) * scalar.detach()
+
+
+@contextmanager
+def _moderate_loss_scale(backend: Backend) -> Iterator[None]:
+    """fp16 training finds its scale by overflows; a comparison needs one that surely has none."""
+    if backend.loss_scale is None:
+        yield
+        return
+    before, backend.loss_scale.value = backend.loss_scale.value, FP16_SCALE
+    try:
+        yield
+    finally:
+        backend.loss_scale.value = before

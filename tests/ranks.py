@@ -10,17 +10,25 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+# One server imports what all ranks need and forks them from there: each would take seconds for it.
+mp.get_context("forkserver").set_forkserver_preload(["lib.train", "lib.backends.fsdp2"])
+
 
 def on_ranks(world_size: int, function: Callable, *arguments):
     """Call function(*arguments) on every rank; rank 0's return value (what torch.save can hold) comes back."""
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "result.pt"
-        mp.spawn(_rank, (world_size, _free_port(), function, arguments, result), nprocs=world_size)
+        given = (world_size, _free_port(), dict(os.environ), function, arguments, result)
+        mp.start_processes(_rank, given, nprocs=world_size, start_method="forkserver")
         return torch.load(result, weights_only=False)
 
 
-def _rank(rank: int, world_size: int, port: int, function: Callable, arguments: tuple, result: Path) -> None:
+def _rank(
+    rank: int, world_size: int, port: int, environment: dict, function: Callable, arguments: tuple, result: Path
+) -> None:
     torch.set_num_threads(1)
+    os.environ.clear()
+    os.environ.update(environment)  # the server's is that of the first call
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), ACCELERATE_USE_CPU="true")
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))  # as torchrun sets them
     dist.init_process_group("gloo", rank=rank, world_size=world_size)

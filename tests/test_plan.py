@@ -73,11 +73,10 @@ def test_measuring_moves_neither_weights_nor_random_state():
 
 
 def test_auto_chunks_shrink_with_the_activations():
-    cpu = torch.device("cpu")
-    assert largest_chunk(2**20, 10_000, cpu) == 256
-    assert largest_chunk(2**21, 10_000, cpu) == 128
-    assert largest_chunk(1, 100, cpu) == 64  # no more than the rank has
-    assert largest_chunk(2**40, 100, cpu) == 1
+    assert largest_chunk(2**20, 10_000) == 256
+    assert largest_chunk(2**21, 10_000) == 128
+    assert largest_chunk(1, 100) == 64  # no more than the rank has
+    assert largest_chunk(2**40, 100) == 1
 
 
 def test_a_batch_above_the_data_set_is_told_with_what_to_use_instead():

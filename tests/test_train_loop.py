@@ -236,9 +236,13 @@ def test_a_diverged_run_names_the_step_and_the_last_checkpoint(tmp_path, monkeyp
 def test_verify_gradients_passes_and_stops_a_broken_build(tmp_path, monkeypatch, capsys):
     run(train_siglip.main, tmp_path / "good", "--verify-gradients", "--dropout=0.2", "--steps=1")
     assert "image tower" in capsys.readouterr().out
-    monkeypatch.setattr(cached_step.RandomState, "restore", lambda self: None)
-    with pytest.raises(RunError, match="verify-gradients"):
-        run(train_siglip.main, tmp_path / "bad", "--verify-gradients", "--dropout=0.2", "--steps=1")
+    with monkeypatch.context() as broken, pytest.raises(RunError, match="verify-gradients"):
+        broken.setattr(cached_step.RandomState, "restore", lambda self: None)
+        run(train_siglip.main, tmp_path / "no_replay", "--verify-gradients", "--dropout=0.2", "--steps=1")
+    surrogate = cached_step._Surrogate.__call__
+    with monkeypatch.context() as broken, pytest.raises(RunError, match="verify-gradients.*'logit_scale': (0.9|1)"):
+        broken.setattr(cached_step._Surrogate, "__call__", lambda self, i, out, final: surrogate(self, i, out, True))
+        run(train_siglip.main, tmp_path / "scale_times_chunks", "--verify-gradients", "--steps=1")
 
 
 def test_the_plan_names_negatives_texts_and_recurrence(tmp_path, capsys):
@@ -270,9 +274,9 @@ def test_bf16_trains_evaluates_and_exports(main, flags, tmp_path, monkeypatch):
     assert losses[1] == pytest.approx(losses[0], rel=0.05)
 
 
-def test_fp16_on_a_cpu_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
-    with pytest.raises(InputError, match="fp16 needs an accelerator"):
+def test_an_unknown_precision_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
+    with pytest.raises(InputError, match="fp8 is not supported; use bf16, fp16 or no"):
         run(train_clip.main, tmp_path / "run")
 
 

@@ -1,8 +1,10 @@
 """Owns the way from a training source to this rank's chunks of each step: workers, counts and resume."""
 
+import ctypes
 import os
 import shutil
 import signal
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +24,7 @@ from lib.data.streams.layouts import Start, dealings, excluded_in, fresh_start, 
 from lib.data.streams.positions import loaded, saved
 from lib.errors import InputError
 
+_PR_SET_PDEATHSIG = 1
 _BYTES_AHEAD = 2**31
 """Pixels of the next step that may wait on this rank while the current one is computed."""
 
@@ -225,10 +228,13 @@ def _unchanged(prepared: Prepared) -> Prepared:
 
 
 def start_worker(_: int) -> None:
-    """What a DataLoader worker does first: leave signals to the main process, and keep to one tokenizer thread."""
+    """What a DataLoader worker does first: leave signals to the main process, end with it, and keep to one thread."""
     # A cluster signals every process of a job, and Ctrl-C every one of a terminal: the main process saves and
     # then stops the workers, so they must outlive the signal.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    # A rank that is killed must not live on in them: they hold its connections and the run folder's lock open.
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     # The workers are the parallelism; a tokenizer's own threads do not survive the fork.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"

@@ -1,0 +1,118 @@
+"""One rank of a large world, on this machine: what it sends, holds and computes for the loss of a step.
+
+python benchmarks/scaling.py [--worlds 1 8 64 512] writes benchmarks/results/scaling.json.
+torch's fake process group stands for the other ranks: collectives return at once, and what they would move is counted.
+"""
+
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+import tyro
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from lib.collectives import gather_rows, logsumexp_over_ranks, sum_over_ranks  # noqa: E402
+from lib.losses import Pairs, infonce, sigmoid  # noqa: E402
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Which worlds to stand in for."""
+
+    worlds: tuple[int, ...] = (1, 8, 64, 512)
+    """W"""
+    effective_batch: int = 8192
+    """N"""
+    xbm_size: int = 8192
+    """Q"""
+    embed_dim: int = 512
+    """D"""
+    measure: str | None = None
+    """Used by the script itself: LOSS:W, measured in this process."""
+
+
+def main(settings: Settings) -> None:
+    if settings.measure:
+        loss, world_size = settings.measure.split(":")
+        print(json.dumps(measure(loss, int(world_size), settings)))
+        return
+    rows = []
+    for loss in ("sigmoid", "infonce"):
+        for world_size in settings.worlds:
+            rows.append({"loss": loss, "world_size": world_size} | in_a_process(loss, world_size, settings))
+            print(rows[-1], flush=True)
+    sizes = {name: getattr(settings, name) for name in ("effective_batch", "xbm_size", "embed_dim")}
+    machine = f"{platform.machine()}, one thread, torch {torch.__version__}"
+    file = ROOT / "benchmarks" / "results" / "scaling.json"
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(json.dumps({"machine": machine} | sizes | {"rows": rows}, indent=1) + "\n")
+
+
+def measure(loss: Literal["sigmoid", "infonce"], world_size: int, settings: Settings) -> dict:
+    """Bytes that a rank gives to all_gather and all_reduce, seconds, and peak memory beside the bank's."""
+    n, q, d = settings.effective_batch, settings.xbm_size, settings.embed_dim
+    per_rank = n // world_size
+    own, bank = random_pairs(per_rank, d), random_pairs(q, d)
+    kinds = {"sigmoid": sigmoid, "infonce": partial(infonce, merge_logsumexp=logsumexp_over_ranks)}
+    if world_size > 1:
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
+    given, before, began = counted(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    fresh = Pairs(*(gather_rows(tensor) for tensor in vars(own).values()))
+    if world_size > 1:  # the fake group fills nothing in
+        fresh = random_pairs(n, d)
+    share = kinds[loss](fresh, bank, torch.tensor(10.0), torch.tensor(-10.0), slice(0, per_rank))
+    sum_over_ranks(share.text_embeds)
+    sum_over_ranks(torch.stack([share.loss, share.logit_scale, share.logit_bias]))
+    seconds = time.perf_counter() - began
+    peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    return dict(given) | {"seconds": seconds, "peak_bytes": peak}
+
+
+def counted() -> Counter:
+    """Count from now on the bytes that this rank gives to each kind of collective."""
+    given: Counter = Counter(all_gather=0, all_reduce=0)
+    gather, reduce = dist.all_gather, dist.all_reduce
+
+    def all_gather(pieces: list, tensor: torch.Tensor) -> None:
+        given["all_gather"] += tensor.nbytes
+        gather(pieces, tensor)
+
+    def all_reduce(tensor: torch.Tensor) -> None:
+        given["all_reduce"] += tensor.nbytes
+        reduce(tensor)
+
+    dist.all_gather, dist.all_reduce = all_gather, all_reduce
+    return given
+
+
+def random_pairs(count: int, embed_dim: int) -> Pairs:
+    generator = torch.Generator().manual_seed(count)
+    embeds = [torch.nn.functional.normalize(torch.randn(count, embed_dim, generator=generator)) for _ in range(2)]
+    return Pairs(*embeds, torch.arange(count), torch.arange(count))
+
+
+def in_a_process(loss: str, world_size: int, settings: Settings) -> dict:
+    flags = [f"--measure={loss}:{world_size}"]
+    flags += [f"--{n.replace('_', '-')}={getattr(settings, n)}" for n in ("effective_batch", "xbm_size", "embed_dim")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, __file__, *flags]
+    finished = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    return json.loads(finished.stdout.splitlines()[-1])
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Settings, description=__doc__))

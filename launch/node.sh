@@ -1,0 +1,53 @@
+#!/usr/bin/env bash
+# Runs the ranks of one machine, one for each GPU: bash launch/node.sh train_siglip.py --config FILE ...
+# torchrun starts them (DDP), or accelerate launch where ACCELERATE_CONFIG names a file of accelerate_configs/.
+#
+# From the environment: RANKS on this machine (its GPUs), NODES (1), NODE_RANK (0), MASTER_ADDR and MASTER_PORT of
+# machine 0, ACCELERATE_CONFIG (none), ACCELERATE_MIXED_PRECISION (no), VENV (.venv, if it is there).
+# SIGTERM and SIGUSR1 go to the ranks themselves, as USR1: torchrun would end them 30 seconds after a SIGTERM.
+# Exit code 75: told to stop and not finished; start the same command with --resume auto again.
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
+if [[ $# -eq 0 || ! -f $1 ]]; then
+    echo "error: ${1:-nothing} is not a script here; use: bash launch/node.sh train_siglip.py [flags]" >&2
+    exit 2
+fi
+venv=${VENV:-.venv}
+[[ -d $venv/bin ]] && PATH=$venv/bin:$PATH
+
+nodes=${NODES:-1} node_rank=${NODE_RANK:-0} ranks=${RANKS:-$(nvidia-smi --list-gpus 2>/dev/null | wc -l)}
+if ((ranks == 0)); then
+    echo "error: no GPU was found on $(hostname); RANKS=2 ACCELERATE_USE_CPU=true runs two ranks on the CPU" >&2
+    exit 2
+fi
+master=${MASTER_ADDR:-127.0.0.1} port=${MASTER_PORT:-29500}
+if [[ -n ${ACCELERATE_CONFIG:-} ]]; then
+    launcher=(accelerate launch --config_file "$ACCELERATE_CONFIG" --num_machines "$nodes" --machine_rank "$node_rank"
+        --num_processes $((nodes * ranks)) --main_process_ip "$master" --main_process_port "$port")
+else
+    launcher=(torchrun --nnodes "$nodes" --node-rank "$node_rank" --nproc-per-node "$ranks"
+        --master-addr "$master" --master-port "$port")
+fi
+if [[ -n ${DRY_RUN:-} ]]; then
+    printf '%s\n' "${launcher[*]} $*"
+    exit 0
+fi
+
+told=
+# shellcheck disable=SC2329  # the trap calls it
+pass_on() {
+    told=yes
+    # The ranks are the launcher's children, and it starts nothing else; before there are any, it ends itself.
+    pkill -USR1 -P "$process" || kill -TERM "$process"
+}
+trap pass_on TERM USR1
+"${launcher[@]}" "$@" &
+process=$!
+wait "$process"
+code=$?
+while kill -0 "$process" 2>/dev/null; do # a signal ends the waiting, not the launcher
+    wait "$process"
+    code=$?
+done
+[[ -n $told && $code -ne 0 ]] && exit 75
+exit "$code"

@@ -1,0 +1,95 @@
+"""Which way of running was asked for, by accelerate launch or its environment; refuses what would go wrong."""
+
+import os
+import warnings
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import DistributedType, ProjectConfiguration, is_wandb_available
+
+from lib.backends.device import use_all_cores
+from lib.backends.precision import Precision
+from lib.backends.replicated import Backend
+from lib.backends.zero import ZeroBackend
+from lib.backends.zero_settings import zero_settings
+from lib.errors import InputError
+
+_SUPPORTED = (
+    DistributedType.NO,
+    DistributedType.MULTI_GPU,
+    DistributedType.MULTI_CPU,
+    DistributedType.MULTI_XPU,
+    DistributedType.MULTI_NPU,
+)
+_CONFIGS = "accelerate_configs/single_gpu.yaml, ddp.yaml, fsdp2.yaml, zero1.yaml, zero2.yaml, zero3.yaml"
+
+
+def start(tracker: str) -> Backend:
+    """Set up devices and ranks; refuses what would train wrongly in silence."""
+    if tracker == "wandb" and not is_wandb_available():
+        raise InputError("--tracker wandb needs the wandb package; pip install wandb, or use tensorboard")
+    mixed_precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if mixed_precision not in ("no", "bf16", "fp16"):
+        raise InputError(f"--mixed_precision {mixed_precision} is not supported; use bf16, fp16 or no")
+    # Accelerate is left to start the ranks as for DDP: the sharding, its settings and autocast are this package's.
+    zero, fsdp = _asked("ACCELERATE_USE_DEEPSPEED"), _asked("ACCELERATE_USE_FSDP")
+    accelerator = _accelerator(tracker)
+    _check(accelerator)
+    if accelerator.device.type == "cpu":
+        use_all_cores(accelerator.num_processes)
+    precision = Precision(mixed_precision, accelerator.device)
+    if zero:
+        if not dist.is_initialized():
+            raise InputError("ZeRO has to be started by accelerate launch or torchrun, on one GPU too")
+        return ZeroBackend(accelerator, precision, zero_settings(accelerator.device))
+    if fsdp and dist.is_initialized():
+        return _fsdp2(accelerator, precision)
+    return Backend(accelerator, precision)
+
+
+def _asked(name: str) -> bool:
+    return os.environ.pop(name, "false").lower() == "true"
+
+
+def _accelerator(tracker: str) -> Accelerator:
+    # torch 2.15 renames the option; the old name is the one that Accelerate passes on, and that torch 2.11 knows.
+    warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
+    return Accelerator(
+        cpu=not torch.accelerator.is_available(),
+        mixed_precision="no",
+        log_with=None if tracker == "none" else tracker,
+        # Asked for before the ranks have agreed on the run's folder; the report puts the real one in place.
+        project_config=ProjectConfiguration(logging_dir="."),
+        # Batch-norm statistics are averaged once per step by the cached step, not broadcast at every chunk.
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+    )
+
+
+def _check(accelerator: Accelerator) -> None:
+    if accelerator.distributed_type not in _SUPPORTED:
+        raise InputError(
+            f"accelerate is set to {accelerator.distributed_type.value}, which this version does not train with; "
+            f"choose one of {_CONFIGS}"
+        )
+    if accelerator.gradient_accumulation_steps != 1:
+        raise InputError(
+            f"accelerate's gradient_accumulation_steps {accelerator.gradient_accumulation_steps} must be 1: "
+            "--effective-batch and --chunk-size do its work, exactly"
+        )
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != accelerator.num_processes:
+        raise InputError(
+            f"{launched} processes were launched but each sees {accelerator.num_processes}: they would train apart; "
+            "start them with torchrun or accelerate launch --multi_gpu"
+        )
+
+
+def _fsdp2(accelerator: Accelerator, precision: Precision) -> Backend:
+    from lib.backends.fsdp2 import FullyShardedBackend  # torch's newest part: nobody else should depend on it
+
+    if os.environ.get("FSDP_VERSION", "1") != "2":
+        raise InputError("FSDP of version 1 is not supported; set fsdp_version: 2, as accelerate_configs/fsdp2.yaml")
+    if os.environ.get("FSDP_OFFLOAD_PARAMS", "false").lower() == "true":
+        raise InputError("fsdp_offload_params is not supported; offload with accelerate_configs/zero3_offload.yaml")
+    return FullyShardedBackend(accelerator, precision)

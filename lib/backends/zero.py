@@ -1,0 +1,213 @@
+"""DeepSpeed ZeRO: every rank holds a part of the moments (1), of the gradients too (2), and of the weights (3)."""
+
+import logging
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from lib.backends.precision import Precision
+from lib.backends.replicated import Backend, copy_buffers, copy_on_host, on_host
+from lib.towers import TwoTowers
+
+LARGEST_BUCKET = 50_000_000  # elements reduced at once: 200 MB
+
+
+class ZeroBackend(Backend):
+    """DeepSpeed's engine (Rajbhandari et al. 2020, arXiv:1910.02054), driven directly.
+
+    Accelerate's wrapper would update after every backward; `coalesce_grad_reduction` reduces once for all of a step.
+    Lower precision is autocast's here too, not DeepSpeed's: its bf16 would sum the chunks' gradients in bfloat16 and
+    round the logit scale.
+    """
+
+    def __init__(self, accelerator: Accelerator, precision: Precision, settings: dict) -> None:
+        super().__init__(accelerator, precision)
+        self.settings = settings
+        self.stage: int = settings["zero_optimization"]["stage"]
+        self.shards_weights = self.stage == 3
+
+    def _wrap(self, largest_norm: float) -> nn.Module:
+        import deepspeed  # an optional package, slow to import
+
+        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # it warns of optimizers other than its own
+        # Its collectives for CPUs would be compiled first, for minutes; gloo has them.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        self._twin = copy_on_host(self.towers) if self.shards_weights and self.accelerator.is_main_process else None
+        trained = sum(parameter.numel() for parameter in self.towers.parameters() if parameter.requires_grad)
+        zero = {
+            "reduce_bucket_size": min(trained, LARGEST_BUCKET),
+            "overlap_comm": False,  # nothing to overlap with: what is reduced is there after the last backward
+        }
+        settings = self.settings | {
+            "train_micro_batch_size_per_gpu": 1,  # has to be a number; no data passes through DeepSpeed
+            "gradient_accumulation_steps": 1,
+            "gradient_clipping": largest_norm,
+            "steps_per_print": 2**31,
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,  # its Adam needs a compiler, and would stand in for SGD too
+            "zero_optimization": zero | self.settings["zero_optimization"],
+        }
+        self._scalars = [parameter for parameter in self.towers.parameters() if parameter.ndim == 0]
+        if self.stage == 3:
+            _divide_scalars(self._scalars, settings)
+        with _not_broadcast(self._scalars):
+            self.engine, *_ = deepspeed.initialize(model=self.towers, optimizer=self.optimizer, config=settings)
+        self._keep_scalars_whole()
+        return self.engine
+
+    def state_bytes(self, weights: int, trained: int, moments: int) -> int:
+        """Gradients are whole until they are reduced, once; ZeRO 1 and 2 copy the weights that they update."""
+        offloads = self.settings["zero_optimization"]
+        optimizer, parameters = (offloads.get(f"offload_{of}", {}).get("device") for of in ("optimizer", "param"))
+        weights = weights if self.stage < 3 else 0 if parameters == "cpu" else weights // self.accelerator.num_processes
+        parts = trained * (1 + moments + (self.stage < 3)) // self.accelerator.num_processes
+        return weights + trained + (0 if optimizer == "cpu" else parts)
+
+    def _keep_scalars_whole(self) -> None:
+        """Scale and bias are read between forwards too; ZeRO 3 keeps such small ones gathered once they are."""
+        if self.stage == 3 and self._scalars:
+            self._scalars[0].all_gather(param_list=self._scalars)
+
+    def no_sync(self) -> AbstractContextManager:
+        return nullcontext()
+
+    def gradients_of_a_step(self) -> AbstractContextManager:
+        return self.engine.coalesce_grad_reduction()
+
+    def backward(self, value: Tensor) -> None:
+        if self.loss_scale:  # the engine multiplies with it, and divides before it clips
+            self.engine.optimizer.override_loss_scale(self.loss_scale.value)
+        self.engine.backward(value)
+
+    def clip_gradients(self, largest: float) -> float:
+        """Only measures: the engine clips in its update."""
+        optimizer = self.engine.optimizer
+        if optimizer.has_overflow():  # asked first: some versions write -1 for a norm that is not finite
+            return math.inf
+        if self.stage == 3:
+            norm = torch.stack([torch.as_tensor(of_group).float() for of_group in optimizer._get_norm_groups()]).norm()
+        else:
+            norm = optimizer.scaled_global_norm()
+        return float(norm) / (self.loss_scale.value if self.loss_scale else 1.0)
+
+    def step(self) -> None:
+        self.engine.step()
+        if self.loss_scale:
+            self.loss_scale.update(finite=True)
+
+    def forget_gradients(self) -> None:
+        self.engine.optimizer.has_overflow = lambda *_, **__: True  # then the engine's own step drops them
+        self.engine.step()
+        del self.engine.optimizer.has_overflow
+
+    def gradients(self) -> dict[str, Tensor]:
+        from deepspeed.utils import safe_get_full_grad
+
+        scale = self.loss_scale.value if self.loss_scale else 1.0
+        return {n: safe_get_full_grad(p) / scale for n, p in self.towers.named_parameters() if p.requires_grad}
+
+    @contextmanager
+    def editing(self, *parameters: nn.Parameter) -> Iterator[None]:
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
+
+        with self._gathered(parameters, modifier_rank=0):
+            yield
+        self._keep_scalars_whole()
+        for parameter in parameters:  # the optimizer updates a copy of its own
+            if self.stage == 3:
+                safe_set_local_fp32_param(parameter, parameter.ds_tensor)
+            else:
+                safe_set_full_fp32_param(parameter, parameter.detach())
+
+    def _gathered(self, parameters: Iterable[nn.Parameter], modifier_rank: int | None = None) -> AbstractContextManager:
+        import deepspeed
+
+        return deepspeed.zero.GatheredParameters(list(parameters), modifier_rank, enabled=self.stage == 3)
+
+    def whole_towers(self) -> TwoTowers | None:
+        if not self.shards_weights:
+            return self.towers
+        twins = dict(self._twin.named_parameters()) if self._twin else {}
+        for name, parameter in self.towers.named_parameters():
+            with nullcontext() if parameter.shape == parameter.ds_shape else self._gathered([parameter]):
+                if self._twin:
+                    twins[name].data.copy_(parameter)
+        copy_buffers(self.towers, self._twin)
+        return self._twin
+
+    def moments(self) -> dict[str, dict]:
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        if not self.optimizer.state:
+            return {}
+        of_a_part = next(iter(self.optimizer.state.values()))
+        keys = [key for key, value in of_a_part.items() if torch.is_tensor(value) and value.ndim]
+        counts = {key: on_host(torch.as_tensor(value)) for key, value in of_a_part.items() if key not in keys}
+        found = {}
+        for name, parameter in self._trained():
+            whole = {key: safe_get_full_optimizer_state(parameter, key) for key in keys}
+            if self.accelerator.is_main_process:
+                found[name] = counts | {key: on_host(value) for key, value in whole.items()}
+        return found
+
+    def load_moments(self, moments: dict[str, dict]) -> None:
+        from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
+
+        if not moments:
+            return
+        sharded = self.engine.optimizer
+        parts = sharded.fp32_partitioned_groups_flat if self.stage == 3 else sharded.single_partition_of_fp32_groups
+        example = next(iter(moments.values()))
+        keys = [key for key, value in example.items() if value.ndim or key != "step"]
+        for part in parts:  # which the optimizer makes at its first update
+            zeros = {key: torch.zeros_like(part) for key in keys}
+            self.optimizer.state[part] = {key: value.clone() for key, value in example.items()} | zeros
+        if self.stage != 3:
+            sharded._lazy_init_hp_params_optimizer_state()
+        for name, parameter in self._trained():
+            for key in keys if name in moments else ():
+                value = moments[name][key].to(self.accelerator.device)
+                if self.stage == 3:
+                    safe_set_local_optimizer_state(parameter, self._own_part(parameter, value), key)
+                else:
+                    safe_set_full_optimizer_state(parameter, value, key)
+
+    def _own_part(self, parameter: nn.Parameter, value: Tensor) -> Tensor:
+        """This rank's share of a whole tensor, padded as ZeRO 3 pads it."""
+        size, ranks = parameter.ds_tensor.numel(), self.accelerator.num_processes
+        padded = F.pad(value.flatten(), (0, size * ranks - value.numel()))
+        return padded[self.accelerator.process_index * size :][:size]
+
+    def _trained(self) -> list[tuple[str, nn.Parameter]]:
+        return [(name, parameter) for name, parameter in self.towers.named_parameters() if parameter.requires_grad]
+
+
+@contextmanager
+def _not_broadcast(scalars: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Let ZeRO 1 and 2 start without sending scale and bias from rank 0: all ranks have loaded the same.
+
+    They would be sent as bytes, which a scalar cannot be viewed as. The mark is DeepSpeed's own, of what ranks do not
+    share.
+    """
+    for parameter in scalars:
+        parameter.ds_optim_param = True
+    yield
+    for parameter in scalars:
+        del parameter.ds_optim_param
+
+
+def _divide_scalars(scalars: list[nn.Parameter], settings: dict) -> None:
+    """Let ZeRO 3 take scale and bias over as vectors of one, for the same reason; gathered, they are scalars again."""
+    import deepspeed
+
+    for parameter in scalars:
+        parameter.data = parameter.data.view(1)
+    deepspeed.init_distributed()
+    deepspeed.zero.Init(module=nn.ParameterList(scalars), config_dict_or_path=settings)
+    for parameter in scalars:
+        parameter.ds_shape = torch.Size([])

@@ -1,0 +1,80 @@
+"""Told to stop: a signal sets a flag, and all ranks agree on it between steps or, in long ones, between chunks."""
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from math import ceil
+from pathlib import Path
+
+import torch
+
+from lib.collectives import sum_over_ranks
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+SECONDS_BETWEEN_LOOKS = 2.0  # a look is one small reduction: often enough for a 30-second grace, too rare to cost
+SECONDS_UNTIL_TOLD = 25.0  # torchrun kills 30 s after SIGTERM, Kubernetes too
+
+
+class StepGivenUp(Exception):
+    """A rank was told to stop in the middle of a step: all ranks leave it at the same chunk."""
+
+
+class StopSignal:
+    """Within it SIGTERM, SIGUSR1 and a first Ctrl-C only set a flag; `look` and the loop make the ranks agree on it.
+
+    standing: names the checkpoint to go on from; it is told where stopping takes longer than a grace period may be.
+    """
+
+    def __init__(self, device: torch.device, standing: Callable[[], Path | None]) -> None:
+        self.received = False
+        """A signal came to this rank."""
+        self.obeyed = False
+        """All ranks have left the loop for it."""
+        self._device, self._standing = device, standing
+        self._looks_due, self._every = 0, 1
+        self._timer = threading.Timer(SECONDS_UNTIL_TOLD, self._tell)
+        self._timer.daemon = True
+
+    def __enter__(self) -> "StopSignal":
+        self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._timer.cancel()
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def look(self) -> None:
+        """Between chunks, on all ranks: raises StepGivenUp on all where any was told to stop.
+
+        Most calls return at once: the ranks reduce their flags about every two seconds, as `pace` reckons.
+        """
+        self._looks_due += 1
+        if self._looks_due >= self._every:
+            self._looks_due = 0
+            if sum_over_ranks(torch.tensor(int(self.received), device=self._device)).item():
+                raise StepGivenUp
+
+    def pace(self, seconds: float, chunks: int) -> None:
+        """Reckon how many chunks go by between looks, from a step's seconds and chunks, the same on all ranks."""
+        self._looks_due = 0
+        self._every = max(1, ceil(SECONDS_BETWEEN_LOOKS * chunks / max(seconds, 1e-6)))
+
+    def _note(self, number: int, _: object) -> None:
+        if self.received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        if not self.received:
+            self._timer.start()
+        self.received = True
+
+    def _tell(self) -> None:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            standing = self._standing()
+            print(
+                f"stopping takes longer than {SECONDS_UNTIL_TOLD:.0f} s; should it be cut short, "
+                + (f"{standing} stands" if standing else "no checkpoint stands"),
+                file=sys.stderr,
+                flush=True,
+            )

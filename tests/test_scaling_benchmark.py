@@ -1,0 +1,22 @@
+"""The bytes of docs/scaling.md are those that the code hands over, in a world of eight ranks played by one."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+
+@pytest.mark.parametrize("loss", ["sigmoid", "infonce"])
+def test_a_rank_gives_the_bytes_of_the_formulas(loss):
+    n, d, ranks = 64, 12, 8
+    command = [sys.executable, str(ROOT / "benchmarks" / "scaling.py"), f"--measure={loss}:{ranks}"]
+    sizes = [f"--effective-batch={n}", "--xbm-size=16", f"--embed-dim={d}"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    finished = subprocess.run([*command, *sizes], capture_output=True, text=True, check=True, env=environment)
+    given = json.loads(finished.stdout.splitlines()[-1])
+    of_losses = 4 * n if loss == "infonce" else 0  # the text anchors' log-sum-exp
+    assert given["all_gather"] == (8 * d + 16) * n // ranks + of_losses
+    assert given["all_reduce"] == 4 * n * d + 12  # the texts' gradient; loss, scale and bias

@@ -1,0 +1,245 @@
+"""What a run survives, and what it says: signals in a step, full disks, second jobs, lost ranks, broken numbers."""
+
+import json
+import multiprocessing
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from filelock import FileLock
+from safetensors.torch import load_file
+
+import train_clip
+from lib import folder as run_folder
+from lib import stop as stopping
+from lib.errors import InputError, RunError, StoppedEarly, told_in_one_line
+from lib.report import read_metrics
+from lib.stop import StopSignal
+from lib.undo import batch_norm_statistics, put_back
+
+FLAGS = [
+    "--effective-batch=48", "--chunk-size=8", "--xbm-size=60", "--xbm-start=2", "--steps=4", "--warmup-steps=0",
+    "--augment=strong", "--dropout=0.2", "--eval-every=0", "--save-every=0", "--workers=0",
+]  # fmt: skip
+TIMED = ("pairs_per_second", "step_seconds", "data_seconds", "peak_memory_bytes")
+
+
+def train(folder: Path, *flags: str) -> Path:
+    train_clip.main([*FLAGS, f"--output-dir={folder}", *flags])
+    return folder
+
+
+def weights(folder: Path, step: int) -> dict[str, torch.Tensor]:
+    return load_file(folder / "checkpoints" / f"step_{step:06d}" / "model.safetensors")
+
+
+def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def told(folder: Path) -> list[dict]:
+    return [{name: value for name, value in line.items() if name not in TIMED} for line in read_metrics(folder)]
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory) -> Path:
+    return train(tmp_path_factory.mktemp("unbroken") / "run", "--save-every=2")
+
+
+@pytest.fixture
+def told_at_look(monkeypatch):
+    """Send this process SIGUSR1 at so-many-th look between chunks; every chunk looks."""
+    monkeypatch.setattr(stopping, "SECONDS_BETWEEN_LOOKS", 0)
+
+    def arrange(number: int) -> None:
+        looks, look = [], StopSignal.look
+
+        def counted(self) -> None:
+            looks.append(1)
+            if len(looks) == number:
+                os.kill(os.getpid(), signal.SIGUSR1)
+            look(self)
+
+        monkeypatch.setattr(StopSignal, "look", counted)
+
+    return arrange
+
+
+# A step of 6 chunks looks 5 times in the first pass, and 6 times in the second.
+@pytest.mark.parametrize("look", [2 * 11 + 3, 2 * 11 + 8], ids=["first pass", "second pass"])
+def test_a_signal_in_mid_step_drops_the_step_and_the_resumed_run_is_the_unbroken_one(
+    look, unbroken, told_at_look, monkeypatch, tmp_path
+):
+    with monkeypatch.context():
+        told_at_look(look)
+        with pytest.raises(StoppedEarly, match="after step 2 of 4.*step_000002"):
+            train(tmp_path / "run")
+    assert [line["step"] for line in read_metrics(tmp_path / "run")] == [1, 2]
+    assert same(weights(tmp_path / "run", 2), weights(unbroken, 2))
+    monkeypatch.undo()
+    train(tmp_path / "run", "--resume=auto", "--save-every=4")
+    assert same(weights(tmp_path / "run", 4), weights(unbroken, 4))
+    assert told(tmp_path / "run") == told(unbroken)
+
+
+def test_a_signal_before_the_first_update_saves_nothing(told_at_look, tmp_path):
+    told_at_look(2)
+    with pytest.raises(StoppedEarly, match="after step 0 of 4"):
+        train(tmp_path / "run")
+    assert not list((tmp_path / "run").glob("checkpoints/step_*"))
+
+
+def test_looks_are_rare_where_chunks_are_quick():
+    with StopSignal(torch.device("cpu"), lambda: None) as stop:
+        stop.pace(seconds=10.0, chunks=100)
+        stop.received = True
+        for _ in range(19):
+            stop.look()
+        with pytest.raises(stopping.StepGivenUp):  # 20 chunks of 0.1 s
+            stop.look()
+
+
+def test_a_stop_that_takes_long_says_which_checkpoint_stands(monkeypatch, capfd):
+    monkeypatch.setattr(stopping, "SECONDS_UNTIL_TOLD", 0.05)
+    with StopSignal(torch.device("cpu"), lambda: Path("runs/x/checkpoints/step_000007")):
+        os.kill(os.getpid(), signal.SIGUSR1)
+        time.sleep(0.3)
+    assert "checkpoints/step_000007 stands" in capfd.readouterr().err
+
+
+def test_a_stop_has_an_exit_code_of_its_own(capsys):
+    with pytest.raises(SystemExit, match="75"), told_in_one_line():
+        raise StoppedEarly("by a signal")
+    assert capsys.readouterr().err == "stopped: by a signal\n"
+
+
+def test_statistics_of_a_dropped_step_are_put_back():
+    norm = torch.nn.BatchNorm1d(3)
+    before = {name: value.clone() for name, value in norm.state_dict().items()}
+    statistics = batch_norm_statistics(norm)
+    norm(torch.randn(8, 3))
+    assert not torch.equal(norm.running_mean, before["running_mean"])
+    put_back(statistics)
+    assert all(torch.equal(value, before[name]) for name, value in norm.state_dict().items())
+
+
+@pytest.fixture
+def broken_from(monkeypatch):
+    """Make the loss of some steps not a number, gradients included."""
+    clean, calls = train_clip.infonce, []
+
+    def arrange(*steps: int) -> None:
+        def loss(*arguments, **options):
+            calls.append(1)
+            share = clean(*arguments, **options)
+            if len(calls) - WARM_UPS in steps:
+                return type(share)(**{name: value * float("nan") for name, value in vars(share).items()})
+            return share
+
+        monkeypatch.setattr(train_clip, "infonce", loss)
+
+    return arrange
+
+
+WARM_UPS = 3  # tries of the loss before the first step: how long it takes
+
+
+def test_an_update_that_is_not_finite_is_left_out(broken_from, tmp_path):
+    broken_from(2)
+    run = train(tmp_path / "run", "--on-nonfinite=skip", "--save-every=1", "--keep-checkpoints=0")
+    assert same(weights(run, 1), weights(run, 2)) and not same(weights(run, 2), weights(run, 3))
+    lines = read_metrics(run)
+    assert [line.get("skipped") for line in lines] == [None, "not finite", None, None]
+    assert lines[1]["loss"] is None and lines[1]["xbm_filled"] == 48 and lines[2]["xbm_filled"] == 60
+
+
+def test_updates_are_left_out_up_to_a_limit(broken_from, tmp_path):
+    broken_from(2, 3, 4)
+    with pytest.raises(RunError, match="step 4: loss nan.*in 3 steps in a row"):
+        train(tmp_path / "run", "--on-nonfinite=skip", "--nonfinite-limit=2")
+
+
+def test_a_failed_run_leaves_no_data_workers(broken_from, tmp_path):
+    """They ignore SIGTERM, which is how a process ends them and then waits: it would never end."""
+    broken_from(1)
+    with pytest.raises(RunError, match="step 1: loss nan"):
+        train(tmp_path / "run", "--workers=1")
+    assert not multiprocessing.active_children()  # even while the traceback is held
+
+
+def test_a_folder_in_use_is_refused_with_its_holder(monkeypatch, tmp_path):
+    monkeypatch.setattr(run_folder, "SECONDS_FOR_THE_LAST_JOB", 0)
+    (tmp_path / run_folder.HOLDER).write_text(json.dumps({"host": "node7", "process": 42}))
+    with FileLock(tmp_path / run_folder.LOCK), pytest.raises(InputError, match="in use by .*process 42 on node7"):
+        train(tmp_path)
+    train(tmp_path, "--steps=1")  # free again
+
+
+def test_a_full_disk_names_the_checkpoint_that_stands(tmp_path):
+    """A limit on the size of files stands for the end of the disk."""
+    train(tmp_path / "run", "--steps=2", "--save-every=2")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, before[1]))
+    try:
+        with pytest.raises(RunError, match="cannot be written.*step_000002.*--resume"):
+            train(tmp_path / "run", "--save-every=1", "--resume=auto")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    train(tmp_path / "run", "--resume=auto")
+    assert [line["step"] for line in read_metrics(tmp_path / "run")] == [1, 2, 3, 4]
+
+
+def test_a_cut_checkpoint_is_named_and_passed_over(tmp_path, capsys):
+    train(tmp_path / "run", "--steps=2", "--save-every=1")
+    cut = tmp_path / "run" / "checkpoints" / "step_000002"
+    (cut / "model.safetensors").write_bytes((cut / "model.safetensors").read_bytes()[:1000])
+    capsys.readouterr()
+    train(tmp_path / "run", "--steps=3", "--resume=auto")
+    printed = capsys.readouterr().out
+    assert "steps      3 (from 1)" in printed and f"{cut} is not a whole checkpoint" in printed
+
+
+FREEZE = """
+import os, signal, sys, time
+import torch.distributed as dist
+from lib.watchdog import Watchdog
+dist.init_process_group("gloo")
+with Watchdog(beat=0.2, limit=1.5):
+    dist.barrier()
+    time.sleep(0.6)
+    if dist.get_rank() == int(sys.argv[1]):
+        os.kill(os.getpid(), signal.SIGSTOP if sys.argv[2] == "freezes" else signal.SIGKILL)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(("lost", "how"), [(1, "freezes"), (0, "dies")])
+def test_a_lost_rank_ends_the_others(lost, how):
+    """One that stands still holds its connections open; rank 0 has the store."""
+    environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(29300 + os.getpid() % 500 + lost)}
+    command = [sys.executable, "-c", FREEZE, str(lost), how]
+    ranks = [
+        subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=environment | {"RANK": str(rank), "WORLD_SIZE": "2"},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        assert ranks[1 - lost].wait(timeout=60) == 1
+        assert "--resume auto goes on" in ranks[1 - lost].stderr.read()
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
+            rank.stderr.close()
