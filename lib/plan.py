@@ -8,10 +8,12 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from lib.losses import TILE
+from lib.logit_tiles import TILE
 
 CPU_ACTIVATIONS = 256 * 2**20  # bytes; larger chunks are no faster on a CPU
 LARGEST_CHUNK = 4096
+DEVICE_SHARE = 0.85  # of the memory that is free on an accelerator
+PASS_1_PAIRS = 256  # pass 1 keeps no activations: it embeds as many chunks in one forward as make up these
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,8 @@ class BatchPlan:
     """Activations of one pair that a backward pass needs."""
     state_bytes: int
     """Weights, gradients and optimizer state on one rank."""
+    tile: int = TILE
+    """Rows and columns of the logits that the loss holds at a time."""
 
     @property
     def per_rank(self) -> int:
@@ -48,16 +52,16 @@ class BatchPlan:
 
     @property
     def embedding_bytes(self) -> int:
-        """Fresh embeddings of both towers and their gradients, the memory, and the loss's tiles."""
-        rows = 4 * self.effective_batch + 2 * self.xbm_size
-        tile = min(TILE, self.effective_batch) ** 2
-        return 4 * (rows * self.embed_dim + 4 * tile)
+        """Fresh embeddings of both towers, their gradients and sums over groups, the memory, and the loss's tiles."""
+        rows = 9 * self.effective_batch + 2 * self.xbm_size
+        tile = min(self.tile, self.effective_batch) ** 2
+        return 4 * (rows * self.embed_dim + 3 * tile)
 
     @property
     def device_bytes(self) -> int:
         """Predicted peak on one rank's device, beside the framework itself."""
         graphs = min(self.keep_graphs + 1, self.chunks) * self.chunk_size * self.activation_bytes
-        pixels = self.chunk_size * self.image_bytes * (1 + 4)  # as they came, and normalized
+        pixels = max(self.chunk_size, PASS_1_PAIRS) * self.image_bytes * (1 + 4)  # as they came, and normalized
         return self.state_bytes + self.embedding_bytes + graphs + pixels
 
     @property
@@ -146,9 +150,16 @@ def largest_chunk(activation_bytes: int, per_rank: int, device: torch.device) ->
 
 
 def graphs_that_fit(plan: BatchPlan, device: torch.device, local_ranks: int) -> int:
-    """Chunks for --keep-graphs auto: what fills half of the memory that is left beside the plan."""
-    spare = free_memory(device) // (local_ranks if device.type == "cpu" else 1) - plan.device_bytes
-    return max(0, min(plan.chunks, spare // 2 // (plan.chunk_size * plan.activation_bytes)))
+    """Chunks for --keep-graphs auto: what fits into the memory that is left beside the plan.
+
+    On a device of its own all but a margin for what the allocator loses between blocks; on a CPU half, which others
+    need as well, and the images of this and of the next step lie there too.
+    """
+    if device.type == "cpu":
+        spare = (free_memory(device) // local_ranks - plan.device_bytes - 2 * plan.pixel_bytes) // 2
+    else:
+        spare = int(DEVICE_SHARE * free_memory(device)) - plan.device_bytes
+    return max(0, min(plan.chunks, spare // (plan.chunk_size * plan.activation_bytes)))
 
 
 def free_memory(device: torch.device) -> int:

@@ -58,6 +58,8 @@ class Run:
     """The towers did not start from random weights."""
     share_texts: bool
     """Each distinct text of a step is encoded once."""
+    together: int
+    """Chunks that pass 1 embeds in one forward."""
     first_step: int = 0
     """Steps that were done before this process began."""
     best: dict = field(default_factory=dict)

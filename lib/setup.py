@@ -15,12 +15,14 @@ from lib.config import TrainConfig, flag
 from lib.data import Prepare, Source, TrainingData
 from lib.data_setup import make_fetcher, make_prepare, most_workers, open_data, sample_inputs, steps_of_epochs
 from lib.errors import InputError
+from lib.logit_tiles import tile_side
 from lib.model_setup import make_optimizer, make_towers
 from lib.optim import build_schedule
-from lib.plan import BatchPlan, graphs_that_fit, largest_chunk, measure_activations, state_bytes
+from lib.plan import PASS_1_PAIRS, BatchPlan, graphs_that_fit, largest_chunk, measure_activations, state_bytes
+from lib.replay import batch_norms_that_train
 from lib.report import METRICS
 from lib.run import Run, settings_of_the_weights
-from lib.shared_texts import same_every_time
+from lib.shared_texts import TEXT_INPUTS, Inputs, same_every_time
 from lib.towers import TwoTowers
 from lib.trunk_options import compile_trunks
 from lib.xbm import CrossBatchMemory, MemorySwitch
@@ -46,7 +48,7 @@ def make_run(config: TrainConfig, family: str) -> Run:
     workers = _workers(config, state, plan, prepare)
     steps = config.steps or steps_of_epochs(config, source)
     warmup = steps // 10 if config.warmup_steps == "auto" else config.warmup_steps
-    optimizer = make_optimizer(config, towers)
+    optimizer = make_optimizer(config, towers, fused=accelerator.scaler is None)
     schedule = build_schedule(optimizer, config.schedule, warmup, steps)
     average = WeightAverage(towers, config.ema) if config.ema else None
     wrapped, prepared_optimizer = accelerator.prepare(towers, optimizer)
@@ -82,6 +84,7 @@ def make_run(config: TrainConfig, family: str) -> Run:
         workers=workers,
         pretrained=pretrained,
         share_texts=_share_texts(config, towers, source, prepare, accelerator),
+        together=_chunks_together(config, towers, source, prepare, plan.chunk_size, accelerator),
     )
     if config.compile:  # last: what is measured before runs on a few pairs, for which nothing need be compiled
         compile_trunks(towers, config.compile_backend, accelerator.device)
@@ -94,11 +97,33 @@ def _share_texts(
     config: TrainConfig, towers: TwoTowers, source: Source, prepare: Prepare, accelerator: Accelerator
 ) -> bool:
     """Whether to encode each distinct text of a step once: where that is exact, on all ranks alike."""
-    inputs = {name: tensor.to(accelerator.device) for name, tensor in sample_inputs(source, prepare).items()}
     if config.shared_texts == "off" or config.lora_dropout:  # adapters start at 0, where their dropout does not show
         return False
+    inputs = _sample_inputs(source, prepare, accelerator)
+    texts = {name: tensor for name, tensor in inputs.items() if name in TEXT_INPUTS}
     with accelerator.autocast():
-        return all(gather_objects(same_every_time(towers, inputs)))
+        return all(gather_objects(same_every_time(towers, texts)))
+
+
+def _chunks_together(
+    config: TrainConfig,
+    towers: TwoTowers,
+    source: Source,
+    prepare: Prepare,
+    chunk_size: int,
+    accelerator: Accelerator,
+) -> int:
+    """Chunks that pass 1 embeds in one forward: more than one where that is exact, on all ranks alike."""
+    if config.lora_dropout or batch_norms_that_train(towers):
+        return 1
+    inputs = _sample_inputs(source, prepare, accelerator)
+    with accelerator.autocast():
+        exact = all(gather_objects(same_every_time(towers, inputs)))
+    return max(1, PASS_1_PAIRS // chunk_size) if exact else 1
+
+
+def _sample_inputs(source: Source, prepare: Prepare, accelerator: Accelerator) -> Inputs:
+    return {name: tensor.to(accelerator.device) for name, tensor in sample_inputs(source, prepare).items()}
 
 
 def _claim_folder(config: TrainConfig, family: str, accelerator: Accelerator) -> Path:
@@ -167,7 +192,7 @@ def _plan(
 ) -> BatchPlan:
     """Measure the towers on texts of the data, and settle what is `auto`, alike on all ranks."""
     device, world_size = accelerator.device, accelerator.num_processes
-    inputs = {name: tensor.to(device) for name, tensor in sample_inputs(source, prepare).items()}
+    inputs = _sample_inputs(source, prepare, accelerator)
     with accelerator.autocast():
         activations = measure_activations(towers, inputs)
     per_rank = config.effective_batch // world_size
@@ -187,6 +212,7 @@ def _plan(
         image_bytes=prepare.image_bytes,
         activation_bytes=activations,
         state_bytes=_state_bytes(config, towers),
+        tile=tile_side(device),
     )
     if keep == "auto":
         keep = min(gather_objects(graphs_that_fit(plan, device, world_size)))

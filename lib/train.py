@@ -94,6 +94,7 @@ def _optimizer_step(run: Run, loss: Loss, chunks: list[Chunk], remembered: Pairs
         no_sync=backend.no_sync(run.accelerator, run.wrapped),
         keep_graphs=run.plan.keep_graphs,
         share=run.share_texts,
+        together=run.together,
         **run.recompute,
     )
     grad_norm = float(backend.clip_gradients(run.accelerator, run.wrapped, run.config.grad_clip))
