@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from lib.collectives import gather_rows, rank_and_world_size, sum_over_ranks
+from lib.copies import on_device
 from lib.losses import Loss, LossShare, Pairs
+from lib.replay import RandomState, batch_norm_statistics, restore_statistics
 from lib.shared_texts import Inputs, share_texts
 
 Recompute = Literal["all", "head", "none"]
@@ -62,6 +64,7 @@ def cached_step(
     text_recompute: Recompute = "all",
     share: bool = False,
     between_chunks: Callable[[], None] = lambda: None,
+    together: int = 1,
 ) -> StepResult:
     """Accumulate on the parameters of `towers` the gradient of `loss` over the N pairs of all ranks.
 
@@ -71,23 +74,29 @@ def cached_step(
     distinct text of this rank is encoded once, which is exact while the text tower draws nothing at random.
     `negatives` are texts that fit no image, the same on every rank: each rank encodes them all for its own images.
     `between_chunks` is called where all ranks alike can give a step up: before every forward but the first, while no
-    reduction is under way. What it raises leaves gradients behind, and batch-norm statistics of pass 1.
+    reduction is under way. What it raises leaves gradients behind, and batch-norm statistics of pass 1. Pass 1
+    embeds up to `together` chunks in one forward, as it stores no activations: exact while neither tower draws
+    anything at random nor has a batch norm that trains.
     """
     inputs, text_row = share_texts(chunks) if share else ([chunk.inputs for chunk in chunks], None)
     inputs = [*negatives, *inputs]  # in front: ranks synchronize in the last backward, which has to have both towers
     all_kept = keep_graphs >= len(chunks)
     keep_graphs = len(inputs) if all_kept else keep_graphs
     passes: list[_ChunkPass] = []
-    for index, of_chunk in enumerate(inputs):
-        kept = index < keep_graphs
+    moved = on_device(inputs, device)
+    for block in _blocks(inputs, keep_graphs, together):
+        kept = block.start < keep_graphs
         # DDP decides in forward whether its backward will reduce: a kept graph reduces only if no other follows.
-        last = all_kept and index == len(inputs) - 1
-        if index:
+        last = all_kept and block.stop == len(inputs)
+        if block.start:
             between_chunks()
         with nullcontext() if last else no_sync(), nullcontext() if kept else torch.no_grad():
-            passes.append(_embed(towers, of_chunk, device, kept, image_recompute, text_recompute))
+            of_block = [next(moved) for _ in block]
+            passes += _embed(
+                towers, inputs[block.start : block.stop], of_block, device, kept, image_recompute, text_recompute
+            )
 
-    statistics = _batch_norm_statistics(towers)
+    statistics = batch_norm_statistics(towers)
     fresh, gradients = _loss_over_all_ranks(passes, len(negatives), chunks, text_row, loss, remembered)
     surrogate = _Surrogate(passes, len(negatives), gradients)
 
@@ -96,17 +105,19 @@ def cached_step(
         with nullcontext() if all_kept else no_sync():
             backward(sum(surrogate(i, passes[i].output, final=all_kept and i == 0) for i in range(keep_graphs)))
     after_pass_1 = RandomState.capture(device)
-    for index in range(keep_graphs, len(inputs)):
+    again = [each.inputs_of_pass_2(image_recompute, text_recompute) for each in passes[keep_graphs:]]
+    for index, of_chunk in enumerate(on_device(again, device), start=keep_graphs):
         last = index == len(inputs) - 1
         between_chunks()
         with nullcontext() if last else no_sync():
-            output = passes[index].again(towers, device, image_recompute, text_recompute)
+            passes[index].random_state.restore()  # dropout draws the masks of pass 1
+            output = towers(**of_chunk)
             difference = torch.maximum(difference, passes[index].distance(output))
-            of_chunk = surrogate(index, output, final=last)
-            if of_chunk.requires_grad:  # not so where all that the chunk has is frozen
-                backward(of_chunk)
+            value = surrogate(index, output, final=last)
+            if value.requires_grad:  # not so where all that the chunk has is frozen
+                backward(value)
     after_pass_1.restore()
-    _restore(statistics)
+    restore_statistics(statistics)
     return StepResult(gradients.loss, replace(fresh, negative_texts=None), difference)
 
 
@@ -116,21 +127,20 @@ class _ChunkPass:
 
     inputs: Inputs
     output: object
-    random_state: "RandomState"
+    random_state: RandomState
     image_pooled: Tensor | None
     text_pooled: Tensor | None
 
-    def again(self, towers: nn.Module, device, image: Recompute, text: Recompute):
-        """Pass 2: what has to run again, with the random state of pass 1, so that dropout draws the same masks."""
-        self.random_state.restore()
-        inputs = _on(device, self.inputs)
-        return towers(
-            pixel_values=inputs.get("pixel_values") if image == "all" else None,
-            input_ids=inputs.get("input_ids") if text == "all" else None,
-            attention_mask=inputs.get("attention_mask") if text == "all" else None,
-            image_pooled=self.image_pooled if image == "head" else None,
-            text_pooled=self.text_pooled if text == "head" else None,
-        )
+    def inputs_of_pass_2(self, image: Recompute, text: Recompute) -> Inputs:
+        """What has to run again."""
+        wanted = {
+            "pixel_values": image == "all",
+            "input_ids": text == "all",
+            "attention_mask": text == "all",
+        }
+        inputs = {name: tensor for name, tensor in self.inputs.items() if wanted.get(name)}
+        pooled = {"image_pooled": self.image_pooled, "text_pooled": self.text_pooled}
+        return inputs | {name: tensor for name, tensor in pooled.items() if tensor is not None}
 
     @torch.no_grad()
     def distance(self, output) -> Tensor:
@@ -145,22 +155,51 @@ class _ChunkPass:
         return torch.stack(distances).max() if distances else torch.zeros((), device=self.output.logit_scale.device)
 
 
-def _count(embeds: Tensor | None) -> int:
-    return 0 if embeds is None else len(embeds)
+def _blocks(inputs: Sequence[Inputs], keep_graphs: int, together: int) -> list[range]:
+    """Which chunks pass 1 embeds in one forward: kept ones alone, of the others neighbours of the same form."""
+    forms = [{name: tensor.shape[1:] for name, tensor in each.items()} for each in inputs]
+    blocks: list[range] = []
+    for index, form in enumerate(forms):
+        joins = blocks and index > keep_graphs and len(blocks[-1]) < together and forms[index - 1] == form
+        if joins:
+            blocks[-1] = range(blocks[-1].start, index + 1)
+        else:
+            blocks.append(range(index, index + 1))
+    return blocks
 
 
-def _on(device: torch.device, inputs: Inputs) -> Inputs:
-    return {name: tensor.to(device, non_blocking=True) for name, tensor in inputs.items()}
+def _embed(
+    towers, inputs: Sequence[Inputs], moved: Sequence[Inputs], device, kept: bool, image: Recompute, text: Recompute
+) -> list[_ChunkPass]:
+    """Pass 1 of some chunks in one forward; a graph is kept where gradients are enabled.
 
-
-def _embed(towers, inputs: Inputs, device, kept: bool, image: Recompute, text: Recompute) -> _ChunkPass:
-    """Pass 1 of one chunk; a graph is kept where gradients are enabled."""
+    moved: the inputs on the device.
+    """
     random_state = RandomState.capture(device)
-    output = towers(**_on(device, inputs))
-    image_pooled = output.image_pooled if image == "head" and not kept else None
-    text_pooled = output.text_pooled if text == "head" and not kept else None
-    output = output._replace(image_pooled=None, text_pooled=None)  # held only where pass 2 starts from them
-    return _ChunkPass(inputs, output, random_state, image_pooled, text_pooled)
+    output = towers(**_joined(moved))
+    # What the trunks gave is held only where pass 2 starts from it.
+    images = output.image_embeds, output.image_pooled if image == "head" and not kept else None
+    texts = output.text_embeds, output.text_pooled if text == "head" and not kept else None
+    passes, image_row, text_row = [], 0, 0
+    for of_chunk in inputs:
+        image_rows = slice(image_row, image_row := image_row + _count(of_chunk, "pixel_values", "image_pooled"))
+        text_rows = slice(text_row, text_row := text_row + _count(of_chunk, "input_ids", "text_pooled"))
+        image_embeds, image_pooled = (None if part is None else part[image_rows] for part in images)
+        text_embeds, text_pooled = (None if part is None else part[text_rows] for part in texts)
+        own = output._replace(image_embeds=image_embeds, text_embeds=text_embeds, image_pooled=None, text_pooled=None)
+        passes.append(_ChunkPass(of_chunk, own, random_state, image_pooled, text_pooled))
+    return passes
+
+
+def _joined(chunks: Sequence[Inputs]) -> Inputs:
+    if len(chunks) == 1:
+        return chunks[0]
+    return {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
+
+
+def _count(inputs: Inputs, *names: str) -> int:
+    """Pairs of a chunk for one tower; 0 where it has none for it."""
+    return next((len(inputs[name]) for name in names if name in inputs), 0)
 
 
 @torch.no_grad()
@@ -200,6 +239,10 @@ def _loss_over_all_ranks(
     return fresh, LossShare(total, share.image_embeds, d_texts, d_scale, d_bias, share.negative_texts)
 
 
+def _rows(embeds: Tensor | None) -> int:
+    return 0 if embeds is None else len(embeds)
+
+
 class _Surrogate:
     """The scalar whose gradient is the loss's: sum(embeds * their gradient), chunk by chunk.
 
@@ -212,8 +255,8 @@ class _Surrogate:
         if negatives:
             of_texts = torch.cat([gradients.negative_texts.to(of_texts.dtype), of_texts])
         # A chunk has no texts where they are shared and elsewhere, and no images where they are negatives.
-        self.image_gradients = gradients.image_embeds.split([_count(p.output.image_embeds) for p in passes])
-        self.text_gradients = of_texts.split([_count(p.output.text_embeds) for p in passes])
+        self.image_gradients = gradients.image_embeds.split([_rows(p.output.image_embeds) for p in passes])
+        self.text_gradients = of_texts.split([_rows(p.output.text_embeds) for p in passes])
         self.d_scale, self.d_bias = gradients.logit_scale, gradients.logit_bias
         self.world_size = rank_and_world_size()[1]
 
@@ -228,47 +271,3 @@ class _Surrogate:
             if embeds is not None:
                 value = value + self.world_size * (embeds * gradient).sum()
         return value
-
-
-@dataclass(frozen=True)
-class RandomState:
-    """The generators that dropout draws from: the CPU's and the accelerator's."""
-
-    cpu: Tensor
-    accelerator: Tensor | None
-    device: torch.device
-
-    @classmethod
-    def capture(cls, device: torch.device) -> "RandomState":
-        module = None if device.type == "cpu" else torch.get_device_module(device)
-        return cls(torch.get_rng_state(), module and module.get_rng_state(device), device)
-
-    def restore(self) -> None:
-        torch.set_rng_state(self.cpu)
-        if self.accelerator is not None:
-            torch.get_device_module(self.device).set_rng_state(self.accelerator, self.device)
-
-
-def _batch_norm_statistics(towers: nn.Module) -> list[tuple[Tensor, Tensor]]:
-    """Running statistics of batch norms in training mode, as pass 1 left them, averaged over ranks.
-
-    Two passes must not update them twice, and ranks must agree on them.
-    """
-    buffers = [
-        buffer
-        for module in towers.modules()
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training
-        for buffer in module.buffers(recurse=False)
-    ]
-    world_size = rank_and_world_size()[1]
-    saved = []
-    for buffer in buffers:
-        value = sum_over_ranks(buffer.detach().clone())
-        saved.append((buffer, value / world_size if value.is_floating_point() else value // world_size))
-    return saved
-
-
-@torch.no_grad()
-def _restore(statistics: list[tuple[Tensor, Tensor]]) -> None:
-    for buffer, value in statistics:
-        buffer.copy_(value)

@@ -40,10 +40,11 @@ def make_towers(
     return towers, processing, pretrained
 
 
-def make_optimizer(config: TrainConfig, towers: TwoTowers) -> Optimizer:
-    """The optimizer over what trains, with a rate for each part and block."""
+def make_optimizer(config: TrainConfig, towers: TwoTowers, fused: bool) -> Optimizer:
+    """The optimizer over what trains, with a rate for each part and block; see `build_optimizer` for fused."""
     rates = Rates(config.lr, config.image_lr, config.text_lr, config.head_lr, config.layer_decay)
-    return build_optimizer(towers, config.optimizer, rates=rates, weight_decay=config.weight_decay, beta2=config.beta2)
+    decay, beta2 = config.weight_decay, config.beta2
+    return build_optimizer(towers, config.optimizer, rates=rates, weight_decay=decay, beta2=beta2, fused=fused)
 
 
 def _load(config: TrainConfig, family: str, source: Source, resume_from: Path | None) -> tuple[TwoTowers, Processing]:

@@ -62,14 +62,23 @@ def _rates_of_parameters(towers: TwoTowers, rates: Rates) -> dict[str, float]:
 
 
 def build_optimizer(
-    towers: TwoTowers, name: Literal["adamw", "adam", "sgd"], *, rates: Rates, weight_decay: float, beta2: float
+    towers: TwoTowers,
+    name: Literal["adamw", "adam", "sgd"],
+    *,
+    rates: Rates,
+    weight_decay: float,
+    beta2: float,
+    fused: bool = False,
 ) -> Optimizer:
-    """AdamW (epsilon 1e-6, as in CLIP's paper, table 20), Adam (decay as a part of the gradient), or plain SGD."""
+    """AdamW (epsilon 1e-6, as in CLIP's paper, table 20), Adam (decay as a part of the gradient), or plain SGD.
+
+    fused: one kernel for all parameters. Not under a gradient scaler, which could not tell that a step was skipped.
+    """
     groups = parameter_groups(towers, rates, weight_decay)
     if name == "sgd":
         return torch.optim.SGD(groups, lr=rates.lr)
     kind = torch.optim.Adam if name == "adam" else torch.optim.AdamW
-    return kind(groups, lr=rates.lr, betas=(0.9, beta2), eps=1e-6)
+    return kind(groups, lr=rates.lr, betas=(0.9, beta2), eps=1e-6, fused=fused)
 
 
 def moments_by_name(optimizer: Optimizer, towers: TwoTowers) -> dict[str, dict]:

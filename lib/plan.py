@@ -7,10 +7,12 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from lib.losses import TILE
+from lib.logit_tiles import TILE
 
 CPU_ACTIVATIONS = 256 * 2**20  # bytes; larger chunks are no faster on a CPU
 LARGEST_CHUNK = 4096
+DEVICE_SHARE = 0.85  # of the memory that is free on an accelerator
+PASS_1_PAIRS = 256  # pass 1 keeps no activations: it embeds as many chunks in one forward as make up these
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,8 @@ class BatchPlan:
     """Activations of one pair that a backward pass needs."""
     state_bytes: int
     """Weights, gradients and optimizer state on one rank."""
+    tile: int = TILE
+    """Rows and columns of the logits that the loss holds at a time."""
 
     @property
     def per_rank(self) -> int:
@@ -47,14 +51,14 @@ class BatchPlan:
 
     @property
     def embedding_bytes(self) -> int:
-        """Fresh embeddings of both towers and their gradients, the memory, and the loss's tiles."""
-        return embedding_bytes(self.effective_batch, self.xbm_size, self.embed_dim)
+        """Fresh embeddings of both towers, their gradients and sums over groups, the memory, and the loss's tiles."""
+        return embedding_bytes(self.effective_batch, self.xbm_size, self.embed_dim, self.tile)
 
     @property
     def device_bytes(self) -> int:
         """Predicted peak on one rank's device, beside the framework itself."""
         graphs = min(self.keep_graphs + 1, self.chunks) * self.chunk_size * self.activation_bytes
-        pixels = self.chunk_size * self.image_bytes * (1 + 4)  # as they came, and normalized
+        pixels = max(self.chunk_size, PASS_1_PAIRS) * self.image_bytes * (1 + 4)  # as they came, and normalized
         return self.state_bytes + self.embedding_bytes + graphs + pixels
 
     @property
@@ -77,11 +81,13 @@ class BatchPlan:
         ]
 
 
-def embedding_bytes(effective_batch: int, xbm_size: int, embed_dim: int) -> int:
-    """Fresh embeddings of both towers and their gradients, the memory, and the loss's tiles, in float32."""
-    rows = 4 * effective_batch + 2 * xbm_size
-    tile = min(TILE, effective_batch) ** 2
-    return 4 * (rows * embed_dim + 4 * tile)
+def embedding_bytes(effective_batch: int, xbm_size: int, embed_dim: int, tile: int) -> int:
+    """Fresh embeddings of both towers, their gradients and sums over groups, the memory, and the loss's tiles.
+
+    All in float32; tile: rows and columns of the logits that the loss holds at a time.
+    """
+    rows = 9 * effective_batch + 2 * xbm_size
+    return 4 * (rows * embed_dim + 3 * min(tile, effective_batch) ** 2)
 
 
 def oversize_warning(effective_batch: int, xbm_size: int, pairs: int | None) -> str | None:
@@ -149,9 +155,16 @@ def largest_chunk(activation_bytes: int, per_rank: int) -> int:
 
 
 def graphs_that_fit(plan: BatchPlan, device: torch.device, local_ranks: int) -> int:
-    """Chunks for --keep-graphs auto: what fills half of the memory that is left beside the plan."""
-    spare = free_memory(device) // (local_ranks if device.type == "cpu" else 1) - plan.device_bytes
-    return max(0, min(plan.chunks, spare // 2 // (plan.chunk_size * plan.activation_bytes)))
+    """Chunks for --keep-graphs auto: what fits into the memory that is left beside the plan.
+
+    On a device of its own all but a margin for what the allocator loses between blocks; on a CPU half, which others
+    need as well, and the images of this and of the next step lie there too.
+    """
+    if device.type == "cpu":
+        spare = (free_memory(device) // local_ranks - plan.device_bytes - 2 * plan.pixel_bytes) // 2
+    else:
+        spare = int(DEVICE_SHARE * free_memory(device)) - plan.device_bytes
+    return max(0, min(plan.chunks, spare // (plan.chunk_size * plan.activation_bytes)))
 
 
 def free_memory(device: torch.device) -> int:

@@ -11,7 +11,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from lib import checkpoint
 from lib.averaging import WeightAverage
 from lib.backends import Backend
-from lib.cached_step import RandomState, Recompute, StepResult
+from lib.cached_step import Recompute, StepResult
 from lib.checkpoint import TrainingState
 from lib.config import TrainConfig
 from lib.data import EvaluationSet, Prepare, Source, TrainingData
@@ -21,6 +21,7 @@ from lib.optim import move_schedule
 from lib.plan import BatchPlan
 from lib.probe import Costs
 from lib.processing import Processing
+from lib.replay import RandomState
 from lib.shared_texts import Inputs
 from lib.towers import TwoTowers
 from lib.xbm import CrossBatchMemory, MemorySwitch
@@ -67,6 +68,8 @@ class Run:
     """Each distinct text of a step is encoded once."""
     negatives: list[Inputs]
     """Texts that fit no image, in chunks, encoded at every step."""
+    together: int
+    """Chunks that pass 1 embeds in one forward."""
     first_step: int = 0
     """Steps that were done before this process began."""
     best: dict = field(default_factory=dict)

@@ -25,10 +25,12 @@ from lib.data_setup import (
     steps_of_epochs,
 )
 from lib.errors import InputError
+from lib.logit_tiles import tile_side
 from lib.model_setup import make_optimizer, make_towers
 from lib.optim import build_schedule
 from lib.plan import (
     LARGEST_CHUNK,
+    PASS_1_PAIRS,
     BatchPlan,
     embedding_bytes,
     free_memory,
@@ -37,8 +39,9 @@ from lib.plan import (
     measure_activations,
 )
 from lib.probe import Costs, largest_that_fits, measure_costs, peak_of_chunk
+from lib.replay import batch_norms_that_train
 from lib.run import Run, recompute_of, settings_of_the_weights
-from lib.shared_texts import same_every_time
+from lib.shared_texts import TEXT_INPUTS, Inputs, same_every_time
 from lib.towers import TwoTowers
 from lib.trunk_options import compile_trunks
 from lib.xbm import CrossBatchMemory, MemorySwitch
@@ -65,7 +68,7 @@ def make_run(config: TrainConfig, family: str, backend: Backend, folder: Path) -
     workers = _workers(config, state, plan, prepare)
     steps = config.steps or steps_of_epochs(config, source)
     warmup = steps // 10 if config.warmup_steps == "auto" else config.warmup_steps
-    optimizer = make_optimizer(config, towers)
+    optimizer = make_optimizer(config, towers, fused=backend.loss_scale is None)
     average = WeightAverage(towers, config.ema) if config.ema else None
     wrapped = backend.prepare(towers, optimizer, config.grad_clip)
     schedule = build_schedule(optimizer, config.schedule, warmup, steps)  # after: it knows the final groups
@@ -106,6 +109,7 @@ def make_run(config: TrainConfig, family: str, backend: Backend, folder: Path) -
             prepare.texts(list(negatives[start : start + plan.chunk_size]))
             for start in range(0, len(negatives), plan.chunk_size)
         ],
+        together=_chunks_together(config, towers, source, prepare, plan.chunk_size, backend),
     )
     if config.compile:  # last: what is measured before runs on a few pairs, for which nothing need be compiled
         compile_trunks(towers, config.compile_backend, accelerator.device)
@@ -134,13 +138,33 @@ def _share_texts(config: TrainConfig, towers: TwoTowers, source: Source, prepare
 
     Not where weights are sharded: ranks would differ in the chunks that have texts, and must run the same forwards.
     """
-    if backend.shards_weights:
+    # Adapters start at 0, where their dropout does not show.
+    if backend.shards_weights or config.shared_texts == "off" or config.lora_dropout:
         return False
-    inputs = {name: tensor.to(backend.accelerator.device) for name, tensor in sample_inputs(source, prepare).items()}
-    if config.shared_texts == "off" or config.lora_dropout:  # adapters start at 0, where their dropout does not show
-        return False
+    inputs = _sample_inputs(source, prepare, backend)
+    texts = {name: tensor for name, tensor in inputs.items() if name in TEXT_INPUTS}
     with backend.autocast():
-        return all(gather_objects(same_every_time(towers, inputs)))
+        return all(gather_objects(same_every_time(towers, texts)))
+
+
+def _chunks_together(
+    config: TrainConfig, towers: TwoTowers, source: Source, prepare: Prepare, chunk_size: int, backend: Backend
+) -> int:
+    """Chunks that pass 1 embeds in one forward: more than one where that is exact, on all ranks alike.
+
+    Not where weights are sharded: ranks differ in which neighbours have texts of one length.
+    """
+    if backend.shards_weights or config.lora_dropout or batch_norms_that_train(towers):
+        return 1
+    inputs = _sample_inputs(source, prepare, backend)
+    with backend.autocast():
+        exact = all(gather_objects(same_every_time(towers, inputs)))
+    return max(1, PASS_1_PAIRS // chunk_size) if exact else 1
+
+
+def _sample_inputs(source: Source, prepare: Prepare, backend: Backend) -> Inputs:
+    device = backend.accelerator.device
+    return {name: tensor.to(device) for name, tensor in sample_inputs(source, prepare).items()}
 
 
 def _load_state(folder: Path | None, accelerator: Accelerator) -> TrainingState | None:
@@ -182,7 +206,7 @@ def _plan(
 ) -> tuple[BatchPlan, Costs]:
     """Try the towers on texts of the data, and settle what is `auto`, alike on all ranks."""
     device, world_size = backend.accelerator.device, backend.accelerator.num_processes
-    inputs = {name: tensor.to(device) for name, tensor in sample_inputs(source, prepare).items()}
+    inputs = _sample_inputs(source, prepare, backend)
     with backend.autocast():
         activations = measure_activations(towers, inputs)
     per_rank = config.effective_batch // world_size
@@ -202,6 +226,7 @@ def _plan(
         image_bytes=prepare.image_bytes,
         activation_bytes=activations,
         state_bytes=_state_bytes(config, towers, backend),
+        tile=tile_side(device),
     )
     if backend.shards_weights:
         keep = 0
@@ -225,7 +250,7 @@ def _largest_chunk(
     # To come beside the chunk: gradients and moments, and the embeddings with the loss's tiles.
     weights = sum(parameter.nbytes for parameter in towers.parameters())
     room = free_memory(device) - (_state_bytes(config, towers, backend) - weights)
-    room -= embedding_bytes(config.effective_batch, config.xbm_size, towers.embed_dim)
+    room -= embedding_bytes(config.effective_batch, config.xbm_size, towers.embed_dim, tile_side(device))
     with backend.autocast():
         return largest_that_fits(partial(peak_of_chunk, towers, inputs, device), min(per_rank, LARGEST_CHUNK), room)
 

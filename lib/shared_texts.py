@@ -48,11 +48,11 @@ def share_texts(chunks: Sequence[TextChunk]) -> tuple[list[Inputs], Tensor | Non
 
 @torch.no_grad()
 def same_every_time(towers: torch.nn.Module, inputs: Inputs) -> bool:
-    """Whether the text tower gives a text the same embedding twice in training mode: no dropout in it."""
-    texts = {name: tensor for name, tensor in inputs.items() if name in TEXT_INPUTS}
+    """Whether the towers give the same embeddings of these inputs twice in training mode: no dropout in what runs."""
     with torch.random.fork_rng():
-        first, second = (towers(**texts).text_embeds for _ in range(2))
-    return torch.allclose(first, second, rtol=0, atol=1e-6)
+        first, second = (towers(**inputs) for _ in range(2))
+    embeds = ((first.image_embeds, second.image_embeds), (first.text_embeds, second.text_embeds))
+    return all(torch.allclose(one, other, rtol=0, atol=1e-6) for one, other in embeds if one is not None)
 
 
 def _joined(name: str, parts: Sequence[Tensor]) -> Tensor:

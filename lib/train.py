@@ -172,6 +172,7 @@ def _optimizer_step(
             no_sync=backend.no_sync,
             keep_graphs=run.plan.keep_graphs,
             share=run.share_texts,
+            together=run.together,
             between_chunks=stop.look,
             **run.recompute,
         )

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lib.cached_step import RandomState
+from lib.replay import RandomState
 from lib.run import Run
 
 

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from lib.backends import Backend
-from lib.cached_step import RandomState
 from lib.collectives import gather_rows, rank_and_world_size
 from lib.data import Chunk
 from lib.objective import DenseLoss
+from lib.replay import RandomState
 
 TOLERANCE = {"no": 1e-3, "fp16": 5e-2, "bf16": 1e-1}  # relative to the largest gradient of a part
 FP16_SCALE = 2.0**10

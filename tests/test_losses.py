@@ -6,7 +6,7 @@ import pytest
 import torch
 from naive import naive_infonce, naive_sigmoid, random_pairs
 
-from lib import losses
+from lib import logit_tiles
 from lib.losses import LossShare, Pairs, infonce, sigmoid
 
 DIM = 5
@@ -15,7 +15,7 @@ DIM = 5
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
     """Tiles of 7, so that 17 rows need several, and the last does not fill."""
-    monkeypatch.setattr(losses, "TILE", 7)
+    monkeypatch.setattr(logit_tiles, "TILE", 7)
 
 
 def autograd(naive, fresh: Pairs, remembered, scale, bias, **options):
@@ -139,6 +139,19 @@ def test_low_precision_embeddings_are_computed_in_float32(loss):
     share = loss(half, None, scale, bias, slice(0, 17))
     assert share.image_embeds.dtype == torch.float32
     assert_same(share, loss(exact, None, scale.double(), bias.double(), slice(0, 17)), tolerance=1e-4)
+
+
+@pytest.mark.parametrize("loss", [infonce, sigmoid])
+def test_large_groups_in_float32_stay_near_float64(loss):
+    """Positives are subtracted as sums over their group: with 150 of them, nearly fitted, little is lost."""
+    fresh = random_pairs(300, DIM, seed=1, groups=2)
+    centre = torch.eye(DIM, dtype=torch.float64)[fresh.group]
+    near = lambda embeds: torch.nn.functional.normalize(centre + 0.3 * embeds, dim=1)  # noqa: E731
+    exact = replace(fresh, image_embeds=near(fresh.image_embeds), text_embeds=near(fresh.text_embeds))
+    single = replace(exact, image_embeds=exact.image_embeds.float(), text_embeds=exact.text_embeds.float())
+    scale, bias = torch.tensor(20.0, dtype=torch.float64), torch.tensor(-10.0, dtype=torch.float64)
+    share = loss(single, None, scale.float(), bias.float(), slice(0, 300))
+    assert_same(share, loss(exact, None, scale, bias, slice(0, 300)), tolerance=1e-4)
 
 
 def test_a_large_scale_does_not_overflow():

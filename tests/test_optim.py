@@ -72,9 +72,10 @@ def test_moments_find_their_parameters_in_other_groups(towers):
     assert {group["lr"] for group in second.param_groups} >= {1.0, 0.5}
 
 
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize(("name", "kind"), [("adam", torch.optim.Adam), ("adamw", torch.optim.AdamW)])
-def test_each_optimizer_is_torchs(towers, name, kind):
-    ours = build_optimizer(towers, name, rates=Rates(0.1), weight_decay=0.3, beta2=0.9)
+def test_each_optimizer_is_torchs(towers, name, kind, fused):
+    ours = build_optimizer(towers, name, rates=Rates(0.1), weight_decay=0.3, beta2=0.9, fused=fused)
     twin = torch.nn.Parameter(towers.image.trunk.embeddings.patch_embedding.weight.detach().clone())
     own = towers.image.trunk.embeddings.patch_embedding.weight
     theirs = kind([twin], lr=0.1, weight_decay=0.3, betas=(0.9, 0.9), eps=1e-6)
@@ -82,7 +83,7 @@ def test_each_optimizer_is_torchs(towers, name, kind):
         own.grad, twin.grad = own.detach().sin(), twin.detach().sin()
         ours.step()
         theirs.step()
-    assert torch.equal(own, twin)
+    assert torch.equal(own, twin) or (fused and torch.allclose(own, twin, rtol=1e-6, atol=1e-7))
 
 
 def test_layer_decay_without_known_blocks_is_refused(towers):

@@ -8,7 +8,7 @@ from naive import random_pairs
 
 from lib.logit_bias import bias_from_counts, solved_bias
 from lib.losses import sigmoid
-from lib.plan import BatchPlan, largest_chunk, measure_activations, oversize_warning
+from lib.plan import BatchPlan, graphs_that_fit, largest_chunk, measure_activations, oversize_warning
 from lib.towers import build_preset
 from lib.trainable import set_trainable
 
@@ -77,6 +77,16 @@ def test_auto_chunks_shrink_with_the_activations():
     assert largest_chunk(2**21, 10_000) == 128
     assert largest_chunk(1, 100) == 64  # no more than the rank has
     assert largest_chunk(2**40, 100) == 1
+
+
+def test_auto_keeps_the_graphs_that_fit_beside_the_plan(monkeypatch):
+    few = plan(activation_bytes=2**20)  # 64 MiB a chunk, 8 chunks
+    for device, beside in (("cpu", few.device_bytes + 2 * few.pixel_bytes), ("cuda", few.device_bytes)):
+        share = 0.5 if device == "cpu" else 1
+        for free, kept in ((0, 0), (beside, 0), (beside + 3.1 * few.chunk_size * 2**20 / share, 3), (2**40, 8)):
+            monkeypatch.setattr("lib.plan.free_memory", lambda _, free=free: int(free))
+            monkeypatch.setattr("lib.plan.DEVICE_SHARE", 1.0)
+            assert graphs_that_fit(few, torch.device(device), 1) == kept, (device, free)
 
 
 def test_a_batch_above_the_data_set_is_told_with_what_to_use_instead():

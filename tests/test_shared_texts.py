@@ -17,7 +17,7 @@ from lib.collectives import logsumexp_over_ranks, rank_and_world_size
 from lib.data import Chunk
 from lib.losses import Pairs, infonce, sigmoid
 from lib.report import read_metrics
-from lib.shared_texts import same_every_time, share_texts
+from lib.shared_texts import TEXT_INPUTS, same_every_time, share_texts
 
 CPU, COUNT, DIM = torch.device("cpu"), 12, 6
 LOSSES = {
@@ -105,6 +105,15 @@ def test_gradients_equal_encoding_every_pair(loss, size, texts, keep_graphs):
     assert difference == 0
 
 
+def test_chunks_of_one_form_may_be_embedded_together(monkeypatch):
+    """Those without texts, and those with: gradients as when each is embedded alone."""
+    monkeypatch.setattr("test_shared_texts.towers_with_image_dropout", lambda _: ToyTowers(0.0))
+    alone, *_ = shared("infonce", 2, 3, 1)
+    monkeypatch.setattr("test_shared_texts.cached_step", partial(cached_step, together=3))
+    together, *_ = shared("infonce", 2, 3, 1)
+    assert largest_error(together, alone) <= 1e-10
+
+
 def on_this_rank(loss: str):
     return [shared(loss, size, 3, keep)[0] for size, keep in ((2, 0), (4, 1), (6, 0))]
 
@@ -120,8 +129,10 @@ def test_negative_control_with_dropout_in_the_text_tower():
     found, *_ = shared("infonce", 4, 3, 0, text_dropout=True)
     assert largest_error(found, pair_by_pair("infonce", 4, 3, 1, True)) > 0.05
     inputs = prompted_chunks(4, 3)[0].inputs
-    assert not same_every_time(towers_with_image_dropout(text_dropout=True), inputs)
-    assert same_every_time(towers_with_image_dropout(), inputs)
+    texts = {name: tensor for name, tensor in inputs.items() if name in TEXT_INPUTS}
+    assert not same_every_time(towers_with_image_dropout(text_dropout=True), texts)
+    assert same_every_time(towers_with_image_dropout(), texts)
+    assert not same_every_time(towers_with_image_dropout(), inputs)
 
 
 def test_texts_of_several_lengths_are_the_same_texts():

@@ -58,7 +58,7 @@ def test_a_run_leaves_the_promised_files(siglip_run):
     assert (first["step"], last["step"]) == (1, 4)
     assert {"epoch", "loss", "lr", "logit_scale", "logit_bias", "pairs_per_second"} <= first.keys()
     assert {"data_seconds", "peak_memory_bytes", "grad_norm", "replay_difference"} <= first.keys()
-    assert first["replay_difference"] == 0
+    assert first["replay_difference"] < 1e-5  # pass 1 embeds several chunks at once: other kernels, other last bits
     summary = json.loads((siglip_run / "summary.json").read_text())
     assert (summary["steps"], summary["pairs"]) == (4, 256)
     assert summary["data"] == {"read": 256, "used": 256, "skipped": {}, "images": 1442}

@@ -1,0 +1,23 @@
+"""One step's gradients without shared negatives, which is the floor, and by the cached step; left on the parameters."""
+
+from collections.abc import Sequence
+
+from subjects import Autocast
+
+from lib.cached_step import cached_step
+from lib.data import Chunk
+from lib.losses import infonce
+from lib.objective import dense_infonce
+
+
+def plain(towers: Autocast, chunks: Sequence[Chunk]) -> None:
+    """Each chunk's own loss, one after another."""
+    for chunk in chunks:
+        output = towers(**chunk.to(towers.device).inputs)
+        group = chunk.group.to(towers.device)
+        loss = dense_infonce(output.image_embeds, output.text_embeds, group, output.logit_scale, output.logit_bias)
+        (loss / len(chunks)).backward()
+
+
+def ours(towers: Autocast, chunks: Sequence[Chunk], keep_graphs: int = 0, together: int = 1) -> None:
+    cached_step(towers, chunks, infonce, None, device=towers.device, keep_graphs=keep_graphs, together=together)

@@ -1,0 +1,127 @@
+"""Losses and their gradients alone: ours beside open_clip's modules and plain autograd, in time and memory.
+
+python benchmarks/loss.py [--sizes 1024 4096 8192 32768 --dimensions 512 768] writes benchmarks/results/loss.json.
+Ours comes alone (every pair its own group), with groups of five, with a memory of N pairs, and with both.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import tyro
+from measured import RESULTS, Way, megabytes, take_turns, write
+from open_clip import ClipLoss
+from open_clip.loss import SigLipLoss
+
+from lib.losses import Loss, Pairs, infonce, sigmoid
+from lib.objective import DenseLoss, dense_infonce, dense_sigmoid
+
+SCALE, BIAS = {"infonce": 14.3, "sigmoid": 10.0}, {"infonce": 0.0, "sigmoid": -9.0}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Which losses to measure."""
+
+    sizes: tuple[int, ...] = (1024, 2048, 4096, 8192, 16384, 32768)
+    """Pairs of the batch."""
+    dimensions: tuple[int, ...] = (512, 768)
+    """Of the embeddings."""
+    largest_peer: int = 8192
+    """open_clip's losses and plain autograd, which hold all logits, are measured up to this batch."""
+    largest_variant: int = 8192
+    """With groups and memory up to this batch."""
+    repeats: int = 5
+    """The median counts."""
+    output: Path = RESULTS / "loss.json"
+    """File of the figures."""
+
+
+def main(settings: Settings) -> None:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rows = []
+    for name in ("infonce", "sigmoid"):
+        for dimension in settings.dimensions:
+            for size in settings.sizes:
+                ways = ways_to_do_it(settings, name, size, dimension, device)
+                results = take_turns(ways, settings.repeats if size <= settings.largest_peer else 1, device)
+                rows.append({"loss": name, "pairs": size, "dimension": dimension, "ways": results})
+                print(told(rows[-1]), flush=True)
+    write(settings.output, device, {"repeats": settings.repeats, "rows": rows})
+
+
+def ways_to_do_it(settings: Settings, name: str, size: int, dimension: int, device: torch.device) -> dict[str, Way]:
+    fresh, old = (random_pairs(size, dimension, seed, device) for seed in (0, 1))
+    grouped, old_grouped = in_groups(fresh), in_groups(old)
+    scale, bias = torch.tensor(SCALE[name], device=device), torch.tensor(BIAS[name], device=device)
+    loss, dense, module = LOSSES[name]
+    ours = partial(tiled, loss, scale, bias)
+    ways = {"ours": partial(ours, fresh, None)}
+    if size <= settings.largest_variant:
+        ways |= {
+            "ours_groups": partial(ours, grouped, None),
+            "ours_memory": partial(ours, fresh, old),
+            "ours_groups_memory": partial(ours, grouped, old_grouped),
+        }
+    if size <= settings.largest_peer:
+        ways["open_clip"] = partial(of_open_clip, module, scale, bias, fresh)
+        ways["autograd"] = partial(by_autograd, dense, scale, bias, fresh)
+    return ways
+
+
+def tiled(loss: Loss, scale: torch.Tensor, bias: torch.Tensor, fresh: Pairs, remembered: Pairs | None) -> None:
+    loss(fresh, remembered, scale, bias, slice(0, len(fresh)))
+
+
+def of_open_clip(module: Callable, scale: torch.Tensor, bias: torch.Tensor, fresh: Pairs) -> None:
+    images, texts, scale, bias = leaves(fresh, scale, bias)
+    numbers = (scale, bias) if module is SigLipLoss else (scale,)
+    module()(images, texts, *numbers).backward()
+
+
+def by_autograd(dense: DenseLoss, scale: torch.Tensor, bias: torch.Tensor, fresh: Pairs) -> None:
+    images, texts, scale, bias = leaves(fresh, scale, bias)
+    dense(images, texts, fresh.group, scale, bias).backward()
+
+
+def leaves(fresh: Pairs, scale: torch.Tensor, bias: torch.Tensor) -> list[torch.Tensor]:
+    return [tensor.detach().requires_grad_() for tensor in (fresh.image_embeds, fresh.text_embeds, scale, bias)]
+
+
+LOSSES = {
+    "infonce": (infonce, dense_infonce, ClipLoss),
+    "sigmoid": (sigmoid, dense_sigmoid, SigLipLoss),
+}
+
+
+def random_pairs(size: int, dimension: int, seed: int, device: torch.device) -> Pairs:
+    """Unit embeddings, each pair a group of its own; pairs of another seed are other samples."""
+    generator = torch.Generator().manual_seed(seed)
+    embeds = (F.normalize(torch.randn(size, dimension, generator=generator), dim=1).to(device) for _ in range(2))
+    ids = torch.arange(size, device=device) + seed * size
+    return Pairs(*embeds, ids, ids)
+
+
+def in_groups(pairs: Pairs) -> Pairs:
+    """Five pairs to a group, as captions of one image; a quarter of the samples of another seed recur."""
+    count = len(pairs)
+    return Pairs(pairs.image_embeds, pairs.text_embeds, pairs.group % count // 5, pairs.sample_id % (3 * count // 4))
+
+
+def told(row: dict) -> str:
+    """Ratios of time and memory first."""
+    ways, ours = row["ways"], row["ways"]["ours"]
+    parts = [f"{row['loss']:8} N {row['pairs']:6} D {row['dimension']:4}"]
+    if peer := ways.get("open_clip"):
+        parts.append(f"x{ours['seconds'] / peer['seconds']:.2f} of open_clip's time")
+        if ours["peak_bytes"] is not None:
+            parts.append(f"x{ours['peak_bytes'] / peer['peak_bytes']:.3f} of its memory")
+    parts += [f"{name} {way['seconds']:.2f} s {megabytes(way['peak_bytes'])}" for name, way in ways.items()]
+    return "  ".join(parts)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Settings, description=__doc__))

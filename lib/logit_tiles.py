@@ -1,0 +1,79 @@
+"""Logits of some anchors against some others, visited in tiles, and the gradients that gather over them."""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+TILE = 1024  # rows and columns of a block of logits on a CPU: with its spare, what a core's share of the cache holds
+ACCELERATOR_TILE = 4096  # fewer and longer kernels: launching one costs as much as a small tile
+
+TileSlope = Callable[[slice, slice, Tensor, Tensor], Tensor]
+"""(rows, columns, tile of logits, spare of its shape) -> the tile's d loss / d logits; it may overwrite both."""
+TileMask = Callable[[slice, slice], Tensor]
+"""(rows, columns) -> bool of the tile's shape: what does not count."""
+
+
+def tile_side(device: torch.device) -> int:
+    """Rows and columns of a tile on this device."""
+    return TILE if device.type == "cpu" else ACCELERATOR_TILE
+
+
+class LogitTiles:
+    """scale * anchors others^T + bias, of anchors (A, D) and others (M, D), never held as a whole.
+
+    Every tile is written into the same two buffers: fresh memory for each would cost more than the arithmetic in it.
+    """
+
+    def __init__(self, anchors: Tensor, others: Tensor, scale: Tensor, bias: Tensor) -> None:
+        self.anchors, self.others, self.scale, self.bias = anchors, others, scale, bias
+        self.side = tile_side(anchors.device)
+        size = min(self.side, len(anchors)) * min(self.side, len(others))
+        self._buffers = anchors.new_empty(2, size)
+
+    def add_logsumexp(
+        self, of_anchors: Tensor, of_others: Tensor | None = None, left_out: TileMask | None = None
+    ) -> None:
+        """Merge the logits into the log-sum-exp of each anchor (A,) and, where given, of each other (M,), in place."""
+        for r in _slices(len(self.anchors), self.side):
+            for c, logits, spare in self._row_of_tiles(r, self.anchors[r] * self.scale):
+                if left_out is not None:
+                    logits.masked_fill_(left_out(r, c), -torch.inf)
+                of_anchors[r] = torch.logaddexp(of_anchors[r], _logsumexp(logits, 1, spare))
+                if of_others is not None:
+                    of_others[c] = torch.logaddexp(of_others[c], _logsumexp(logits, 0, spare))
+
+    def add_gradients(self, slope: TileSlope, d_anchors: Tensor, d_others: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Add to d_anchors (A, D) and d_others (M, D) what all tiles' slopes give; return those of scale and bias."""
+        d_scale, d_bias = [], []
+        for r in _slices(len(self.anchors), self.side):
+            anchors = self.anchors[r]
+            scaled = anchors * self.scale
+            of_dots = torch.zeros_like(anchors)  # sum over columns of (d loss / d logits) * other embedding
+            for c, logits, spare in self._row_of_tiles(r, scaled):
+                slopes = slope(r, c, logits, spare)
+                d_bias.append(slopes.sum())
+                of_dots.addmm_(slopes, self.others[c])
+                if d_others is not None:
+                    d_others[c].addmm_(slopes.T, scaled)
+            d_scale.append((of_dots * anchors).sum())  # <slopes, anchors others^T>, without that matrix
+            d_anchors[r].addcmul_(of_dots, self.scale)
+        return torch.stack(d_scale).sum(), torch.stack(d_bias).sum()
+
+    def _row_of_tiles(self, r: slice, scaled: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """(columns, logits, spare) of every tile of these rows."""
+        for c in _slices(len(self.others), self.side):
+            others = self.others[c]
+            shape = len(scaled), len(others)
+            logits, spare = (buffer[: shape[0] * shape[1]].view(shape) for buffer in self._buffers)
+            yield c, torch.mm(scaled, others.T, out=logits).add_(self.bias), spare
+
+
+def _logsumexp(logits: Tensor, over: int, spare: Tensor) -> Tensor:
+    """torch.logsumexp without new memory; where all is -inf, -inf."""
+    largest = logits.amax(over, keepdim=True).clamp_(min=torch.finfo(logits.dtype).min)
+    return torch.sub(logits, largest, out=spare).exp_().sum(over).log_().add_(largest.squeeze(over))
+
+
+def _slices(length: int, side: int) -> Iterator[slice]:
+    return (slice(start, min(start + side, length)) for start in range(0, length, side))

@@ -1,0 +1,171 @@
+"""Embedded pairs, what a loss makes of them, and the block of logits between some of them and all."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lib.logit_tiles import LogitTiles, TileSlope
+from lib.relation import Relation, RememberedPositives
+
+NOBODY = torch.iinfo(torch.int64).min
+"""A group and sample that no pair is of."""
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Embedded pairs: `image_embeds` and `text_embeds` (N, D), unit norm; `group` and `sample_id` (N,) int64.
+
+    `negative_texts` (P, D) belong to no pair: further candidates, and no positives, of every image.
+    """
+
+    image_embeds: Tensor
+    text_embeds: Tensor
+    group: Tensor
+    sample_id: Tensor
+    negative_texts: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.group)
+
+
+@dataclass(frozen=True)
+class LossShare:
+    """The rows' share of the loss, and its gradients; summed over all rows they are the whole batch's."""
+
+    loss: Tensor
+    """(), the share of the value."""
+    image_embeds: Tensor
+    """(B, D), gradient for the rows' image embeddings; only this share contributes to them."""
+    text_embeds: Tensor
+    """(N, D), contribution to the gradients of *all* fresh text embeddings: sum it over the shares."""
+    logit_scale: Tensor
+    """(), contribution to the gradient of the multiplier (not of its logarithm)."""
+    logit_bias: Tensor
+    """(), contribution to the gradient of the bias."""
+    negative_texts: Tensor | None = None
+    """(P, D), contribution to the gradients of the negative texts."""
+
+
+class Face(LogitTiles):
+    """Logits of some anchors (A, D) against some others (M, D), who is whose positive, and where gradients go."""
+
+    def __init__(self, sums: "_Sums", relation: Relation, anchors: Tensor, others: Tensor, d_anchors, d_others=None):
+        super().__init__(anchors, others, sums.scale, sums.bias)
+        self.sums, self.relation, self.d_anchors, self.d_others = sums, relation, d_anchors, d_others
+
+    def add(self, slope: TileSlope) -> None:
+        """Gradients of a part of the loss whose d loss / d logits is given tile by tile."""
+        d_scale, d_bias = self.add_gradients(slope, self.d_anchors, self.d_others)
+        self.sums.d_scale += d_scale
+        self.sums.d_bias += d_bias
+
+    def subtract_target(self, target: Tensor, mass: Tensor) -> None:
+        """Take -sum(t_ij * logit_ij) into the loss, and its gradients but for the others'.
+
+        target: (A, D), each anchor's sum of t_ij * other_j; mass: (A,), its sum of t_ij.
+        """
+        of_scale, of_bias = (target * self.anchors).sum(), mass.sum()
+        self.sums.loss -= of_scale * self.scale + of_bias * self.bias
+        self.sums.d_scale -= of_scale
+        self.sums.d_bias -= of_bias
+        self.d_anchors.addcmul_(target, self.scale, value=-1)
+
+    def subtract_target_of_others(self, target: Tensor) -> None:
+        """The others' part in the gradient of such a target: (M, D) or (D,), each other's sum of t_ij * anchor_i."""
+        self.d_others.addcmul_(target.expand_as(self.d_others), self.scale, value=-1)
+
+
+class _Sums:
+    """The loss and the gradients of scale and bias, as the faces of a block add to them."""
+
+    def __init__(self, scale: Tensor, bias: Tensor) -> None:
+        self.scale, self.bias = scale, bias
+        self.loss, self.d_scale, self.d_bias = (torch.zeros_like(scale) for _ in range(3))
+
+
+class LossBlock:
+    """The B x (N + P + Q) logits of some rows, in up to four faces, and the sums that a loss gathers over them.
+
+    `fresh`: the rows' images against all fresh texts. `negatives`: the rows' images against the texts that fit none.
+    `memory`: the rows' images against the remembered texts, and the rows' texts against the remembered images.
+    `texts_relation`: all fresh texts to the rows' images. Everything is float32 at least, whatever the towers'
+    precision (float64 stays float64).
+    """
+
+    def __init__(
+        self,
+        fresh: Pairs,
+        remembered: Pairs | None,
+        logit_scale: Tensor,
+        logit_bias: Tensor,
+        rows: slice,
+        remembered_positives: RememberedPositives,
+    ) -> None:
+        dtype = torch.promote_types(fresh.image_embeds.dtype, torch.float32)
+        images, texts = fresh.image_embeds[rows].to(dtype), fresh.text_embeds.to(dtype)
+        self.sums = _Sums(logit_scale.to(dtype), logit_bias.to(dtype))
+        self.d_images, self.d_texts, self.rows = torch.zeros_like(images), torch.zeros_like(texts), rows
+        everyone, own = _ids(fresh), (fresh.group[rows], fresh.sample_id[rows])
+        self.fresh = Face(self.sums, Relation(own, everyone), images, texts, self.d_images, self.d_texts)
+        self.texts_relation = Relation(everyone, own)
+        self.negatives: list[Face] = []
+        if fresh.negative_texts is not None:
+            negative_texts = fresh.negative_texts.to(dtype)
+            nobody = torch.full((len(negative_texts),), NOBODY, device=own[0].device)
+            relation = Relation(own, (nobody, nobody))
+            gradients = torch.zeros_like(negative_texts)
+            self.negatives.append(Face(self.sums, relation, images, negative_texts, self.d_images, gradients))
+        self.memory: list[Face] = []
+        self._ids, self._old_ids, self._remembered_positives = everyone, None, remembered_positives
+        if remembered is not None:
+            self._old_ids = _ids(remembered)
+            to_memory = Relation(own, self._old_ids, remembered_positives)
+            for anchors, others, d_anchors in (
+                (images, remembered.text_embeds, self.d_images),
+                (texts[rows], remembered.image_embeds, self.d_texts[rows]),
+            ):
+                self.memory.append(Face(self.sums, to_memory, anchors, others.to(dtype), d_anchors))
+
+    def faces(self) -> Iterator[Face]:
+        yield self.fresh
+        yield from self.negatives
+        yield from self.memory
+
+    def counts(self) -> tuple[Tensor, Tensor]:
+        """(positives, candidates) of every fresh anchor over all fresh and remembered pairs, each (N,)."""
+        dtype = self.d_texts.dtype
+        counts = Relation(self._ids, self._ids).counts(dtype)
+        if self._old_ids is None:
+            return counts
+        old = Relation(self._ids, self._old_ids, self._remembered_positives).counts(dtype)
+        return counts[0] + old[0], counts[1] + old[1]
+
+    def logsumexp(self) -> tuple[Tensor, Tensor]:
+        """Log-sum-exp over candidates: of the rows' images (B,), and of all texts over these rows only (N,)."""
+        over_texts = self.d_images.new_full((len(self.d_images),), -torch.inf)
+        over_images = self.d_texts.new_full((len(self.d_texts),), -torch.inf)
+        self.fresh.add_logsumexp(over_texts, over_images)
+        for face in self.negatives:
+            face.add_logsumexp(over_texts)
+        # A view: each text anchor's remembered images are counted by its own row.
+        for face, lse in zip(self.memory, (over_texts, over_images[self.rows]), strict=False):
+            left_out = face.relation.left_out if face.relation.some_left_out else None
+            face.add_logsumexp(lse, left_out=left_out)
+        return over_texts, over_images
+
+    def subtract_target_of_texts(self, target: Tensor) -> None:
+        """The fresh texts' part in the gradient of the images' targets: (N, D), each text's sum of t_ij * image_i."""
+        self.d_texts.addcmul_(target, self.sums.scale, value=-1)
+
+    def share(self, norm: float) -> LossShare:
+        """What was gathered, divided by `norm`."""
+        sums = self.sums
+        parts = (sums.loss, self.d_images, self.d_texts, sums.d_scale, sums.d_bias)
+        of_negatives = (face.d_others for face in self.negatives)
+        return LossShare(*(part.div_(norm) for part in (*parts, *of_negatives)))
+
+
+def _ids(pairs: Pairs) -> tuple[Tensor, Tensor]:
+    return pairs.group, pairs.sample_id

@@ -1,0 +1,42 @@
+"""The benchmarks run at toy size as gpu.sh calls them, and the page has their figures; no time is asserted."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """The folder that `bash benchmarks/gpu.sh --toy FOLDER` leaves."""
+    pytest.importorskip("open_clip")
+    pytest.importorskip("sentence_transformers")
+    folder = tmp_path_factory.mktemp("results")
+    command = ["bash", "benchmarks/gpu.sh", "--toy", str(folder)]
+    environment = os.environ | {"PYTHON": sys.executable}
+    finished = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+    return folder
+
+
+def test_every_script_leaves_raw_figures_of_all_ways(results):
+    step = json.loads((results / "step_narrow.json").read_text())["rows"][0]["ways"]
+    assert set(step) == {
+        "plain", "chunk_by_chunk", "ours", "ours_kept", "sentence_transformers", "open_clip",
+    }  # fmt: skip
+    assert all(way["seconds"] > 0 for way in step.values())
+    losses = json.loads((results / "loss.json").read_text())["rows"]
+    assert {row["loss"] for row in losses} == {"infonce", "sigmoid"}
+    shares = json.loads((results / "profile_narrow.json").read_text())["shares"]
+    assert sum(shares.values()) == pytest.approx(1) and min(shares.values()) > 0
+    assert "floor" in json.loads((results / "savings.json").read_text())["ways"]
+
+
+def test_the_page_has_what_was_measured_and_says_what_was_not(results):
+    page = (results / "README.md").read_text()
+    for words in ("`narrow`", "| infonce | 64 | 16 |", "all graphs kept", "| loss | ", "On a GPU\n\nNot measured"):
+        assert words in page, words
+    assert page.count("Not measured.") == 2  # memory.py and loader.py are not part of gpu.sh
