@@ -171,6 +171,7 @@ def _optimizer_step(
             backward=backend.backward,
             no_sync=backend.no_sync,
             keep_graphs=run.plan.keep_graphs,
+            negatives=run.negatives,
             share=run.share_texts,
             together=run.together,
             between_chunks=stop.look,
