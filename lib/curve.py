@@ -61,7 +61,7 @@ def draw_curve(lines: Sequence[dict], file: Path) -> None:
     evaluations = [(line["step"], flatten(line["eval"])) for line in lines if "eval" in line]
     shares = sorted({name for _, e in evaluations for name, value in e.items() if name != "loss" and 0 <= value <= 1})
     figure, axes = plt.subplots(
-        1, 2 if shares else 1, figsize=(11 if shares else 6, 4), squeeze=False, layout="constrained"
+        1, 2 if shares else 1, figsize=(13 if shares else 6, 4), squeeze=False, layout="constrained"
     )
     losses = axes[0, 0]
     losses.plot([s["step"] for s in steps], [s["loss"] for s in steps], label="training (whole batch and memory)")
@@ -78,7 +78,7 @@ def draw_curve(lines: Sequence[dict], file: Path) -> None:
         for name in shares:
             axes[0, 1].plot([s for s, _ in evaluations], [e.get(name) for _, e in evaluations], "o-", label=name)
         axes[0, 1].set(xlabel="step", ylim=(0, 1.02), title="Validation")
-        axes[0, 1].legend(fontsize="small")
+        axes[0, 1].legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.01, 1))
     figure.savefig(file, dpi=110)
     plt.close(figure)
 
