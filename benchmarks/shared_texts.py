@@ -32,6 +32,10 @@ class Settings:
     """As --image-tower of the training scripts."""
     text_tower: str | None = None
     """As --text-tower of the training scripts."""
+    freeze: tuple[str, ...] = ()
+    """As --freeze of the training scripts: a text tower with dropout has to be frozen, or its texts are not shared."""
+    effective_batch: int | None = None
+    """As --effective-batch of the training scripts, where not that of the recipe."""
     steps: int = 6
     """Steps of a run; the first is left out."""
     rounds: int = 2
@@ -63,6 +67,8 @@ def run(settings: Settings, choice: str) -> list[float]:
         flags += [f"--config={settings.config}"] if settings.config else []
         if settings.image_tower:
             flags += [f"--image-tower={settings.image_tower}", f"--text-tower={settings.text_tower}"]
+        flags += ["--freeze", *settings.freeze] if settings.freeze else []
+        flags += [f"--effective-batch={settings.effective_batch}"] if settings.effective_batch else []
         train_siglip.main(flags)
         lines = map(json.loads, Path(folder, "run", "metrics.jsonl").read_text().splitlines())
         return [line["step_seconds"] - line["data_seconds"] for line in lines][1:]

@@ -69,7 +69,9 @@ def announce(run: Run, report: Reporter) -> None:
 def _text_lines(run: Run) -> list[str]:
     """How many texts are different: with class prompts, far fewer than there are pairs."""
     distinct, batch = run.source.distinct_texts, run.plan.effective_batch
-    once = "; each is encoded once a step" if run.share_texts and (distinct or 0) < batch else ""
+    once = ""
+    if distinct is not None and distinct < batch and run.config.shared_texts == "auto":
+        once = "; each is encoded once a step" if run.share_texts else ": each pair's is encoded, as dropout is its own"
     known = [] if distinct is None else [f"texts      {distinct:,} distinct texts{once}"]
     count = sum(len(next(iter(chunk.values()))) for chunk in run.negatives)
     return known + ([f"           {count:,} negative prompts more, candidates of every image"] if count else [])

@@ -128,7 +128,7 @@ def test_a_float32_product_is_off_by_less_than_is_allowed_for():
     for alike in (0.0, 1.0, 10.0):
         rows, columns = (nn.functional.normalize(alike * unit(1, 512) + unit(2000, 512, seed=s), dim=1) for s in (1, 2))
         off = (rows @ columns.T - rows.double() @ columns.double().T).abs().max().item()
-        assert 3 * off < counting._rounding(rows, columns) < 1e-5
+        assert 3 * off < counting.rounding_of_products(rows, columns) < 1e-5
 
 
 def test_strict_pairs_are_ranked_as_open_clip_ranks_them():
@@ -198,6 +198,13 @@ def test_a_margin_is_right_less_best_wrong(monkeypatch):
         assert ((values > 0) == (of_direction == 1).numpy()).all(), "above 0 is rank 1"
     monkeypatch.setattr(scores, "MOST_MARGINS", 5)
     assert len(margins(matched_of(images, texts, caption_image))["text_to_image"]) == 5
+
+
+def test_a_copy_of_the_right_picture_leaves_no_margin():
+    images = unit(40, 512)[torch.arange(400) % 40]
+    texts = nn.functional.normalize(images + 0.02 * unit(400, 512, seed=1), dim=1)
+    found = margins(matched_of(images, texts, torch.arange(400)))["text_to_image"]
+    assert (found == 0).all(), "neither above nor below"
 
 
 def test_unmatched_pairs_are_never_matched_ones():

@@ -58,7 +58,7 @@ def count_before(rows: Side, columns: Side) -> tuple[np.ndarray, np.ndarray]:
     Returns (n,) and (m,) int64. Holds a block of similarities at a time.
     """
     of_rows, of_columns = np.zeros(len(rows.key), np.int64), np.zeros(len(columns.key), np.int64)
-    rounding, threads = _rounding(rows.embeds, columns.embeds), torch.get_num_threads()
+    rounding, threads = rounding_of_products(rows.embeds, columns.embeds), torch.get_num_threads()
     height = SLAB * max(threads, SLABS)
     size = min(height, len(of_rows)) * min(COLUMNS, len(of_columns))
     buffer, marks = torch.empty(size), np.empty((2, size), bool)
@@ -126,8 +126,8 @@ def _look_again(rows: Side, columns: Side, near: np.ndarray, axis: int) -> np.nd
     return np.bincount(place[similarity >= side.best[place]], minlength=len(side.key))
 
 
-def _rounding(rows: Tensor, columns: Tensor) -> float:
-    """What a float32 product may be off by.
+def rounding_of_products(rows: Tensor, columns: Tensor) -> float:
+    """What a float32 product of a row (n, D) and a column (m, D) may be off by.
 
     Rounding errors of D steps are as good as random and grow with sqrt(D) (Higham and Mary, 2019); four times that
     is beyond the largest of 10^10 products.

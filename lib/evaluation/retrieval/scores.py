@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lib.evaluation.drawing import OpenImage, spread
-from lib.evaluation.retrieval.counting import similarity_of_pairs
+from lib.evaluation.retrieval.counting import rounding_of_products, similarity_of_pairs
 
 BLOCK_ENTRIES = 1 << 22  # similarities held at a time
 MOST_MARGINS = 5000  # queries of a direction: more make the same histogram
@@ -67,4 +67,5 @@ def _margins(queries: Tensor, candidates: Tensor, query_key: Tensor, candidate_k
         best_wrong = similarity.masked_fill_(right, -torch.inf).amax(dim=1)
         found.append((best_right - best_wrong).numpy())
     together = np.concatenate(found)
+    together[np.abs(together) <= rounding_of_products(queries, candidates)] = 0  # a tie, which is no success
     return together[np.isfinite(together)]
