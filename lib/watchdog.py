@@ -10,6 +10,8 @@ import torch.distributed as dist
 
 from lib.collectives import rank_and_world_size
 
+SECONDS_TO_FAIL = 15.0  # from an error to the end of the process
+
 
 class Watchdog:
     """Within it a thread of every rank counts aloud in the ranks' common store, and listens to the next rank.
@@ -39,7 +41,7 @@ class Watchdog:
     def __exit__(self, failure: type[BaseException] | None, *_: object) -> None:
         self._ended.set()
         if failure and self._world_size > 1:  # the end of a process may wait too, for a worker or a connection
-            timer = threading.Timer(self._limit, os._exit, [1])
+            timer = threading.Timer(min(SECONDS_TO_FAIL, self._limit), os._exit, [1])
             timer.daemon = True
             timer.start()
 

@@ -65,10 +65,10 @@ class FullyShardedBackend(Backend):
 
     def _clip(self, gradients: list[Tensor], largest: float) -> Tensor:
         sharded = [gradient for gradient in gradients if isinstance(gradient, DTensor)]
-        whole = [gradient for gradient in gradients if not isinstance(gradient, DTensor)]
-        norm = torch.stack([get_total_norm(sharded).full_tensor(), get_total_norm(whole)]).norm()
-        for sharded_too in (True, False):
-            of_kind = [p for p in self.towers.parameters() if isinstance(p, DTensor) == sharded_too]
+        plain = [gradient for gradient in gradients if not isinstance(gradient, DTensor)]
+        norm = torch.stack([_whole(get_total_norm(of_kind)) for of_kind in (sharded, plain) if of_kind]).norm()
+        for kind in (True, False):
+            of_kind = [p for p in self.towers.parameters() if isinstance(p, DTensor) == kind]
             clip_grads_with_norm_(of_kind, largest, norm)
         return norm
 

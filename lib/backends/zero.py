@@ -101,9 +101,15 @@ class ZeroBackend(Backend):
             self.loss_scale.update(finite=True)
 
     def forget_gradients(self) -> None:
-        self.engine.optimizer.has_overflow = lambda *_, **__: True  # then the engine's own step drops them
-        self.engine.step()
-        del self.engine.optimizer.has_overflow
+        optimizer = self.engine.optimizer
+        if self.stage == 3:
+            optimizer._overflow_clean_up(optimizer.loss_scale)
+            return
+        looks = optimizer.check_grad_overflow
+        optimizer.check_grad_overflow, optimizer.has_overflow = True, lambda *_, **__: True
+        self.engine.step()  # which drops them where there is an overflow
+        optimizer.check_grad_overflow = looks
+        del optimizer.has_overflow
 
     def gradients(self) -> dict[str, Tensor]:
         from deepspeed.utils import safe_get_full_grad
@@ -115,26 +121,23 @@ class ZeroBackend(Backend):
     def editing(self, *parameters: nn.Parameter) -> Iterator[None]:
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
 
-        with self._gathered(parameters, modifier_rank=0):
-            yield
-        self._keep_scalars_whole()
+        yield
         for parameter in parameters:  # the optimizer updates a copy of its own
             if self.stage == 3:
+                parameter.ds_tensor.copy_(self._own_part(parameter, parameter.detach()))
                 safe_set_local_fp32_param(parameter, parameter.ds_tensor)
             else:
                 safe_set_full_fp32_param(parameter, parameter.detach())
 
-    def _gathered(self, parameters: Iterable[nn.Parameter], modifier_rank: int | None = None) -> AbstractContextManager:
+    def whole_towers(self) -> TwoTowers | None:
         import deepspeed
 
-        return deepspeed.zero.GatheredParameters(list(parameters), modifier_rank, enabled=self.stage == 3)
-
-    def whole_towers(self) -> TwoTowers | None:
         if not self.shards_weights:
             return self.towers
+        gathered = deepspeed.zero.GatheredParameters
         twins = dict(self._twin.named_parameters()) if self._twin else {}
         for name, parameter in self.towers.named_parameters():
-            with nullcontext() if parameter.shape == parameter.ds_shape else self._gathered([parameter]):
+            with nullcontext() if parameter.shape == parameter.ds_shape else gathered([parameter]):
                 if self._twin:
                     twins[name].data.copy_(parameter)
         copy_buffers(self.towers, self._twin)
