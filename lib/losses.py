@@ -97,7 +97,7 @@ def infonce(
     `merge_logsumexp` turns the (N,) partial log-sum-exp of the text anchors over these rows into that over all rows
     (the identity where `rows` is the whole batch). Source: Radford et al., CLIP, 2021; van den Oord et al., 2018.
     """
-    block = LossBlock(fresh, remembered, logit_scale, torch.zeros_like(logit_bias), rows, remembered_positives)
+    block = LossBlock(fresh, remembered, logit_scale, None, rows, remembered_positives)
     row_lse, column_lse = block.logsumexp()
     column_lse = merge_logsumexp(column_lse)
     block.sums.loss += row_lse.sum() + column_lse[rows].sum()
@@ -114,13 +114,11 @@ def infonce(
     positives, candidates = block.counts()
     every = _Target((1 - label_smoothing) / positives, label_smoothing / candidates if label_smoothing else None)
     own = every.of(rows)
-    images, nothing = block.fresh.anchors, torch.zeros_like(row_lse)
-    block.fresh.subtract_target(own.sum(block.fresh.relation, block.fresh.others, every), nothing)
-    block.subtract_target_of_texts(every.sum(block.texts_relation, images, own))
+    block.fresh.subtract_target(own.sum(block.fresh.relation, block.fresh.others, every))
+    block.subtract_target_of_texts(every.sum(block.texts_relation, block.fresh.anchors, own))
     for face in block.memory:
-        face.subtract_target(own.sum(face.relation, face.others, None), nothing)
-    share = block.share(norm=2 * len(fresh))
-    return replace(share, logit_bias=torch.zeros_like(logit_bias))
+        face.subtract_target(own.sum(face.relation, face.others, None))
+    return block.share(norm=2 * len(fresh))
 
 
 def _softmax(relation: Relation, lse: Tensor, r: slice, c: slice, logits: Tensor, spare: Tensor) -> Tensor:

@@ -97,7 +97,7 @@ def _share_texts(
     config: TrainConfig, towers: TwoTowers, source: Source, prepare: Prepare, accelerator: Accelerator
 ) -> bool:
     """Whether to encode each distinct text of a step once: where that is exact, on all ranks alike."""
-    if config.shared_texts == "off" or config.lora_dropout:  # adapters start at 0, where their dropout does not show
+    if config.shared_texts == "off":
         return False
     inputs = _sample_inputs(source, prepare, accelerator)
     texts = {name: tensor for name, tensor in inputs.items() if name in TEXT_INPUTS}
@@ -114,7 +114,7 @@ def _chunks_together(
     accelerator: Accelerator,
 ) -> int:
     """Chunks that pass 1 embeds in one forward: more than one where that is exact, on all ranks alike."""
-    if config.lora_dropout or batch_norms_that_train(towers):
+    if batch_norms_that_train(towers):
         return 1
     inputs = _sample_inputs(source, prepare, accelerator)
     with accelerator.autocast():
