@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All benchmarks on one GPU in under 8 minutes: bash benchmarks/gpu.sh [--toy] [RESULTS]
+# All benchmarks on one GPU, sized for less than 8 minutes: bash benchmarks/gpu.sh [--toy] [RESULTS]
 # ViT-B/32 and ViT-B/16 at 224 px in bfloat16, with and without torch.compile; losses up to N = 65536; a profile.
 # Figures go to RESULTS (benchmarks/results/gpu), the page to RESULTS/README.md. --toy: the same at toy size, on a CPU too.
 set -euo pipefail

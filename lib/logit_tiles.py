@@ -20,12 +20,12 @@ def tile_side(device: torch.device) -> int:
 
 
 class LogitTiles:
-    """scale * anchors others^T + bias, of anchors (A, D) and others (M, D), never held as a whole.
+    """scale * anchors others^T + bias (None: no bias), of anchors (A, D) and others (M, D), never held as a whole.
 
     Every tile is written into the same two buffers: fresh memory for each would cost more than the arithmetic in it.
     """
 
-    def __init__(self, anchors: Tensor, others: Tensor, scale: Tensor, bias: Tensor) -> None:
+    def __init__(self, anchors: Tensor, others: Tensor, scale: Tensor, bias: Tensor | None) -> None:
         self.anchors, self.others, self.scale, self.bias = anchors, others, scale, bias
         self.side = tile_side(anchors.device)
         size = min(self.side, len(anchors)) * min(self.side, len(others))
@@ -52,13 +52,14 @@ class LogitTiles:
             of_dots = torch.zeros_like(anchors)  # sum over columns of (d loss / d logits) * other embedding
             for c, logits, spare in self._row_of_tiles(r, scaled):
                 slopes = slope(r, c, logits, spare)
-                d_bias.append(slopes.sum())
+                if self.bias is not None:
+                    d_bias.append(slopes.sum())
                 of_dots.addmm_(slopes, self.others[c])
                 if d_others is not None:
                     d_others[c].addmm_(slopes.T, scaled)
             d_scale.append((of_dots * anchors).sum())  # <slopes, anchors others^T>, without that matrix
             d_anchors[r].addcmul_(of_dots, self.scale)
-        return torch.stack(d_scale).sum(), torch.stack(d_bias).sum()
+        return torch.stack(d_scale).sum(), torch.stack(d_bias).sum() if d_bias else torch.zeros_like(self.scale)
 
     def _row_of_tiles(self, r: slice, scaled: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """(columns, logits, spare) of every tile of these rows."""
@@ -66,7 +67,8 @@ class LogitTiles:
             others = self.others[c]
             shape = len(scaled), len(others)
             logits, spare = (buffer[: shape[0] * shape[1]].view(shape) for buffer in self._buffers)
-            yield c, torch.mm(scaled, others.T, out=logits).add_(self.bias), spare
+            torch.mm(scaled, others.T, out=logits)
+            yield c, logits if self.bias is None else logits.add_(self.bias), spare
 
 
 def _logsumexp(logits: Tensor, over: int, spare: Tensor) -> Tensor:

@@ -98,7 +98,7 @@ def infonce(
     `merge_logsumexp` turns the (N,) partial log-sum-exp of the text anchors over these rows into that over all rows
     (the identity where `rows` is the whole batch). Source: Radford et al., CLIP, 2021; van den Oord et al., 2018.
     """
-    block = LossBlock(fresh, remembered, logit_scale, torch.zeros_like(logit_bias), rows, remembered_positives)
+    block = LossBlock(fresh, remembered, logit_scale, None, rows, remembered_positives)
     row_lse, column_lse = block.logsumexp()
     column_lse = merge_logsumexp(column_lse)
     block.sums.loss += row_lse.sum() + column_lse[rows].sum()
@@ -118,17 +118,16 @@ def infonce(
     wanted = partial(_Target.of_mass, label_smoothing)
     texts = wanted(positives, candidates)
     of_images = wanted(positives[rows], candidates[rows] + sum(len(face.others) for face in block.negatives))
-    images, nothing = block.fresh.anchors, torch.zeros_like(row_lse)
-    block.fresh.subtract_target(of_images.sum(block.fresh.relation, block.fresh.others, texts), nothing)
+    images = block.fresh.anchors
+    block.fresh.subtract_target(of_images.sum(block.fresh.relation, block.fresh.others, texts))
     block.subtract_target_of_texts(texts.sum(block.texts_relation, images, of_images))
     for face, target in zip(block.memory, (of_images, texts.of(rows)), strict=False):
-        face.subtract_target(target.sum(face.relation, face.others, None), nothing)
+        face.subtract_target(target.sum(face.relation, face.others, None))
     for face in block.negatives:
-        face.subtract_target(of_images.sum(face.relation, face.others, None), nothing)
+        face.subtract_target(of_images.sum(face.relation, face.others, None))
         if of_images.candidate is not None:
             face.subtract_target_of_others(of_images.candidate @ images)
-    share = block.share(norm=2 * len(fresh))
-    return replace(share, logit_bias=torch.zeros_like(logit_bias))
+    return block.share(norm=2 * len(fresh))
 
 
 def _softmax(relation: Relation, lse: Tensor, r: slice, c: slice, logits: Tensor, spare: Tensor) -> Tensor:

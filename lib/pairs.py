@@ -61,15 +61,17 @@ class Face(LogitTiles):
         self.sums.d_scale += d_scale
         self.sums.d_bias += d_bias
 
-    def subtract_target(self, target: Tensor, mass: Tensor) -> None:
+    def subtract_target(self, target: Tensor, mass: Tensor | None = None) -> None:
         """Take -sum(t_ij * logit_ij) into the loss, and its gradients but for the others'.
 
-        target: (A, D), each anchor's sum of t_ij * other_j; mass: (A,), its sum of t_ij.
+        target: (A, D), each anchor's sum of t_ij * other_j; mass: (A,), its sum of t_ij, where there is a bias.
         """
-        of_scale, of_bias = (target * self.anchors).sum(), mass.sum()
-        self.sums.loss -= of_scale * self.scale + of_bias * self.bias
+        of_scale = (target * self.anchors).sum()
+        self.sums.loss -= of_scale * self.scale
         self.sums.d_scale -= of_scale
-        self.sums.d_bias -= of_bias
+        if mass is not None:
+            self.sums.loss -= mass.sum() * self.bias
+            self.sums.d_bias -= mass.sum()
         self.d_anchors.addcmul_(target, self.scale, value=-1)
 
     def subtract_target_of_others(self, target: Tensor) -> None:
@@ -80,7 +82,7 @@ class Face(LogitTiles):
 class _Sums:
     """The loss and the gradients of scale and bias, as the faces of a block add to them."""
 
-    def __init__(self, scale: Tensor, bias: Tensor) -> None:
+    def __init__(self, scale: Tensor, bias: Tensor | None) -> None:
         self.scale, self.bias = scale, bias
         self.loss, self.d_scale, self.d_bias = (torch.zeros_like(scale) for _ in range(3))
 
@@ -99,13 +101,13 @@ class LossBlock:
         fresh: Pairs,
         remembered: Pairs | None,
         logit_scale: Tensor,
-        logit_bias: Tensor,
+        logit_bias: Tensor | None,
         rows: slice,
         remembered_positives: RememberedPositives,
     ) -> None:
         dtype = torch.promote_types(fresh.image_embeds.dtype, torch.float32)
         images, texts = fresh.image_embeds[rows].to(dtype), fresh.text_embeds.to(dtype)
-        self.sums = _Sums(logit_scale.to(dtype), logit_bias.to(dtype))
+        self.sums = _Sums(logit_scale.to(dtype), None if logit_bias is None else logit_bias.to(dtype))
         self.d_images, self.d_texts, self.rows = torch.zeros_like(images), torch.zeros_like(texts), rows
         everyone, own = _ids(fresh), (fresh.group[rows], fresh.sample_id[rows])
         self.fresh = Face(self.sums, Relation(own, everyone), images, texts, self.d_images, self.d_texts)

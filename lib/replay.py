@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from lib.collectives import rank_and_world_size, sum_over_ranks
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RandomState:
     """The generators that dropout draws from: the CPU's and the accelerator's."""
 
@@ -20,6 +20,14 @@ class RandomState:
     def capture(cls, device: torch.device) -> "RandomState":
         module = None if device.type == "cpu" else torch.get_device_module(device)
         return cls(torch.get_rng_state(), module and module.get_rng_state(device), device)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, RandomState):
+            return NotImplemented
+        on_device = self.accelerator is None or torch.equal(self.accelerator, other.accelerator)
+        return torch.equal(self.cpu, other.cpu) and on_device
+
+    __hash__ = None
 
     def restore(self) -> None:
         torch.set_rng_state(self.cpu)

@@ -138,8 +138,7 @@ def _share_texts(config: TrainConfig, towers: TwoTowers, source: Source, prepare
 
     Not where weights are sharded: ranks would differ in the chunks that have texts, and must run the same forwards.
     """
-    # Adapters start at 0, where their dropout does not show.
-    if backend.shards_weights or config.shared_texts == "off" or config.lora_dropout:
+    if backend.shards_weights or config.shared_texts == "off":
         return False
     inputs = _sample_inputs(source, prepare, backend)
     texts = {name: tensor for name, tensor in inputs.items() if name in TEXT_INPUTS}
@@ -154,7 +153,7 @@ def _chunks_together(
 
     Not where weights are sharded: ranks differ in which neighbours have texts of one length.
     """
-    if backend.shards_weights or config.lora_dropout or batch_norms_that_train(towers):
+    if backend.shards_weights or batch_norms_that_train(towers):
         return 1
     inputs = _sample_inputs(source, prepare, backend)
     with backend.autocast():
