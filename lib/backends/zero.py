@@ -151,11 +151,15 @@ class ZeroBackend(Backend):
         of_a_part = next(iter(self.optimizer.state.values()))
         keys = [key for key, value in of_a_part.items() if torch.is_tensor(value) and value.ndim]
         counts = {key: on_host(torch.as_tensor(value)) for key, value in of_a_part.items() if key not in keys}
+        if self.stage != 3:
+            self._link_moments()
         found = {}
         for name, parameter in self._trained():
             whole = {key: safe_get_full_optimizer_state(parameter, key) for key in keys}
             if self.accelerator.is_main_process:
-                found[name] = counts | {key: on_host(value) for key, value in whole.items()}
+                # A count for each: one for all would be raised once by every parameter that resumes with it.
+                own_counts = {key: count.clone() for key, count in counts.items()}
+                found[name] = own_counts | {key: on_host(value) for key, value in whole.items()}
         return found
 
     def load_moments(self, moments: dict[str, dict]) -> None:
@@ -171,7 +175,7 @@ class ZeroBackend(Backend):
             zeros = {key: torch.zeros_like(part) for key in keys}
             self.optimizer.state[part] = {key: value.clone() for key, value in example.items()} | zeros
         if self.stage != 3:
-            sharded._lazy_init_hp_params_optimizer_state()
+            self._link_moments()
         for name, parameter in self._trained():
             for key in keys if name in moments else ():
                 value = moments[name][key].to(self.accelerator.device)
@@ -179,6 +183,12 @@ class ZeroBackend(Backend):
                     safe_set_local_optimizer_state(parameter, self._own_part(parameter, value), key)
                 else:
                     safe_set_full_optimizer_state(parameter, value, key)
+
+    def _link_moments(self) -> None:
+        """Again: DeepSpeed links parameters to moments after its first group's first update; other groups had none."""
+        optimizer = self.engine.optimizer
+        optimizer._hp_optimizer_states_linked = False
+        optimizer._lazy_init_hp_params_optimizer_state()
 
     def _own_part(self, parameter: nn.Parameter, value: Tensor) -> Tensor:
         """This rank's share of a whole tensor, padded as ZeRO 3 pads it."""
