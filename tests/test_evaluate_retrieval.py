@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from lib.data import open_evaluation
 from lib.evaluation.embed import Embedded, embed_images, embed_texts
 from lib.evaluation.retrieval import counting, pictures, scores
 from lib.evaluation.retrieval.answers import Gallery, candidates, examples, free_query, text_query
+from lib.evaluation.retrieval.counting import Side, count_before
 from lib.evaluation.retrieval.metrics import keep_readable, retrieval_metrics, retrieval_ranks
 from lib.evaluation.retrieval.pictures import Findings
 from lib.evaluation.retrieval.scores import Matched, margins, matched_similarities, unmatched_similarities
@@ -54,11 +56,11 @@ def naive_summary(ranks: Sequence[int]) -> dict[str, float]:
     return summary | {"MRR": math.fsum(1 / rank for rank in ranks) / len(ranks), "median_rank": middle}
 
 
-@pytest.mark.parametrize("block", [(2, 3), (7, 50), (255, 8192)])
+@pytest.mark.parametrize("block", [(2, 4, 8), (7, 21, 48), (255, 1020, 2040)])
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("sparse", [0.0, 1.0])
 def test_retrieval_equals_two_loops(monkeypatch, block, tied, sparse):
-    for name, size in zip(("SLAB", "COLUMNS", "SPARSE"), (*block, sparse), strict=True):
+    for name, size in zip(("SLAB", "BAND", "COLUMNS", "SPARSE"), (*block, sparse), strict=True):
         monkeypatch.setattr(counting, name, size)
     images, texts = unit(31, 6), unit(90, 6, seed=1)
     caption_image = torch.randint(0, 31, (90,), generator=torch.Generator().manual_seed(2))
@@ -143,8 +145,23 @@ def test_strict_pairs_are_ranked_as_open_clip_ranks_them():
         assert abs(figures["median_rank"] - theirs[f"{direction}_median_rank"]) <= 0.5, "theirs is rounded down"
 
 
+def test_marks_of_a_whole_block_do_not_overflow():
+    images, texts = unit(1100, 4), unit(2100, 4, seed=1)
+    sides = [Side(embeds, np.arange(len(embeds)), np.full(len(embeds), -2.0, np.float32)) for embeds in (images, texts)]
+    of_rows, of_columns = count_before(*sides)
+    assert (of_rows == 2100).all() and (of_columns == 1100).all()
+
+
+class InThisThread(ThreadPoolExecutor):
+    """Where the test can see what is done."""
+
+    def map(self, work, items):
+        return map(work, items)
+
+
 def test_retrieval_never_holds_all_similarities(monkeypatch):
     largest = 0
+    monkeypatch.setattr(counting, "ThreadPoolExecutor", InThisThread)
 
     class Sizes(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, arguments=(), options=None):
@@ -154,14 +171,14 @@ def test_retrieval_never_holds_all_similarities(monkeypatch):
             largest = max(largest, *sizes, 0)
             return result
 
-    monkeypatch.setattr(counting, "SLAB", 20)
-    monkeypatch.setattr(counting, "COLUMNS", 150)
+    for name, size in {"SLAB": 20, "BAND": 80, "COLUMNS": 152}.items():
+        monkeypatch.setattr(counting, name, size)
     monkeypatch.setattr(scores, "BLOCK_ENTRIES", 6000)
     images, texts, caption_image = unit(300, 4), unit(900, 4, seed=1), torch.arange(900) % 300
     with Sizes():
         retrieval_metrics(images, texts, caption_image)
         margins(matched_of(images, texts, caption_image))
-    assert 3000 < largest <= max(6000, max(4, torch.get_num_threads()) * 20 * 150) < 300 * 900
+    assert 80 * 152 <= largest <= 2 * 80 * 152 < 300 * 900
 
 
 def test_unreadable_images_leave_with_their_captions():

@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from PIL import Image, ImageOps
 
-# Blue and orange stay apart for colour-blind eyes and in grey.
+# This blue and this red stay apart for colour-blind eyes and in grey.
 RIGHT, WRONG = "#2166ac", "#d6604d"
 DPI = 110
 THUMBNAIL = 224  # pixels

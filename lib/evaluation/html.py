@@ -5,17 +5,21 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
+from PIL import Image
+
 from lib.evaluation.outcome import Picture, Rows
 
 STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 80rem; margin: 2rem auto; padding: 0 1rem; }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 90rem; margin: 2rem auto; padding: 0 1rem; }
 table { border-collapse: collapse; margin: 1rem 0; }
 th, td { padding: .25rem .8rem; border-bottom: 1px solid #ddd; text-align: right; }
 th:first-child, td:first-child { text-align: left; }
 dl { display: grid; grid-template-columns: max-content auto; gap: .1rem 1rem; }
 dt { color: #666; } dd { margin: 0; overflow-wrap: anywhere; }
 .picture { overflow-x: auto; }
+.picture img { max-width: 100%; }
 """
+LEGIBLE = 0.7  # of a picture's own size: it is shrunk to fit the page, but not further than this
 
 
 def write_report(
@@ -62,5 +66,7 @@ def _table(rows: Rows) -> str:
 
 def _image(picture: Picture) -> str:
     encoded = base64.b64encode(picture.path.read_bytes()).decode("ascii")
-    # In its own size: a confusion matrix of a hundred classes would be illegible if it were made to fit the page.
-    return f'<div class="picture"><img alt="{escape(picture.title)}" src="data:image/png;base64,{encoded}"></div>'
+    with Image.open(picture.path) as image:
+        least = round(LEGIBLE * image.width)  # a confusion matrix of a hundred classes is scrolled
+    source = f'style="min-width: {least}px" src="data:image/png;base64,{encoded}"'
+    return f'<div class="picture"><img alt="{escape(picture.title)}" {source}></div>'

@@ -5,7 +5,9 @@ which says "before" or "behind" for all but the few pairs that are as similar as
 those are computed again in float64. So ties are exact wherever two equal vectors stand in a matrix product.
 """
 
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from math import sqrt
 from typing import NamedTuple
@@ -13,10 +15,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
-SLAB = 255  # rows at a time of a thread: that many marks add up in a byte
-SLABS = 4  # of a block at least: fewer rows make the products slower
-COLUMNS = 8192  # of a block
+SLAB = 255  # rows at a time: that many marks add up in a byte
+BAND = 4 * SLAB  # rows of a thread: fewer make the products slower
+COLUMNS = 8 * 255  # of a block, which stays in the cache; eight marks are added as one number, 255 of them in a row
 SPARSE = 1 / 128  # part of a slab whose places are faster listed than compared again
 DENSE = 1 / 64  # part of a block that may be computed again pair by pair
 PAIRS = 4096  # computed again at a time
@@ -37,15 +40,6 @@ class Side(NamedTuple):
         return Side(*(values[start : start + count] for values in self))
 
 
-class _Counts(NamedTuple):
-    """What a slab says: how many are surely before the best of a row or column, and the places of those that may be."""
-
-    of_rows: np.ndarray
-    of_columns: np.ndarray
-    near_rows: np.ndarray
-    near_columns: np.ndarray
-
-
 def similarity_of_pairs(first: Tensor, second: Tensor) -> Tensor:
     """Row by row products of (P, D) and (P, D), in float64 rounded to float32: equal vectors give equal numbers."""
     blocks = zip(first.split(PAIRS), second.split(PAIRS), strict=True)
@@ -55,49 +49,62 @@ def similarity_of_pairs(first: Tensor, second: Tensor) -> Tensor:
 def count_before(rows: Side, columns: Side) -> tuple[np.ndarray, np.ndarray]:
     """How many wrong answers are at least as similar as the best right one, for each row and for each column.
 
-    Returns (n,) and (m,) int64. Holds a block of similarities at a time.
+    Returns (n,) and (m,) int64. Every thread holds a block of similarities at a time.
     """
     of_rows, of_columns = np.zeros(len(rows.key), np.int64), np.zeros(len(columns.key), np.int64)
-    rounding, threads = rounding_of_products(rows.embeds, columns.embeds), torch.get_num_threads()
-    height = SLAB * max(threads, SLABS)
-    size = min(height, len(of_rows)) * min(COLUMNS, len(of_columns))
-    buffer, marks = torch.empty(size), np.empty((2, size), bool)
-    with ThreadPoolExecutor(threads) as pool:
-        for top in range(0, len(of_rows), height):
-            some_rows = rows.part(top, height)
-            for left in range(0, len(of_columns), COLUMNS):
-                some_columns = columns.part(left, COLUMNS)
-                shape = len(some_rows.key), len(some_columns.key)
-                block = buffer[: shape[0] * shape[1]].view(shape)
-                torch.mm(some_rows.embeds, some_columns.embeds.T, out=block)
-                work = partial(_count_slab, some_rows, some_columns, rounding, block.numpy(), marks)
-                slabs = list(pool.map(work, range(0, shape[0], SLAB)))  # NumPy lets the threads run side by side
-                of_rows[top : top + height] += np.concatenate([slab.of_rows for slab in slabs])
-                of_columns[left : left + COLUMNS] += np.sum([slab.of_columns for slab in slabs], axis=0)
-                near = np.concatenate([slab.near_rows for slab in slabs])
-                of_rows[top : top + height] += _look_again(some_rows, some_columns, near, 0)
-                near = np.concatenate([slab.near_columns for slab in slabs])
-                of_columns[left : left + COLUMNS] += _look_again(some_rows, some_columns, near, 1)
+    rounding = rounding_of_products(rows.embeds, columns.embeds)
+    bands = [rows.part(top, BAND) for top in range(0, len(of_rows), BAND)]
+    with _one_thread_a_product() as threads, ThreadPoolExecutor(threads) as pool:
+        counted = tqdm(pool.map(partial(_count_band, columns, rounding), bands), "ranks", len(bands), leave=False)
+        for number, (of_band, of_all) in enumerate(counted):
+            of_rows[number * BAND : (number + 1) * BAND] = of_band
+            of_columns += of_all
     return of_rows, of_columns
 
 
-def _count_slab(
-    rows: Side, columns: Side, rounding: float, block: np.ndarray, marks: np.ndarray, start: int
-) -> _Counts:
-    """Count in the rows from `start` on; marks (2, at least the block's size) are memory to work in."""
-    slab = block[start : start + SLAB]
-    place = start * block.shape[1]
-    own_marks = [kind[place : place + slab.size].reshape(slab.shape) for kind in marks]
-    of_rows, near_rows = _count(slab, rows.best[start : start + SLAB, None], 0, rounding, own_marks)
-    of_columns, near_columns = _count(slab, columns.best, 1, rounding, own_marks)
-    return _Counts(of_rows, of_columns, place + near_rows, place + near_columns)
+@contextmanager
+def _one_thread_a_product() -> Iterator[int]:
+    """Products of one thread each, as many of which may run at once as torch had threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # of the threads to come, too
+    try:
+        yield threads
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _count_band(columns: Side, rounding: float, band: Side) -> tuple[np.ndarray, np.ndarray]:
+    """Counts of some rows, and what they add to those of all columns, block by block."""
+    of_band, of_columns = np.zeros(len(band.key), np.int64), np.zeros(len(columns.key), np.int64)
+    memory, marks = torch.empty(BAND * COLUMNS), np.empty((2, SLAB, COLUMNS), bool)
+    for left in range(0, len(of_columns), COLUMNS):
+        block_columns = columns.part(left, COLUMNS)
+        of_block = of_columns[left : left + COLUMNS]
+        block = memory[: len(of_band) * len(of_block)].view(len(of_band), len(of_block))
+        torch.mm(band.embeds, block_columns.embeds.T, out=block)
+        near_rows, near_columns = [], []
+        for top in range(0, len(of_band), SLAB):
+            slab, place = block[top : top + SLAB].numpy(), top * len(of_block)
+            counts, near = _count(slab, band.best[top : top + SLAB, None], 0, rounding, marks)
+            of_band[top : top + SLAB] += counts
+            near_rows.append(place + near)
+            counts, near = _count(slab, block_columns.best, 1, rounding, marks)
+            of_block += counts
+            near_columns.append(place + near)
+        of_band += _look_again(band, block_columns, np.concatenate(near_rows), 0)
+        of_block += _look_again(band, block_columns, np.concatenate(near_columns), 1)
+    return of_band, of_columns
 
 
 def _count(
-    slab: np.ndarray, best: np.ndarray, axis: int, rounding: float, marks: list[np.ndarray]
+    slab: np.ndarray, best: np.ndarray, axis: int, rounding: float, marks: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """How many of each row (axis 0) or column (1) are surely before the best; the places of what may be."""
-    sure, perhaps = marks
+    """How many of each row (axis 0) or column (1) are surely before the best; the places of what may be.
+
+    marks (2, SLAB, COLUMNS) is memory to work in.
+    """
+    marks[:, :, slab.shape[1] :] = False
+    sure, perhaps = (kind[: len(slab), : slab.shape[1]] for kind in marks)
     np.greater_equal(slab, best - rounding, out=perhaps)
     if np.count_nonzero(perhaps) < SPARSE * slab.size:  # as with a model that finds what it should
         places = np.flatnonzero(perhaps)
@@ -106,9 +113,10 @@ def _count(
         return np.bincount(number[surely], minlength=slab.shape[axis]), places[~surely]
     np.greater(slab, best + rounding, out=sure)
     near = np.flatnonzero(np.logical_xor(sure, perhaps, out=perhaps))
-    if axis == 0:
-        return np.fromiter(map(np.count_nonzero, sure), np.int64, len(sure)), near
-    return np.add.reduce(sure.view(np.uint8), axis=0, dtype=np.uint8).astype(np.int64), near
+    if axis == 1:
+        return np.add.reduce(sure.view(np.uint8), axis=0, dtype=np.uint8), near
+    eights = np.add.reduce(marks[0, : len(slab)].view(np.uint64), axis=1, dtype=np.uint64)
+    return np.add.reduce(eights.view(np.uint8).reshape(-1, 8), axis=1, dtype=np.int64), near
 
 
 def _look_again(rows: Side, columns: Side, near: np.ndarray, axis: int) -> np.ndarray:

@@ -96,5 +96,5 @@ def plot_candidates(image: Image.Image, name: str, answers: Sequence[Answer], pa
     axes.margins(x=0.12)
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_xlabel("cosine similarity")
-    figure.suptitle("One image against candidate captions (blue: its own; orange: others)", fontsize=12)
+    figure.suptitle("One image against candidate captions (blue: its own; red: others)", fontsize=12)
     figure.savefig(path, dpi=DPI)
