@@ -26,6 +26,9 @@ class TrainConfig:
     Several are mixed, by weight where each has one: a::0.7 b::0.3."""
     val_data: str | None = None
     """Validation pairs, as --data; without it, the val or test part of --data where it has one."""
+    hold_out: float | None = None
+    """Fraction of the images of --data without parts (class folders, captions) that is kept from training, to validate
+    and evaluate on: evaluate.py takes the same flag."""
     prompts: str | None = None
     """Prompt templates for class names: a shipped bank (digits, activities, objects, simple) or a YAML file."""
     negative_prompts: Path | None = None

@@ -32,7 +32,13 @@ def make_fetcher(config: TrainConfig) -> Fetcher:
 def open_data(config: TrainConfig, fetcher: Fetcher) -> tuple[Source, EvaluationSet | None]:
     """The training source, and what to validate on, if there is anything."""
     return open_sources(
-        config.data, config.val_data, config.prompts, config.captions, image_root=config.image_root, fetcher=fetcher
+        config.data,
+        config.val_data,
+        config.prompts,
+        config.captions,
+        image_root=config.image_root,
+        held_out_fraction=config.hold_out,
+        fetcher=fetcher,
     )
 
 

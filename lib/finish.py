@@ -10,7 +10,7 @@ from lib.export import export, noise_and_texts
 from lib.export.card import model_card
 from lib.export.formats import HUGGING_FACE
 from lib.lora import merge
-from lib.narration import all_counts
+from lib.narration import all_counts, next_command
 from lib.prediction import Prediction, compared, told
 from lib.report import Reporter, read_metrics
 from lib.run import Run
@@ -45,6 +45,7 @@ def finish(run: Run, report: Reporter, prediction: Prediction, step: int, comple
     last = run.whole_towers() if complete else None  # of all ranks, where each holds a part
     if complete and run.accelerator.is_main_process:
         report.summary(summary | {"export_difference": _export(run, last, report)})
+        report.say(f"next: {next_command(run)}")
     report.close()
     run.accelerator.wait_for_everyone()  # rank 0 exports alone: the others must not end the group before it has
     run.accelerator.end_training()

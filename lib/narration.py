@@ -1,6 +1,9 @@
 """What a run says of itself: the start-up plan, a line per step, and the counts of its data."""
 
 import dataclasses
+import os
+import shlex
+import sys
 
 from lib.backends import peak_memory_bytes
 from lib.checkpoint import is_whole, merge_counts
@@ -42,7 +45,9 @@ def announce(run: Run, report: Reporter) -> None:
             f"--gradient-checkpointing: the {tower} tower does not offer it and keeps its activations"
             for tower in (keeping_activations(towers) if config.gradient_checkpointing else ())
         ),
-        "no validation data: --val-data measures while training" if config.eval_every and not run.validation else None,
+        "no validation data: --hold-out 0.1 keeps a tenth of the images for it, --val-data names other data"
+        if config.eval_every and not run.validation
+        else None,
         f"left out: {counted(reason for _, reason in run.source.skipped)}" if run.source.skipped else None,
         f"left out of the validation data: {counted(reason for _, reason in run.validation.skipped)}"
         if run.validation and run.validation.skipped
@@ -64,6 +69,22 @@ def announce(run: Run, report: Reporter) -> None:
         run.accelerator.project_configuration.logging_dir = str(run.folder)
         flat = {n: v for n, v in dataclasses.asdict(config).items() if isinstance(v, int | float | str)}
         run.accelerator.init_trackers("image-text", config=flat)
+
+
+def next_command(run: Run) -> str:
+    """What evaluates the run's model on what it did not train on."""
+    config, task = run.config, "zeroshot" if run.source.classes else "retrieval"
+    flags = {
+        "--model": str(run.folder),
+        "--data": config.val_data or config.data[0].partition("::")[0],
+        "--hold-out": f"{config.hold_out:g}" if config.hold_out and not config.val_data else None,
+        "--prompts": config.prompts if run.source.classes else None,
+        "--image-root": config.image_root,
+        "--output-dir": str(run.folder / task),
+    }
+    here = sys.executable.removeprefix(f"{os.getcwd()}/")
+    python = "python" if os.path.isabs(here) else here
+    return shlex.join([python, "evaluate.py", task, *(w for pair in flags.items() if pair[1] for w in pair)])
 
 
 def _text_lines(run: Run) -> list[str]:

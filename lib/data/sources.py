@@ -11,6 +11,7 @@ from lib.data.classes.labelled import labelled_evaluation, labelled_source
 from lib.data.classes.prompt_banks import load_templates
 from lib.data.classes.torchvision_sets import TorchvisionSet
 from lib.data.evaluation_set import EvaluationSet
+from lib.data.hold_out import hold_out
 from lib.data.pairs import MixedSource, Source
 from lib.data.recognize import OpenedData, open_data
 from lib.data.remote.fetch import Fetcher, default_fetcher
@@ -32,18 +33,20 @@ def open_sources(
     captions: Literal["one", "all"] = "all",
     *,
     image_root: str | None = None,
+    held_out_fraction: float | None = None,
     fetcher: Fetcher | None = None,
 ) -> tuple[Source, EvaluationSet | None]:
     """The training source, and what to validate on: of `val_data`, else held out of `data`, else nothing.
 
     Several `data` are mixed: a::0.7 b::0.3 by weight, a b by size; the first that has a held-out part is
-    validated on. Raises InputError, naming --data, --val-data or --prompts, for what cannot be used.
+    validated on. held_out_fraction: of data without parts, see `hold_out`.
+    Raises InputError, naming --data, --val-data, --hold-out or --prompts, for what cannot be used.
     """
     fetcher = fetcher or default_fetcher()
     weighted = [_split_weight(each) for each in ([data] if isinstance(data, str) else data)]
     if not weighted:
         raise InputError("--data is given without a source; name one, or digits")
-    opened = [open_data(name, "--data", image_root, fetcher) for name, _ in weighted]
+    opened = [hold_out(open_data(n, "--data", image_root, fetcher), held_out_fraction, n) for n, _ in weighted]
     sources = [_training(each, prompts, captions, fetcher) for each in opened]
     source = sources[0] if len(sources) == 1 else _mix(sources, weighted)
     if val_data is not None:
@@ -70,11 +73,17 @@ class EvaluationData:
 
     @classmethod
     def find(
-        cls, data: str, prompts: str | None, *, image_root: str | None = None, fetcher: Fetcher | None = None
+        cls,
+        data: str,
+        prompts: str | None,
+        *,
+        image_root: str | None = None,
+        held_out_fraction: float | None = None,
+        fetcher: Fetcher | None = None,
     ) -> "EvaluationData":
-        """Recognize the data; raises InputError, naming --data or --image-root, for what cannot be used."""
+        """Recognize the data; raises InputError, naming --data, --hold-out or --image-root, for what cannot be used."""
         fetcher = fetcher or default_fetcher()
-        opened = open_data(data, "--data", image_root, fetcher)
+        opened = hold_out(open_data(data, "--data", image_root, fetcher), held_out_fraction, data)
         _check_image_root(image_root, data, [opened])
         return cls(data, prompts, image_root, fetcher, opened)
 
@@ -97,13 +106,21 @@ class EvaluationData:
 
 
 def open_evaluation(
-    data: str, split: str, prompts: str | None, *, image_root: str | None = None, fetcher: Fetcher | None = None
+    data: str,
+    split: str,
+    prompts: str | None,
+    *,
+    image_root: str | None = None,
+    held_out_fraction: float | None = None,
+    fetcher: Fetcher | None = None,
 ) -> EvaluationSet:
     """The images of one split, train, val or test, to evaluate on; "auto": test, else val, else all there is.
 
     Raises InputError, naming --data, --split or --prompts, for what cannot be used.
     """
-    found = EvaluationData.find(data, prompts, image_root=image_root, fetcher=fetcher)
+    found = EvaluationData.find(
+        data, prompts, image_root=image_root, held_out_fraction=held_out_fraction, fetcher=fetcher
+    )
     return found.of(found.part_for(split))
 
 

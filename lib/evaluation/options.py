@@ -15,6 +15,8 @@ class Common:
     """As in training: digits, class folders, a table of captions, COCO, Flickr or Karpathy files, or tar shards."""
     image_root: str | None = None
     """Folder of the images that a table or annotation file names, where they do not lie beside it."""
+    hold_out: float | None = None
+    """Of data without parts, evaluate on this fraction of the images: what training kept back by the same flag."""
     cache_dir: Path | None = None
     """Folder for remote shards and for embeddings; default: contrastive-training in ~/.cache."""
     allow_pipe: bool = False

@@ -82,7 +82,13 @@ class Subject:
         """
         fetcher = default_fetcher()
         fetcher = replace(fetcher, cache=options.cache_dir or fetcher.cache, allow_pipe=options.allow_pipe)
-        every_part = EvaluationData.find(options.data, prompts, image_root=options.image_root, fetcher=fetcher)
+        every_part = EvaluationData.find(
+            options.data,
+            prompts,
+            image_root=options.image_root,
+            held_out_fraction=options.hold_out,
+            fetcher=fetcher,
+        )
         part = every_part.part_for(options.split)
         data = _limited(every_part.of(part), options.limit)
         _check_kind(data, needs)

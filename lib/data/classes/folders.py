@@ -34,7 +34,8 @@ class ClassFolders:
 
     def where(self, split: str) -> str:
         """The folder of a split; the root where the split has none of its own."""
-        return str(self.root / "train") if split == "train" else str(self.root)
+        own = self.root / "train"
+        return str(own) if split == "train" and own.is_dir() else str(self.root)
 
     def images(self, split: str) -> tuple[ImageFiles, np.ndarray, tuple[str, ...]]:
         """Images of a split, their labels (n,) int64, and the class names with underscores read as spaces."""

@@ -1,0 +1,54 @@
+"""Owns the division of data without parts: a fraction of the images is kept from training, to evaluate on."""
+
+import os
+from dataclasses import replace
+
+from lib.data.captions.listing import Captioned, CaptionedImages
+from lib.data.classes.folders import ClassFolders
+from lib.data.order import stable_hash
+from lib.data.recognize import OpenedData
+from lib.errors import InputError
+
+
+def hold_out(opened: OpenedData, fraction: float | None, data: str) -> OpenedData:
+    """Data without parts, or with a train part alone, in a train and a test part; as it is without a fraction.
+
+    fraction: of the images of each class, or of all captioned images; at least one of each class that has two. Which
+    ones is a function of their names alone, so that training and evaluation agree.
+    Raises InputError, naming --hold-out, for data that has parts already or cannot be divided.
+    """
+    if fraction is None:
+        return opened
+    if not 0 < fraction < 1:
+        raise InputError(f"--hold-out {fraction:g} must be between 0 and 1; 0.1 keeps a tenth of the images")
+    if not isinstance(opened, ClassFolders | CaptionedImages):
+        raise InputError(f"--hold-out {fraction:g} divides class folders and captions, and --data {data} is neither")
+    if len(opened.splits) != 1 or not set(opened.splits) & {"all", "train"}:
+        parts = ", ".join(opened.splits)
+        raise InputError(f"--hold-out {fraction:g}: --data {data} has its parts already ({parts}); leave it out")
+    if isinstance(opened, ClassFolders):
+        return _divided_folders(opened, fraction)
+    kept = _chosen(sorted({_unit(image) for image in opened.images}), fraction)
+    images = [replace(image, split="test" if _unit(image) in kept else "train") for image in opened.images]
+    return replace(opened, images=images)
+
+
+def _unit(image: Captioned) -> str:
+    """What stays together: images that share captions, where the data says so."""
+    return image.group or image.key
+
+
+def _divided_folders(folders: ClassFolders, fraction: float) -> ClassFolders:
+    train, test = {}, {}
+    (every_folder,) = folders.splits.values()
+    for folder, names in every_folder.items():
+        kept = _chosen([f"{os.path.basename(folder)}/{name}" for name in names], fraction)
+        test[folder] = [name for name in names if f"{os.path.basename(folder)}/{name}" in kept]
+        train[folder] = [name for name in names if name not in set(test[folder])]
+    return replace(folders, splits={"train": train, "test": {folder: names for folder, names in test.items() if names}})
+
+
+def _chosen(keys: list[str], fraction: float) -> set[str]:
+    """The fraction with the least hashes: one of two or more at least, and never all."""
+    count = min(max(1, round(fraction * len(keys))), len(keys) - 1)
+    return set(sorted(keys, key=stable_hash)[:count])
