@@ -15,7 +15,7 @@ import torch
 import tyro
 from accelerate import PartialState
 
-from lib.errors import InputError
+from lib.errors import InputError, on_rank_0, silenced
 from lib.evaluation.agnostic.task import Agnostic, agnostic
 from lib.evaluation.compare.task import Compare, compare
 from lib.evaluation.html import aligned, write_report
@@ -38,8 +38,8 @@ Task = (
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status, 2 after a fault of the user's."""
-    on_rank_0 = os.environ.get("RANK", "0") == "0"
-    options = tyro.cli(Task, args=arguments, description=__doc__, console_outputs=on_rank_0)
+    with silenced(not on_rank_0()):
+        options = tyro.cli(Task, args=arguments, description=__doc__, console_outputs=on_rank_0())
     # Set by `accelerate launch --cpu`.
     cpu_wanted = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true")
     state = PartialState(cpu=cpu_wanted or not torch.accelerator.is_available())
