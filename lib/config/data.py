@@ -4,9 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from lib.config.settings import Settings
-
-MOST_WORKERS = 256  # on each rank: beyond any machine's cores, and a slip of the finger starts so many processes
+from lib.config.settings import MOST_WORKERS, Settings
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,8 @@ from typing import Literal
 
 from lib.config.settings import Settings
 
+LARGEST_SIDE = 4096  # pixels; a slip of the finger above it asks for more memory than there is
+
 
 @dataclass(frozen=True)
 class Images(Settings):
@@ -29,4 +31,7 @@ class Images(Settings):
 
     def faults(self) -> list[str]:
         """As in Settings; the image pipeline checks what it takes itself."""
-        return super().faults() + self.at_least_one("image_size")
+        found = super().faults() + self.at_least_one("image_size")
+        if self.image_size is not None and self.image_size > LARGEST_SIDE:
+            found.append(f"--image-size {self.image_size} must be at most {LARGEST_SIDE} pixels")
+        return found

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 LARGEST_SEED = 2**32 - 1  # what NumPy, scikit-learn and PyTorch all take
+MOST_WORKERS = 256  # on each rank: more are a slip of the finger, and so many processes bring a machine down
 
 
 def flag(name: str) -> str:
