@@ -15,7 +15,8 @@ import torch
 import tyro
 from accelerate import PartialState
 
-from lib.errors import InputError
+from lib.collectives import meeting
+from lib.errors import InputError, on_rank_0, silenced
 from lib.evaluation.agnostic.task import Agnostic, agnostic
 from lib.evaluation.compare.task import Compare, compare
 from lib.evaluation.html import aligned, write_report
@@ -38,13 +39,15 @@ Task = (
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status, 2 after a fault of the user's."""
-    on_rank_0 = os.environ.get("RANK", "0") == "0"
-    options = tyro.cli(Task, args=arguments, description=__doc__, console_outputs=on_rank_0)
+    with silenced(not on_rank_0()):
+        options = tyro.cli(Task, args=arguments, description=__doc__, console_outputs=on_rank_0())
     # Set by `accelerate launch --cpu`.
     cpu_wanted = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true")
-    state = PartialState(cpu=cpu_wanted or not torch.accelerator.is_available())
     started = time.perf_counter()
+    state = None
     try:
+        with meeting():
+            state = PartialState(cpu=cpu_wanted or not torch.accelerator.is_available())
         options.check()
         if options.output_dir is not None:
             make_folder(options.output_dir)
@@ -53,11 +56,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             write(outcome, options.output_dir)
             print(f"\n{time.perf_counter() - started:.1f} s on {state.num_processes} x {state.device.type}")
     except InputError as fault:
-        if state.is_main_process:
+        if on_rank_0():
             print(f"error: {fault}", file=sys.stderr)
         return 2
     finally:
-        state.destroy_process_group()
+        if state is not None:
+            state.destroy_process_group()
     return 0
 
 

@@ -1,7 +1,13 @@
 """Collective operations over all ranks; on one process each returns its argument unchanged."""
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch.distributed as dist
 from torch import Tensor
+
+from lib.errors import InputError
 
 
 def rank_and_world_size() -> tuple[int, int]:
@@ -42,3 +48,17 @@ def gather_objects(value: object) -> list:
 def logsumexp_over_ranks(partial: Tensor) -> Tensor:
     """Merge every rank's partial log-sum-exp: (n,) -> (n,)."""
     return gather_rows(partial[None]).logsumexp(0)
+
+
+@contextmanager
+def meeting() -> Iterator[None]:
+    """Within it ranks find each other; a place where they cannot meet raises InputError."""
+    try:
+        yield
+    except dist.DistNetworkError as error:
+        address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+        taken = "is in use by another job" if "EADDRINUSE" in str(error) else "cannot be reached"
+        raise InputError(
+            f"MASTER_PORT {port}: this port of {address} {taken}; name a free one that all ranks reach, by "
+            "accelerate launch --main_process_port or torchrun --master-port"
+        ) from error

@@ -31,7 +31,7 @@ def make_fetcher(config: TrainConfig) -> Fetcher:
 
 def open_data(config: TrainConfig, fetcher: Fetcher) -> tuple[Source, EvaluationSet | None]:
     """The training source, and what to validate on, if there is anything."""
-    return open_sources(
+    source, validation = open_sources(
         config.data,
         config.val_data,
         config.prompts,
@@ -40,6 +40,12 @@ def open_data(config: TrainConfig, fetcher: Fetcher) -> tuple[Source, Evaluation
         held_out_fraction=config.hold_out,
         fetcher=fetcher,
     )
+    if source.classes is not None and len(source.classes) == 1 and config.negative_prompts is None:
+        raise InputError(
+            f"--data {' '.join(config.data)} has one class, {source.classes[0]!r}: no pair is a negative of another; "
+            "give two classes or more"
+        )
+    return source, validation
 
 
 def show_data(config: TrainConfig) -> None:

@@ -3,7 +3,7 @@
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stderr
 
 
 class InputError(ValueError):
@@ -26,6 +26,18 @@ class StoppedEarly(Exception):
     """
 
 
+def on_rank_0() -> bool:
+    """Whether this process is the one that tells what all ranks have met."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+@contextmanager
+def silenced(wanted: bool) -> Iterator[None]:
+    """Where wanted, nothing goes to stderr: tyro tells a malformed value there whatever its console_outputs."""
+    with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere) if wanted else nullcontext():
+        yield
+
+
 @contextmanager
 def told_in_one_line() -> Iterator[None]:
     """Turn these into one line on stderr and an exit code; other errors keep their traceback."""
@@ -33,6 +45,6 @@ def told_in_one_line() -> Iterator[None]:
         yield
     except (InputError, RunError, StoppedEarly) as error:
         word = "stopped" if isinstance(error, StoppedEarly) else "error"
-        if int(os.environ.get("RANK", "0")) == 0 or getattr(error, "of_one_rank", False):
+        if on_rank_0() or getattr(error, "of_one_rank", False):
             print(f"{word}: {error}", file=sys.stderr)
         sys.exit({InputError: 2, RunError: 1, StoppedEarly: 75}[type(error)])

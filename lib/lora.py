@@ -33,6 +33,11 @@ def add_adapters(towers: TwoTowers, rank: int, alpha: float, dropout: float, see
                 f"--lora {rank}: no attention layer of the {tower} tower's {type(trunk).__name__} trains; "
                 f"add --freeze {tower}.trunk, or leave --lora out"
             )
+        width = min(min(trunk.get_submodule(name).weight.shape) for name in names)
+        if rank > width:
+            raise InputError(
+                f"--lora {rank} is above {width}, the width of the {tower} tower's attention; 4 to 64 is usual"
+            )
         settings = LoraConfig(
             r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules="|".join(map(re.escape, names))
         )

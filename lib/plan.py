@@ -174,6 +174,13 @@ def free_memory(device: torch.device) -> int:
     return psutil.virtual_memory().available
 
 
+def total_memory(device: torch.device) -> int:
+    """Bytes that the device has, in use or not (on a CPU: of the machine)."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    return psutil.virtual_memory().total
+
+
 def gigabytes(count: int) -> str:
     """`1.25 GiB`, or `12 MiB` below a tenth of that unit."""
     return f"{count / 2**30:.2f} GiB" if count >= 2**30 / 10 else f"{count / 2**20:.0f} MiB"

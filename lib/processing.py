@@ -189,7 +189,10 @@ def load_tokenizer(folder_or_id: str | Path, config: PretrainedConfig | None = N
 
     config: of the text encoder, where the folder's own config.json is not one of transformers.
     """
-    tokenizer = AutoTokenizer.from_pretrained(folder_or_id, config=config)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder_or_id, config=config)
+    except (ValueError, KeyError) as error:  # of many lines, which name every class of transformers
+        raise OSError("no tokenizer is there that transformers can read, such as tokenizer.json") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

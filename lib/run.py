@@ -43,6 +43,8 @@ class Run:
     """Everything that the loop works with; `towers` is the bare model, `wrapped` the one that all passes go through."""
 
     config: TrainConfig
+    family: str
+    """clip or siglip, after the loss"""
     backend: Backend
     folder: Path
     source: Source
@@ -116,6 +118,7 @@ class Run:
         state = TrainingState(
             progress={
                 "step": step,
+                "family": self.family,
                 "world_size": self.plan.world_size,
                 "workers": self.workers,
                 "chunk_size": self.plan.chunk_size,

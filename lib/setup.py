@@ -34,9 +34,11 @@ from lib.plan import (
     BatchPlan,
     embedding_bytes,
     free_memory,
+    gigabytes,
     graphs_that_fit,
     largest_chunk,
     measure_activations,
+    total_memory,
 )
 from lib.probe import Costs, largest_that_fits, measure_costs, peak_of_chunk
 from lib.replay import batch_norms_that_train
@@ -54,7 +56,7 @@ def make_run(config: TrainConfig, family: str, backend: Backend, folder: Path) -
     resume_from = checkpoint.find_resume(config.resume, folder / "checkpoints")
     state = _load_state(resume_from, accelerator)
     if state:
-        _check_same_run(config, state.progress["settings"])
+        _check_same_run(config, family, state.progress)
     fetcher = make_fetcher(config)
     source, validation = open_data(config, fetcher)
     torch.manual_seed(config.seed)
@@ -68,12 +70,15 @@ def make_run(config: TrainConfig, family: str, backend: Backend, folder: Path) -
     workers = _workers(config, state, plan, prepare)
     steps = config.steps or steps_of_epochs(config, source)
     warmup = steps // 10 if config.warmup_steps == "auto" else config.warmup_steps
+    if warmup > steps:
+        raise InputError(f"--warmup-steps {warmup} are more than the run's {steps} steps; lower them, or add --steps")
     optimizer = make_optimizer(config, towers, fused=backend.loss_scale is None)
     average = WeightAverage(towers, config.ema) if config.ema else None
     wrapped = backend.prepare(towers, optimizer, config.grad_clip)
     schedule = build_schedule(optimizer, config.schedule, warmup, steps)  # after: it knows the final groups
     run = Run(
         config=config,
+        family=family,
         backend=backend,
         folder=folder,
         source=source,
@@ -172,7 +177,13 @@ def _load_state(folder: Path | None, accelerator: Accelerator) -> TrainingState 
     return checkpoint.load_state(folder, accelerator.process_index, accelerator.num_processes)
 
 
-def _check_same_run(config: TrainConfig, saved: dict) -> None:
+def _check_same_run(config: TrainConfig, family: str, progress: dict) -> None:
+    saved, its_family = progress["settings"], progress.get("family", family)
+    if its_family != family:
+        raise InputError(
+            f"--resume {config.resume}: the checkpoint is one of train_{its_family}.py; go on with that script, or "
+            "start anew from its weights with --model CHECKPOINT_FOLDER"
+        )
     for name, value in settings_of_the_weights(config).items():
         if saved.get(name, value) != value:  # a setting that was not yet there when it was saved
             raise InputError(
@@ -227,6 +238,12 @@ def _plan(
         state_bytes=_state_bytes(config, towers, backend),
         tile=tile_side(device),
     )
+    if plan.embedding_bytes > total_memory(device):
+        raise InputError(
+            f"--effective-batch {config.effective_batch} and --xbm-size {config.xbm_size} take "
+            f"{gigabytes(plan.embedding_bytes)} for embeddings alone, and {device.type} has "
+            f"{gigabytes(total_memory(device))}; lower them"
+        )
     if backend.shards_weights:
         keep = 0
     elif keep == "auto":

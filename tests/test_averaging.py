@@ -88,7 +88,7 @@ def test_an_average_has_the_adapters_of_its_towers():
 
 @pytest.mark.parametrize(
     ("flags", "message"),
-    [(("--eval-ema",), "--eval-ema needs --ema"), (("--ema=1",), "--ema 1.0 .*must be below 1")],
+    [(("--eval-ema",), "--eval-ema needs --ema"), (("--ema=1",), "--ema 1.0 must be below 1")],
 )
 def test_wrong_settings_are_refused(flags, message, tmp_path):
     with pytest.raises(InputError, match=message):

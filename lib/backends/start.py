@@ -13,6 +13,7 @@ from lib.backends.precision import Precision
 from lib.backends.replicated import Backend
 from lib.backends.zero import ZeroBackend
 from lib.backends.zero_settings import zero_settings
+from lib.collectives import meeting
 from lib.errors import InputError
 
 _SUPPORTED = (
@@ -34,7 +35,8 @@ def start(tracker: str) -> Backend:
         raise InputError(f"--mixed_precision {mixed_precision} is not supported; use bf16, fp16 or no")
     # Accelerate is left to start the ranks as for DDP: the sharding, its settings and autocast are this package's.
     zero, fsdp = _asked("ACCELERATE_USE_DEEPSPEED"), _asked("ACCELERATE_USE_FSDP")
-    accelerator = _accelerator(tracker)
+    with meeting():
+        accelerator = _accelerator(tracker)
     _check(accelerator)
     if accelerator.device.type == "cpu":
         use_all_cores(accelerator.num_processes)

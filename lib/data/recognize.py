@@ -10,7 +10,7 @@ from lib.data.captions.karpathy import karpathy_files, read_karpathy
 from lib.data.captions.listing import CaptionedImages
 from lib.data.captions.tables import SUFFIXES, read_table
 from lib.data.classes.digits import Digits
-from lib.data.classes.folders import find_class_folders
+from lib.data.classes.folders import check_no_captions, find_class_folders
 from lib.data.classes.labelled import LabelledImages
 from lib.data.classes.torchvision_sets import NAMES, TorchvisionSet
 from lib.data.remote.fetch import Fetcher
@@ -42,6 +42,8 @@ def open_data(data: str, flag: str, image_root: str | None, fetcher: Fetcher) ->
     """
     if data == "digits":
         return Digits()
+    if not data:  # as of a variable of the shell that is not set: Path("") would be the working folder
+        raise InputError(f"{flag} '' is empty; give digits, {', '.join(_KINDS.values())}")
     prefix, _, rest = data.partition(":")
     named = prefix in _KINDS and bool(rest) and not os.path.exists(data)
     name = rest if named else data
@@ -51,6 +53,8 @@ def open_data(data: str, flag: str, image_root: str | None, fetcher: Fetcher) ->
     elif not kinds:
         what = "is of no kind that is read here" if os.path.exists(name) else "is not there"
         raise InputError(f"{flag} {data} {what}; give digits, {', '.join(_KINDS.values())}")
+    if not named and kinds[0] == "folders":
+        check_no_captions(Path(name), flag)
     return _open(prefix if named else kinds[0], name, flag, image_root, fetcher)
 
 

@@ -64,7 +64,10 @@ def embed_images(
     faults = {row: reason for row, reason in zip(rows, reasons, strict=True) if reason}
     faults = {row: reason for of_rank in gather_objects(faults) for row, reason in of_rank.items()}
     if len(faults) == count:
-        raise InputError(f"none of the {count} images of {images.name} can be read: {counted(faults.values())}")
+        raise InputError(
+            f"none of the {count} images of {images.name} can be read ({counted(faults.values())}); check the files, "
+            "or point --data at others"
+        )
     bad = sorted(faults)
     valid = torch.ones(count, dtype=torch.bool)
     valid[bad] = False

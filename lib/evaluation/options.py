@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from lib.config.settings import LARGEST_SEED, MOST_WORKERS
 from lib.errors import InputError
 
 
@@ -48,11 +49,12 @@ class Common:
             "--limit": (self.limit, 1),
             "--seed": (self.seed, 0),
         }
+        most = {"--workers": (self.workers, MOST_WORKERS), "--seed": (self.seed, LARGEST_SEED)}
         return [
             f"{flag} {value} must be at least {bound}"
             for flag, (value, bound) in least.items()
             if value is not None and value < bound
-        ]
+        ] + [f"{flag} {value} must be at most {bound}" for flag, (value, bound) in most.items() if value > bound]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,3 +63,7 @@ class OneModel(Common):
 
     model: str
     """Run, checkpoint or export folder, or the hub id or folder of a CLIP or SigLIP model."""
+
+    def faults(self) -> list[str]:
+        """What cannot work, a clause for each flag."""
+        return super().faults() + ["--model '' is empty: name a folder or a hub id"] * (not self.model)

@@ -9,6 +9,7 @@ from typing import Literal
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PretrainedConfig
 
 from lib.collectives import rank_and_world_size
 from lib.data.evaluation_set import EvaluationSet
@@ -23,6 +24,7 @@ from lib.evaluation.subset import limited
 from lib.fingerprint import fingerprint
 from lib.processing import Processing
 from lib.towers import TwoTowers
+from lib.towers.encoders import reading
 
 _FORMAT = 1
 """Of the stored embeddings: another number where the same model and inputs would give others."""
@@ -44,7 +46,9 @@ class Model:
     def load(cls, name: str, device: torch.device) -> "Model":
         """Load a run, checkpoint or export folder, or a CLIP or SigLIP model by hub id or folder."""
         folder = model_folder(name)
-        towers, processing = TwoTowers.from_pretrained(folder), Processing.from_pretrained(folder)
+        towers = TwoTowers.from_pretrained(folder)
+        with reading("--model", name):
+            processing = Processing.from_pretrained(folder)
         return cls(folder, towers.to(device), processing, device)
 
     @property
@@ -158,6 +162,13 @@ def model_folder(model: str) -> str:
         f"--model {model} holds no model: no config.json in it, in its export/ or in its checkpoints/best/; "
         "name a finished run, a checkpoint or an export"
     )
+
+
+def check_there(model: str, flag: str) -> None:
+    """Raise InputError for a model of which not even config.json can be read, in a moment."""
+    folder = model_folder(model)
+    with reading(flag, folder):
+        PretrainedConfig.get_config_dict(folder)
 
 
 def _limited(data: EvaluationSet, limit: int | None) -> EvaluationSet:

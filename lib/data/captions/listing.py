@@ -142,7 +142,7 @@ class Listing:
         """All that was noted; InputError where not one image was named, or not one of them is there."""
         images = list(self._images.values())
         if not images:
-            raise InputError(f"{self.flag} {self.path} names no image")
+            raise InputError(f"{self.flag} {self.path} names no image; it needs a line for each image and caption")
         if not any(image.path for image in images):
             raise InputError(
                 f"{self.flag} {self.path}: of the {len(images):,} images it names not one is there (the first: "

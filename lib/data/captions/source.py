@@ -1,5 +1,6 @@
 """Owns captioned images once they are listed: training pairs and evaluation sets made of them."""
 
+from collections import Counter
 from typing import Literal
 
 import numpy as np
@@ -64,7 +65,8 @@ def captioned_source(captioned: CaptionedImages, captions: Literal["one", "all"]
     kept = _Kept(rows, per_caption=captions == "all")
     if not kept.images:
         found = f"only {', '.join(captioned.splits)}"
-        reasons = f"{len(kept.skipped):,} unusable rows" if rows else f"no rows whose split is train, {found}"
+        why = ", ".join(f"{reason} {count}" for reason, count in Counter(why for _, why in kept.skipped).items())
+        reasons = f"only unusable rows ({why})" if rows else f"no rows whose split is train, {found}"
         raise InputError(f"--data {captioned.path} has {reasons}; nothing is left to train on")
     text_image = np.array(kept.text_image)
     if captions == "all":

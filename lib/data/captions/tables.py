@@ -88,6 +88,8 @@ def _find_columns(found: tuple[str, ...]) -> dict[str, str | None]:
 def _check_columns(columns: dict[str, str | None], found: tuple[str, ...], path: Path, flag: str) -> None:
     for meaning in ("image", "caption"):
         if columns[meaning] is None:
+            if not "".join(found).isprintable():
+                raise InputError(f"{flag} {path} is no table: its first line is not text; is it the right file?")
             raise InputError(
                 f"{flag} {path} has no column for the {meaning}: it has {', '.join(found) or 'none'}; "
                 f"name one of them {' or '.join(_COLUMNS[meaning])}"

@@ -70,6 +70,21 @@ def find_class_folders(root: Path, flag: str) -> ClassFolders:
     return folders
 
 
+def check_no_captions(root: Path, flag: str) -> None:
+    """Refuse images that have texts of their own beside them: class folders would pass over these in silence."""
+    for folder, _, names in os.walk(root):
+        stems = {os.path.splitext(name)[0] for name in names if name.lower().endswith(EXTENSIONS)}
+        if stems:  # the first folder with images speaks for all
+            texts = sorted(name for name in names if name.endswith(".txt") and name.removesuffix(".txt") in stems)
+            if 2 * len(texts) >= len(stems):
+                raise InputError(
+                    f"{flag} {root}: images have texts beside them ({os.path.join(folder, texts[0])}), which class "
+                    f"folders do not read; list them in a .csv with the columns filename and caption, or write "
+                    f"folders:{root} to train on the folders' names"
+                )
+            return
+
+
 def _list_classes(root: Path, split_folder: str) -> dict[str, list[str]]:
     """Image names by class folder, both sorted; folders without an image are no classes."""
     parent = root / split_folder

@@ -25,7 +25,7 @@ def load_templates(prompts: str) -> tuple[str, ...]:
 def load_negative_prompts(file: Path, classes: Sequence[str] | None) -> tuple[str, ...]:
     """Texts that a YAML file lists and that fit no image; one with {} stands for as many as there are classes."""
     texts: list[str] = []
-    for text in _listed(file, f"--negative-prompts {file}", ""):
+    for text in _listed(file, f"--negative-prompts {file}", "; name a YAML file with a list of texts"):
         if "{}" in text and classes is None:
             raise InputError(f"--negative-prompts {file}: {text!r} asks for class names, and the data has captions")
         texts += [fill(text, name) for name in classes] if "{}" in text else [text]

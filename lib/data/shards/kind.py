@@ -6,7 +6,7 @@ from itertools import islice
 from lib.data.remote.fetch import Fetcher, Unreachable
 from lib.data.shards.annotations import Annotation, annotate, listed_classes, shard_names, shown
 from lib.data.shards.shard_set import ShardSet
-from lib.data.shards.tars import Sample, index_samples
+from lib.data.shards.tars import Damage, Sample, index_samples
 from lib.errors import InputError
 
 _MOST_UNREACHABLE = 3
@@ -38,10 +38,24 @@ def classes_of(shards: ShardSet, split: str, flag: str, fetcher: Fetcher) -> tup
                     "line, beside the shards"
                 )
             return classes, True
+    damage = _damage(paths[0], fetcher)
+    if damage:
+        raise InputError(
+            f"{flag} {shown(paths[0])} is no tar that can be read ({damage}); check the file, or pack anew"
+        )
     raise InputError(
         f"{flag} {shown(paths[0])}: no sample with an image (.jpg, .png, .webp) and a text (.txt, .json or .cls) of "
         "the same name was found"
     )
+
+
+def _damage(path: str, fetcher: Fetcher) -> str | None:
+    """Why nothing of a shard can be read, None where it begins with a sample."""
+    try:
+        first = next(index_samples(fetcher.local(path)), None)
+    except Unreachable as error:
+        return error.reason
+    return first.reason if isinstance(first, Damage) else None
 
 
 def _first_notes(

@@ -17,7 +17,7 @@ from lib.evaluation.compare.retrieval import compare_retrieval
 from lib.evaluation.compare.training import Training, training_of
 from lib.evaluation.options import Common
 from lib.evaluation.outcome import Outcome, Picture, Rows, figure
-from lib.evaluation.subject import Model, Subject, model_folder
+from lib.evaluation.subject import Model, Subject, check_there
 from lib.evaluation.zeroshot.class_names import renamed
 
 Draw = Callable[[Path], list[Picture]]
@@ -43,7 +43,8 @@ class Compare(Common):
     def faults(self) -> list[str]:
         """What cannot work, a clause for each flag."""
         faults = super().faults()
-        if len(set(self.models)) < 2 or len(set(self.models)) < len(self.models):
+        different = {Path(model).resolve() for model in self.models}
+        if len(different) < 2 or len(different) < len(self.models):
             faults.append(f"--models {' '.join(self.models)}: name two or more different ones, as in --models A B")
         if self.names and len(set(self.names)) != len(self.models):
             faults.append(f"--names {' '.join(self.names)} must be {len(self.models)} different ones, one a model")
@@ -56,7 +57,7 @@ def compare(options: Compare, device: torch.device) -> Outcome | None:
     """Figures of each model with intervals, differences from the first, and what their training took."""
     names = options.names or short_names(options.models)
     for model in options.models:
-        model_folder(model)  # a fault of the last one is told before the first one works
+        check_there(model, "--models")  # a fault of the last one is told before the first one works
     first = Subject.open(options.models[0], options, device, needs="images", prompts=options.prompts)
     if first.data.classes is None and options.class_names:
         raise InputError(f"--class-names {options.class_names}: {first.data.name} has captions and no classes")

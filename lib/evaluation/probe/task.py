@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from lib.errors import InputError
 from lib.evaluation.class_figures import class_figures
 from lib.evaluation.class_plots import plot_class_f1, plot_confusion
 from lib.evaluation.classifiers import FAMILIES, Chosen, Family, choose
@@ -80,6 +81,9 @@ def _few_shots(options: Probe, parts: Parts) -> Curves:
     """A curve for each family; numbers above the largest class are left out, as they would draw the same images."""
     largest = np.bincount(parts.train.labels).max()
     shots = [number for number in sorted(set(options.shots)) if number <= largest]
+    if options.shots and not shots:
+        asked = " ".join(map(str, options.shots))
+        raise InputError(f"--shots {asked}: no class has more than {largest} training images; ask for fewer")
     seeds = range(options.seed, options.seed + options.draws)
     curves: Curves = {family.name: [] for family in FAMILIES}
     for number, family in tqdm(list(itertools.product(shots, FAMILIES)), "few-shot"):

@@ -32,7 +32,9 @@ class Retrieval(OneModel):
 
     def faults(self) -> list[str]:
         """What cannot work, a clause for each flag."""
-        return super().faults() + ["--query '' is empty: write a text or leave it out"] * ("" in self.query)
+        return super().faults() + [
+            f"--query {query!r} is empty: write a text or leave it out" for query in self.query if not query.strip()
+        ]
 
 
 def retrieve(options: Retrieval, subject: Subject) -> Outcome | None:

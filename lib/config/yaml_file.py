@@ -1,0 +1,82 @@
+"""Settings in a YAML file: read as the flags that they stand for, and written so that they repeat a run."""
+
+import dataclasses
+import difflib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import yaml
+
+from lib.config.settings import flag
+from lib.config.train_config import TrainConfig
+from lib.errors import InputError
+
+
+def read_settings(file: str, parse: Callable[[Sequence[str]], object]) -> list[str]:
+    """The file's settings as command-line words, so that both are read in one way.
+
+    parse: reads such words, and exits where it cannot. Raises InputError for an unknown setting and for a value that
+    the flag does not take, naming the file and the line's beginning.
+    """
+    settings = _read(file)
+    words = {name: _words(name, value) for name, value in settings.items()}
+    together = [word for of_setting in words.values() for word in of_setting]
+    if not _understood(parse, together):
+        for name, of_setting in words.items():
+            if not _understood(parse, of_setting):
+                taken = next(field.type for field in dataclasses.fields(TrainConfig) if field.name == name)
+                taken = taken.__name__ if isinstance(taken, type) else str(taken).replace("typing.", "")
+                raise InputError(f"--config {file}: {name}: {_shown(settings[name])} must be {taken}")
+    return together
+
+
+def _understood(parse: Callable[[Sequence[str]], object], words: Sequence[str]) -> bool:
+    try:
+        parse(words)
+    except SystemExit:
+        return False
+    return True
+
+
+def save_config(config: TrainConfig, file: Path) -> None:
+    """Write every setting, so that `--config FILE` repeats the run."""
+    values = {
+        name: str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
+        for name, value in dataclasses.asdict(config).items()
+    }
+    file.write_text(yaml.safe_dump(values, sort_keys=False))
+
+
+def _read(file: str) -> dict[str, object]:
+    """The file's settings by the names of fields."""
+    known = [field.name for field in dataclasses.fields(TrainConfig)]
+    try:
+        settings = yaml.safe_load(Path(file).read_text(encoding="utf-8")) or {}
+    except OSError as error:
+        raise InputError(f"--config {file} cannot be read ({error.strerror}); name a YAML file of settings") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"--config {file} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(settings, dict):
+        raise InputError(f"--config {file} must hold `name: value` lines, not a {type(settings).__name__}")
+    found = {}
+    for key, value in settings.items():
+        name = str(key).replace("-", "_")
+        if name not in known:
+            nearest = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {nearest[0]}?" if nearest else "--help lists the settings"
+            raise InputError(f"--config {file}: unknown setting {key!r}; {hint}")
+        if isinstance(value, dict):
+            raise InputError(f"--config {file}: {name} holds lines of its own; write it as {name}: value")
+        found[name] = value
+    return found
+
+
+def _words(name: str, value: object) -> list[str]:
+    if isinstance(value, bool):
+        return [flag(name) if value else "--no-" + flag(name)[2:]]
+    return [flag(name), *(map(str, value) if isinstance(value, list) else [str(value)])]
+
+
+def _shown(value: object) -> str:
+    """A value as it stands in the file."""
+    return yaml.safe_dump(value, default_flow_style=True).removesuffix("...\n").strip()

@@ -1,0 +1,76 @@
+"""--help as a person reads it: groups by what is done, each flag once, with its default."""
+
+import dataclasses
+import re
+
+import pytest
+
+import train_clip
+import train_siglip
+from lib.config import TrainConfig, flag
+
+GROUPS = {
+    "file": ["config"],
+    "data": ["data", "val_data", "prompts", "max_bad", "workers", "cache_dir", "data_info"],
+    "images": ["image_size", "augment", "flip"],
+    "model": ["model", "image_tower", "projection_dim"],
+    "fine-tuning": ["freeze", "lora"],
+    "batch": ["effective_batch", "chunk_size", "keep_graphs", "xbm_size"],
+    "loss": ["positives", "label_smoothing", "pos_weight", "scale_max"],
+    "optimizer": ["epochs", "steps", "lr", "warmup_steps", "seed"],
+    "evaluation": ["eval_every", "best_metric", "patience"],
+    "run": ["output_dir", "resume", "save_every", "tracker"],
+}
+FRAMES = str.maketrans("│╭╮╰╯─", "      ")  # of tyro's boxes, where the terminal has such letters
+
+
+def boxes(script, capsys, monkeypatch) -> dict[str, str]:
+    """The text of each group's box."""
+    monkeypatch.setenv("COLUMNS", "120")
+    with pytest.raises(SystemExit, match="0"):
+        script.main(["--help"])
+    told = capsys.readouterr().out.translate(FRAMES)
+    parts = re.split(r"^ +([\w-]+) options *$", told, flags=re.MULTILINE)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+def flags_of(box: str) -> dict[str, str]:
+    """What is said of each flag of a box."""
+    parts = re.split(r"^ {1,4}(--[a-z][\w-]*)", box, flags=re.MULTILINE)
+    return {name: " ".join(told.split()) for name, told in zip(parts[1::2], parts[2::2], strict=True)}
+
+
+@pytest.mark.parametrize("script", [train_clip, train_siglip])
+def test_every_flag_is_told_once_in_a_group_with_its_default(script, capsys, monkeypatch):
+    told = {group: flags_of(box) for group, box in boxes(script, capsys, monkeypatch).items()}
+    assert list(told) == list(GROUPS)
+    for group, names in GROUPS.items():
+        assert {flag(name) for name in names} <= told[group].keys()
+    flags = [name for group in told.values() for name in group]
+    fields = dataclasses.fields(TrainConfig)
+    assert sorted(flags) == sorted(["--config", *(flag(field.name) for field in fields)])
+    words = {name: text for group in told.values() for name, text in group.items()}
+    for field in fields:
+        value = getattr(script.DEFAULTS, field.name)
+        shown = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+        assert words[flag(field.name)].endswith(f"(default: {shown})"), field.name
+
+
+def test_the_scripts_differ_in_their_defaults_alone(capsys, monkeypatch):
+    clip, siglip = (boxes(script, capsys, monkeypatch) for script in (train_clip, train_siglip))
+    differing = {
+        name for group in clip for name, text in flags_of(clip[group]).items() if text != flags_of(siglip[group])[name]
+    }
+    assert differing == {"--effective-batch", "--xbm-size", "--beta2", "--weight-decay", "--scale-max"}
+
+
+def test_what_is_counted_or_measured_says_in_what(capsys, monkeypatch):
+    told = {
+        name: text for box in boxes(train_clip, capsys, monkeypatch).values() for name, text in flags_of(box).items()
+    }
+    units = {
+        "--rotation": "degrees", "--image-size": "pixels", "--shard-cache-gib": "GiB", "--save-every": "Steps",
+        "--eval-every": "Steps", "--warmup-steps": "Steps", "--xbm-size": "pairs", "--chunk-size": "pairs",
+        "--max-bad": "fraction", "--flip": "Probability", "--dropout": "probability", "--epochs": "Passes",
+    }  # fmt: skip
+    assert not [name for name, unit in units.items() if unit not in told[name]]
