@@ -73,8 +73,8 @@ def cached_step(
     The graphs of the first `keep_graphs` chunks are kept from pass 1 instead of being recomputed. With `share` every
     distinct text of this rank is encoded once, which is exact while the text tower draws nothing at random.
     `negatives` are texts that fit no image, the same on every rank: each rank encodes them all for its own images.
-    `between_chunks` is called where all ranks alike can give a step up: before every forward but the first, while no
-    reduction is under way. What it raises leaves gradients behind, and batch-norm statistics of pass 1. Pass 1
+    `between_chunks` is called where all ranks alike can give a step up, as often on each: for every chunk of both passes
+    but the first, while no reduction is under way. What it raises leaves gradients behind, and batch-norm statistics of pass 1. Pass 1
     embeds up to `together` chunks in one forward, as it stores no activations: exact while neither tower draws
     anything at random nor has a batch norm that trains.
     """
@@ -88,8 +88,9 @@ def cached_step(
         kept = block.start < keep_graphs
         # DDP decides in forward whether its backward will reduce: a kept graph reduces only if no other follows.
         last = all_kept and block.stop == len(inputs)
-        if block.start:
-            between_chunks()
+        for index in block:  # for each chunk: ranks may have different blocks, but as many chunks
+            if index:
+                between_chunks()
         with nullcontext() if last else no_sync(), nullcontext() if kept else torch.no_grad():
             of_block = [next(moved) for _ in block]
             passes += _embed(

@@ -114,6 +114,21 @@ def test_chunks_of_one_form_may_be_embedded_together(monkeypatch):
     assert largest_error(together, alone) <= 1e-10
 
 
+@pytest.mark.parametrize("keep_graphs", [0, 2, 6])
+def test_a_step_can_be_given_up_as_often_whatever_the_texts(monkeypatch, keep_graphs):
+    """Ranks agree there by a reduction: one that asked less often than another would wait for ever."""
+    monkeypatch.setattr("test_shared_texts.towers_with_image_dropout", lambda _: ToyTowers(0.0))
+    counts = set()
+    for texts in (1, 3, 5, COUNT):
+        asked: list[int] = []
+        counted = partial(cached_step, together=3, between_chunks=partial(asked.append, 1))
+        with monkeypatch.context() as patch:
+            patch.setattr("test_shared_texts.cached_step", counted)
+            shared("infonce", 2, texts, keep_graphs)
+        counts.add(len(asked))
+    assert counts == {2 * (COUNT // 2) - 1 - min(keep_graphs, COUNT // 2)}
+
+
 def on_this_rank(loss: str):
     return [shared(loss, size, 3, keep)[0] for size, keep in ((2, 0), (4, 1), (6, 0))]
 
