@@ -19,7 +19,7 @@ dt { color: #666; } dd { margin: 0; overflow-wrap: anywhere; }
 .picture { overflow-x: auto; }
 .picture img { max-width: 100%; }
 """
-LEGIBLE = 0.7  # of a picture's own size: it is shrunk to fit the page, but not further than this
+LEGIBLE = 0.6  # of a picture's own size: it is shrunk to fit the page, but not further than this
 
 
 def write_report(
