@@ -1,7 +1,11 @@
 """Collective operations over all ranks; on one process each returns its argument unchanged."""
 
+from typing import TypeVar
+
 import torch.distributed as dist
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 def rank_and_world_size() -> tuple[int, int]:
@@ -29,7 +33,7 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     return values
 
 
-def gather_objects(value: object) -> list:
+def gather_objects(value: T) -> list[T]:
     """Every rank's (picklable) value, in rank order, on every rank."""
     _, world_size = rank_and_world_size()
     if world_size == 1:

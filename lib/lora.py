@@ -23,8 +23,7 @@ def add_adapters(towers: TwoTowers, rank: int, alpha: float, dropout: float, see
     Adapters go to the projections of queries, keys, values and outputs; all other parameters of these trunks are
     frozen. Heads, scale and bias are left as they are. alpha: the adapters' output is multiplied by alpha / rank.
     """
-    for tower in ("image", "text"):
-        trunk = towers.get_submodule(tower).trunk
+    for tower, trunk in (("image", towers.image.trunk), ("text", towers.text.trunk)):
         if not any(parameter.requires_grad for parameter in trunk.parameters()):
             continue
         names = _attention_projections(trunk)

@@ -84,7 +84,7 @@ class Subject:
         fetcher = replace(fetcher, cache=options.cache_dir or fetcher.cache, allow_pipe=options.allow_pipe)
         every_part = EvaluationData.find(options.data, prompts, image_root=options.image_root, fetcher=fetcher)
         part = every_part.part_for(options.split)
-        data = _limited(every_part.of(part), options.limit)
+        data = _limited(every_part.of_split(part), options.limit)
         _check_kind(data, needs)
         stored = StoredEmbeddings(fetcher.cache / "embeddings")
         loaded = Model.load(model, device)
