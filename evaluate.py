@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.output_dir is not None:
             make_folder(options.output_dir)
         outcome = measure(options, state.device)
-        if outcome is not None:
+        if outcome is not None and options.output_dir is not None:
             write(outcome, options.output_dir)
             print(f"\n{time.perf_counter() - started:.1f} s on {state.num_processes} x {state.device.type}")
     except InputError as fault:
@@ -80,7 +80,8 @@ def measure(options: Task, device: torch.device) -> Outcome | None:
         case Compare():
             return compare(options, device)
         case Table():
-            return table(options)
+            table(options)
+            return None
 
 
 def make_folder(folder: Path) -> None:

@@ -1,12 +1,14 @@
 """The exponential moving average of the weights as they train: evaluated and exported instead of them on request."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from lib.towers import TwoTowers
+
+_Tensors = tuple[Tensor, ...] | list[Tensor]
 
 
 class WeightAverage(AveragedModel):
@@ -23,10 +25,10 @@ class WeightAverage(AveragedModel):
         self.requires_grad_(False).eval()
 
 
-def _averaging(decay: float) -> Callable[[Sequence[Tensor], Sequence[Tensor], Tensor], None]:
+def _averaging(decay: float) -> Callable[[_Tensors, _Tensors, Tensor | int], None]:
     floating = get_ema_multi_avg_fn(decay)
 
-    def update(averaged: Sequence[Tensor], current: Sequence[Tensor], count: Tensor) -> None:
+    def update(averaged: _Tensors, current: _Tensors, count: Tensor | int) -> None:
         if averaged[0].is_floating_point():
             floating(averaged, current, count)
         else:  # positions and counters: the mean of equal integers, rounded down, can be one less

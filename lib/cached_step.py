@@ -9,7 +9,7 @@ Letters: K chunks of C pairs on this rank, B = all pairs of this rank, N = W * B
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from typing import Literal, Protocol, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +17,19 @@ from torch import Tensor, nn
 from lib.collectives import gather_rows, rank_and_world_size, sum_over_ranks
 from lib.copies import on_device
 from lib.losses import Loss, LossShare, Pairs
-from lib.replay import RandomState, batch_norm_statistics, restore_statistics
+from lib.replay import RandomState, batch_norm_statistics, mean_over_ranks, restore_statistics
 from lib.shared_texts import Inputs, share_texts
+from lib.towers import TowerOutput
 
 Recompute = Literal["all", "head", "none"]
 """What of a tower runs again in pass 2: all of it, only its head (frozen trunk), or nothing (frozen tower)."""
+
+
+class Recomputed(TypedDict):
+    """What of each tower runs again in pass 2, by the names that `cached_step` has for it."""
+
+    image_recompute: Recompute
+    text_recompute: Recompute
 
 
 class TowerChunk(Protocol):
@@ -31,10 +39,14 @@ class TowerChunk(Protocol):
     with attention_mask, or text_pooled. Pairs of one `text_id` (C,) have the same text.
     """
 
-    inputs: Inputs
-    group: Tensor
-    sample_id: Tensor
-    text_id: Tensor | None
+    @property
+    def inputs(self) -> Inputs: ...
+    @property
+    def group(self) -> Tensor: ...
+    @property
+    def sample_id(self) -> Tensor: ...
+    @property
+    def text_id(self) -> Tensor | None: ...
 
 
 @dataclass(frozen=True)
@@ -73,10 +85,10 @@ def cached_step(
     The graphs of the first `keep_graphs` chunks are kept from pass 1 instead of being recomputed. With `share` every
     distinct text of this rank is encoded once, which is exact while the text tower draws nothing at random.
     `negatives` are texts that fit no image, the same on every rank: each rank encodes them all for its own images.
-    `between_chunks` is called where all ranks alike can give a step up, as often on each: for every chunk of both passes
-    but the first, while no reduction is under way. What it raises leaves gradients behind, and batch-norm statistics of pass 1. Pass 1
-    embeds up to `together` chunks in one forward, as it stores no activations: exact while neither tower draws
-    anything at random nor has a batch norm that trains.
+    `between_chunks` is called where all ranks alike can give a step up, as often on each: for every chunk of both
+    passes but the first, while no reduction is under way. What it raises leaves gradients behind, and batch-norm
+    statistics of pass 1. Pass 1 embeds up to `together` chunks in one forward, as it stores no activations: exact
+    while neither tower draws anything at random nor has a batch norm that trains.
     """
     inputs, text_row = share_texts(chunks) if share else ([chunk.inputs for chunk in chunks], None)
     inputs = [*negatives, *inputs]  # in front: ranks synchronize in the last backward, which has to have both towers
@@ -97,14 +109,16 @@ def cached_step(
                 towers, inputs[block.start : block.stop], of_block, device, kept, image_recompute, text_recompute
             )
 
-    statistics = batch_norm_statistics(towers)
+    # As pass 1 left them: two passes must not update them twice.
+    statistics = mean_over_ranks(batch_norm_statistics(towers))
     fresh, gradients = _loss_over_all_ranks(passes, len(negatives), chunks, text_row, loss, remembered)
-    surrogate = _Surrogate(passes, len(negatives), gradients)
+    surrogate = _Surrogate(passes, gradients)
 
     difference = torch.zeros((), device=device)
     if keep_graphs:  # one backward for all of them: the reducer must meet every parameter once
         with nullcontext() if all_kept else no_sync():
-            backward(sum(surrogate(i, passes[i].output, final=all_kept and i == 0) for i in range(keep_graphs)))
+            values = [surrogate(i, passes[i].output, final=all_kept and i == 0) for i in range(keep_graphs)]
+            backward(sum(values, start=torch.zeros((), device=device)))
     after_pass_1 = RandomState.capture(device)
     again = [each.inputs_of_pass_2(image_recompute, text_recompute) for each in passes[keep_graphs:]]
     for index, of_chunk in enumerate(on_device(again, device), start=keep_graphs):
@@ -127,7 +141,7 @@ class _ChunkPass:
     """A chunk's inputs, what pass 1 made of them, and the random state that it started from."""
 
     inputs: Inputs
-    output: object
+    output: TowerOutput
     random_state: RandomState
     image_pooled: Tensor | None
     text_pooled: Tensor | None
@@ -144,14 +158,14 @@ class _ChunkPass:
         return inputs | {name: tensor for name, tensor in pooled.items() if tensor is not None}
 
     @torch.no_grad()
-    def distance(self, output) -> Tensor:
+    def distance(self, output: TowerOutput) -> Tensor:
         distances = [
             (again.detach() - first).abs().max().float()
             for first, again in (
                 (self.output.image_embeds, output.image_embeds),
                 (self.output.text_embeds, output.text_embeds),
             )
-            if again is not None
+            if first is not None and again is not None
         ]
         return torch.stack(distances).max() if distances else torch.zeros((), device=self.output.logit_scale.device)
 
@@ -170,14 +184,20 @@ def _blocks(inputs: Sequence[Inputs], keep_graphs: int, together: int) -> list[r
 
 
 def _embed(
-    towers, inputs: Sequence[Inputs], moved: Sequence[Inputs], device, kept: bool, image: Recompute, text: Recompute
+    towers: nn.Module,
+    inputs: Sequence[Inputs],
+    moved: Sequence[Inputs],
+    device: torch.device,
+    kept: bool,
+    image: Recompute,
+    text: Recompute,
 ) -> list[_ChunkPass]:
     """Pass 1 of some chunks in one forward; a graph is kept where gradients are enabled.
 
     moved: the inputs on the device.
     """
     random_state = RandomState.capture(device)
-    output = towers(**_joined(moved))
+    output: TowerOutput = towers(**_joined(moved))
     # What the trunks gave is held only where pass 2 starts from it.
     images = output.image_embeds, output.image_pooled if image == "head" and not kept else None
     texts = output.text_embeds, output.text_pooled if text == "head" and not kept else None
@@ -220,14 +240,14 @@ def _loss_over_all_ranks(
     first = passes[0].output
     device = first.logit_scale.device
     outputs = [p.output for p in passes]
-    texts = torch.cat([o.text_embeds.detach() for o in outputs[negatives:] if o.text_embeds is not None])
+    images, texts = _image_embeds(outputs[negatives:]), _text_embeds(outputs[negatives:])
     text_row = None if text_row is None else text_row.to(device)
     fresh = Pairs(
-        gather_rows(torch.cat([o.image_embeds.detach() for o in outputs[negatives:]])),
+        gather_rows(images),
         gather_rows(texts if text_row is None else texts[text_row]),
         gather_rows(torch.cat([chunk.group for chunk in chunks]).to(device)),
         gather_rows(torch.cat([chunk.sample_id for chunk in chunks]).to(device)),
-        torch.cat([o.text_embeds.detach() for o in outputs[:negatives]]) if negatives else None,
+        _text_embeds(outputs[:negatives]) if negatives else None,
     )
     rank, world_size = rank_and_world_size()
     per_rank = len(fresh) // world_size
@@ -238,6 +258,14 @@ def _loss_over_all_ranks(
     if text_row is not None:
         d_texts = torch.zeros_like(texts).index_add_(0, text_row, d_texts.to(texts.dtype))
     return fresh, LossShare(total, share.image_embeds, d_texts, d_scale, d_bias, share.negative_texts)
+
+
+def _image_embeds(outputs: Sequence[TowerOutput]) -> Tensor:
+    return torch.cat([o.image_embeds.detach() for o in outputs if o.image_embeds is not None])
+
+
+def _text_embeds(outputs: Sequence[TowerOutput]) -> Tensor:
+    return torch.cat([o.text_embeds.detach() for o in outputs if o.text_embeds is not None])
 
 
 def _rows(embeds: Tensor | None) -> int:
@@ -251,9 +279,9 @@ class _Surrogate:
     the full gradient on every rank already, and enter once.
     """
 
-    def __init__(self, passes: Sequence[_ChunkPass], negatives: int, gradients: LossShare) -> None:
+    def __init__(self, passes: Sequence[_ChunkPass], gradients: LossShare) -> None:
         of_texts = gradients.text_embeds  # (B or the distinct texts, D), the negative texts' before them
-        if negatives:
+        if gradients.negative_texts is not None:
             of_texts = torch.cat([gradients.negative_texts.to(of_texts.dtype), of_texts])
         # A chunk has no texts where they are shared and elsewhere, and no images where they are negatives.
         self.image_gradients = gradients.image_embeds.split([_rows(p.output.image_embeds) for p in passes])
@@ -261,7 +289,7 @@ class _Surrogate:
         self.d_scale, self.d_bias = gradients.logit_scale, gradients.logit_bias
         self.world_size = rank_and_world_size()[1]
 
-    def __call__(self, index: int, output, final: bool) -> Tensor:
+    def __call__(self, index: int, output: TowerOutput, final: bool) -> Tensor:
         """`final` adds scale and bias; it is set for exactly one chunk, inside the backward that synchronizes."""
         once = float(final)
         value = once * (output.logit_scale * self.d_scale + output.logit_bias * self.d_bias)

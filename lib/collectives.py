@@ -3,11 +3,14 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch.distributed as dist
 from torch import Tensor
 
 from lib.errors import InputError
+
+T = TypeVar("T")
 
 
 def rank_and_world_size() -> tuple[int, int]:
@@ -35,7 +38,7 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     return values
 
 
-def gather_objects(value: object) -> list:
+def gather_objects(value: T) -> list[T]:
     """Every rank's (picklable) value, in rank order, on every rank."""
     _, world_size = rank_and_world_size()
     if world_size == 1:

@@ -85,7 +85,7 @@ def draw_curve(lines: Sequence[dict], file: Path) -> None:
 
 def flatten(metrics: dict, prefix: str = "") -> dict[str, float]:
     """Nested metrics as one level: {"text_to_image": {"R@1": x}} -> {"text_to_image.R@1": x}."""
-    flat = {}
+    flat: dict[str, float] = {}
     for name, value in metrics.items():
         flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
     return flat

@@ -20,7 +20,7 @@ from lib.towers import TwoTowers
 def finish(run: Run, report: Reporter, prediction: Prediction, step: int, complete: bool, seconds: float) -> None:
     """Curve, summary and, of a run that is complete, the export of the best checkpoint."""
     parting = find_parting(read_metrics(run.folder)) if run.accelerator.is_main_process else None
-    summary = {
+    summary: dict = {
         "steps": step,
         "pairs": step * run.plan.effective_batch,
         "wall_seconds": seconds,
@@ -43,7 +43,7 @@ def finish(run: Run, report: Reporter, prediction: Prediction, step: int, comple
     report.curve()
     report.summary(summary)
     last = run.whole_towers() if complete else None  # of all ranks, where each holds a part
-    if complete and run.accelerator.is_main_process:
+    if last is not None and run.accelerator.is_main_process:
         report.summary(summary | {"export_difference": _export(run, last, report)})
         report.say(f"next: {next_command(run)}")
     report.close()

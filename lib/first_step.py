@@ -3,6 +3,7 @@
 from functools import partial
 
 import torch
+from torch import nn
 
 from lib import verify
 from lib.cached_step import cached_step
@@ -12,17 +13,18 @@ from lib.errors import RunError
 from lib.logit_bias import bias_from_counts, solved_bias
 from lib.losses import Pairs, diagonal
 from lib.objective import Objective
+from lib.replay import batch_norm_statistics, restore_statistics
 from lib.report import Reporter
 from lib.run import Run
-from lib.undo import batch_norm_statistics, put_back
 
 
 def prepare_first_step(run: Run, objective: Objective, chunks: list[Chunk], report: Reporter) -> None:
     """Before the first update: start the bias where the data wants it, and verify the gradients if asked."""
-    fresh_bias = run.first_step == 0 and run.towers.use_bias and not run.towers.pretrained_bias
-    if objective.family == "siglip" and fresh_bias:
+    starts_fresh = run.first_step == 0 and not run.towers.pretrained_bias
+    trained_bias = run.towers.logit_bias if run.towers.use_bias else None
+    if objective.family == "siglip" and starts_fresh and isinstance(trained_bias, nn.Parameter):
         bias = _start_bias(run, chunks)
-        with run.backend.editing(run.towers.logit_bias):
+        with run.backend.editing(trained_bias):
             run.towers.set_scale_and_bias(None, bias)
         report.say(f"logit_bias starts at {bias:.3f}")
     if run.config.verify_gradients:
@@ -66,7 +68,7 @@ def _verify(run: Run, objective: Objective, chunks: list[Chunk], report: Reporte
     )
     plain = partial(verify.plain_autograd, run.backend, few, objective.dense, pairwise, device)
     differences = verify.compare_gradients(run.backend, cached, plain, device)
-    put_back(statistics)
+    restore_statistics(statistics)
     tolerance = verify.TOLERANCE[run.backend.precision.name]
     report.say(
         "verify-gradients: largest relative difference "

@@ -28,7 +28,8 @@ def claimed_folder(config: TrainConfig, family: str, accelerator: Accelerator) -
     The operating system lets go of the lock when the process ends, however it ends.
     Raises InputError, on all ranks alike, for a folder that cannot be written, holds a run or is in use.
     """
-    lock, choice = None, None
+    lock: FileLock | None = None
+    choice: Path | InputError | None = None
     if accelerator.is_main_process:
         try:
             choice = _choose(config, family)
@@ -38,6 +39,7 @@ def claimed_folder(config: TrainConfig, family: str, accelerator: Accelerator) -
     choice = gather_objects(choice)[0]
     if isinstance(choice, InputError):
         raise choice
+    assert choice is not None, "rank 0 chooses"
     try:
         yield choice
     finally:

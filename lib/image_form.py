@@ -54,10 +54,11 @@ def read_image_form(folder_or_id: str | Path, default: ImageForm) -> ImageForm:
         side = math.isqrt(processor.max_num_patches) * processor.patch_size
         return ImageForm(side, tuple(processor.image_mean), tuple(processor.image_std), "squash")
     size, crop = processor.size, getattr(processor, "crop_size", None)
-    cropped = bool(getattr(processor, "do_center_crop", False)) and crop is not None
-    kept = "crop" if cropped or size.shortest_edge else "squash"
-    resize = "pad" if size.max_height else kept
-    side = crop.height if cropped else (size.height or size.shortest_edge)
+    if not getattr(processor, "do_center_crop", False):
+        crop = None
+    kept: Resize = "crop" if crop is not None or size.shortest_edge else "squash"
+    resize: Resize = "pad" if size.max_height else kept
+    side = (size.height or size.shortest_edge) if crop is None else crop.height
     if not processor.do_normalize:
         return ImageForm(side, (0.0,) * 3, (1.0,) * 3, resize)
     return ImageForm(side, tuple(processor.image_mean), tuple(processor.image_std), resize)

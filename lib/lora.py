@@ -23,8 +23,7 @@ def add_adapters(towers: TwoTowers, rank: int, alpha: float, dropout: float, see
     Adapters go to the projections of queries, keys, values and outputs; all other parameters of these trunks are
     frozen. Heads, scale and bias are left as they are. alpha: the adapters' output is multiplied by alpha / rank.
     """
-    for tower in ("image", "text"):
-        trunk = towers.get_submodule(tower).trunk
+    for tower, trunk in (("image", towers.image.trunk), ("text", towers.text.trunk)):
         if not any(parameter.requires_grad for parameter in trunk.parameters()):
             continue
         names = _attention_projections(trunk)
@@ -33,7 +32,7 @@ def add_adapters(towers: TwoTowers, rank: int, alpha: float, dropout: float, see
                 f"--lora {rank}: no attention layer of the {tower} tower's {type(trunk).__name__} trains; "
                 f"add --freeze {tower}.trunk, or leave --lora out"
             )
-        width = min(min(trunk.get_submodule(name).weight.shape) for name in names)
+        width = min(min(trunk.get_parameter(f"{name}.weight").shape) for name in names)
         if rank > width:
             raise InputError(
                 f"--lora {rank} is above {width}, the width of the {tower} tower's attention; 4 to 64 is usual"

@@ -12,14 +12,14 @@ from lib.errors import InputError
 from lib.lora import add_adapters
 from lib.optim import Rates, build_optimizer
 from lib.processing import Processing
-from lib.towers import PRESETS, TwoTowers, load_towers
+from lib.towers import PRESETS, Family, TwoTowers, load_towers
 from lib.towers.presets import SIZES
 from lib.trainable import set_trainable
 from lib.trunk_options import checkpoint_activations
 
 
 def make_towers(
-    config: TrainConfig, family: str, source: Source, resume_from: Path | None, state: TrainingState | None
+    config: TrainConfig, family: Family, source: Source, resume_from: Path | None, state: TrainingState | None
 ) -> tuple[TwoTowers, Processing, bool]:
     """The towers with what trains of them, what they want of their inputs, and whether they are pretrained."""
     towers, processing = _load(config, family, source, resume_from)
@@ -47,7 +47,9 @@ def make_optimizer(config: TrainConfig, towers: TwoTowers, fused: bool) -> Optim
     return build_optimizer(towers, config.optimizer, rates=rates, weight_decay=decay, beta2=beta2, fused=fused)
 
 
-def _load(config: TrainConfig, family: str, source: Source, resume_from: Path | None) -> tuple[TwoTowers, Processing]:
+def _load(
+    config: TrainConfig, family: Family, source: Source, resume_from: Path | None
+) -> tuple[TwoTowers, Processing]:
     if resume_from:
         return TwoTowers.from_pretrained(resume_from), Processing.from_pretrained(resume_from)
     return load_towers(

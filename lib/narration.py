@@ -84,7 +84,8 @@ def next_command(run: Run) -> str:
     }
     here = sys.executable.removeprefix(f"{os.getcwd()}/")
     python = "python" if os.path.isabs(here) else here
-    return shlex.join([python, "evaluate.py", task, *(w for pair in flags.items() if pair[1] for w in pair)])
+    words = [word for name, value in flags.items() if value for word in (name, value)]
+    return shlex.join([python, "evaluate.py", task, *words])
 
 
 def _text_lines(run: Run) -> list[str]:

@@ -2,13 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lib.losses import Loss, PosWeight, balanced_weight
+from lib.towers import Family
 
 DenseLoss = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 """(image_embeds (N, D), text_embeds (N, D), group (N,), logit_scale, logit_bias) -> (), differentiable."""
@@ -18,7 +18,7 @@ DenseLoss = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 class Objective:
     """A loss in both forms, and the family of models that it was published with."""
 
-    family: Literal["clip", "siglip"]
+    family: Family
     loss: Loss
     dense: DenseLoss
 

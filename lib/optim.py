@@ -45,8 +45,9 @@ def parameter_groups(towers: TwoTowers, rates: Rates, weight_decay: float) -> li
 def _rates_of_parameters(towers: TwoTowers, rates: Rates) -> dict[str, float]:
     """The peak rates of what lies in the towers, by the parameters' names."""
     rate_of = {}
-    for tower, own in (("image", rates.image_trunk), ("text", rates.text_trunk)):
-        trunk, trunk_rate = towers.get_submodule(tower).trunk, rates.lr if own is None else own
+    sides = ("image", towers.image, rates.image_trunk), ("text", towers.text, rates.text_trunk)
+    for tower, side, own in sides:
+        trunk, trunk_rate = side.trunk, rates.lr if own is None else own
         count = len(blocks(trunk))
         if rates.layer_decay != 1 and not count and any(p.requires_grad for p in trunk.parameters()):
             raise InputError(
@@ -56,7 +57,7 @@ def _rates_of_parameters(towers: TwoTowers, rates: Rates) -> dict[str, float]:
         for name, depth in depths(trunk).items():
             steps_below_top = count + 1 - depth if count else 0
             rate_of[f"{tower}.trunk.{name}"] = trunk_rate * rates.layer_decay**steps_below_top
-        for name, _ in towers.get_submodule(tower).head.named_parameters():
+        for name, _ in side.head.named_parameters():
             rate_of[f"{tower}.head.{name}"] = rates.lr if rates.heads is None else rates.heads
     return rate_of
 

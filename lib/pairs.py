@@ -51,7 +51,15 @@ class LossShare:
 class Face(LogitTiles):
     """Logits of some anchors (A, D) against some others (M, D), who is whose positive, and where gradients go."""
 
-    def __init__(self, sums: "_Sums", relation: Relation, anchors: Tensor, others: Tensor, d_anchors, d_others=None):
+    def __init__(
+        self,
+        sums: "_Sums",
+        relation: Relation,
+        anchors: Tensor,
+        others: Tensor,
+        d_anchors: Tensor,
+        d_others: Tensor | None = None,
+    ) -> None:
         super().__init__(anchors, others, sums.scale, sums.bias)
         self.sums, self.relation, self.d_anchors, self.d_others = sums, relation, d_anchors, d_others
 
@@ -69,13 +77,14 @@ class Face(LogitTiles):
         of_scale = (target * self.anchors).sum()
         self.sums.loss -= of_scale * self.scale
         self.sums.d_scale -= of_scale
-        if mass is not None:
+        if mass is not None and self.bias is not None:
             self.sums.loss -= mass.sum() * self.bias
             self.sums.d_bias -= mass.sum()
         self.d_anchors.addcmul_(target, self.scale, value=-1)
 
     def subtract_target_of_others(self, target: Tensor) -> None:
         """The others' part in the gradient of such a target: (M, D) or (D,), each other's sum of t_ij * anchor_i."""
+        assert self.d_others is not None
         self.d_others.addcmul_(target.expand_as(self.d_others), self.scale, value=-1)
 
 
@@ -165,7 +174,7 @@ class LossBlock:
         """What was gathered, divided by `norm`."""
         sums = self.sums
         parts = (sums.loss, self.d_images, self.d_texts, sums.d_scale, sums.d_bias)
-        of_negatives = (face.d_others for face in self.negatives)
+        of_negatives = (face.d_others for face in self.negatives if face.d_others is not None)
         return LossShare(*(part.div_(norm) for part in (*parts, *of_negatives)))
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lib.logit_tiles import TILE
+from lib.replay import batch_norms_that_train
 
 CPU_ACTIVATIONS = 256 * 2**20  # bytes; larger chunks are no faster on a CPU
 LARGEST_CHUNK = 4096
@@ -110,7 +111,7 @@ def measure_activations(towers: nn.Module, inputs: dict[str, Tensor]) -> int:
     inputs: what the forward takes, by name, of at least 4 pairs like the data's. Measured as the difference between 4
     and 2 pairs, so that what does not grow with the chunk drops out.
     """
-    norms = [m for m in towers.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
+    norms = batch_norms_that_train(towers)
     for norm in norms:  # a measurement must not move running statistics
         norm.eval()
     largest_output = 0

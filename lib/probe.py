@@ -4,12 +4,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
 
 from lib.cached_step import Recompute
 from lib.losses import Loss, Pairs
+from lib.replay import batch_norms_that_train
 from lib.shared_texts import TEXT_INPUTS, Inputs
 
 MARGIN = 0.85  # of the free memory: fragmentation, and kernels that want more room in other shapes
@@ -128,7 +130,7 @@ def _seconds_of_a_pair(
     pairs = min(4, chunk_size)
     while True:
         batch = repeated(inputs, pairs)
-        seconds = _timed(lambda batch=batch: run(batch), device)
+        seconds = _timed(partial(run, batch), device)
         if seconds >= ENOUGH_SECONDS or pairs == chunk_size:
             return seconds / pairs
         pairs = min(4 * pairs, chunk_size)
@@ -154,7 +156,7 @@ def _wait_for(device: torch.device) -> None:
 @contextmanager
 def _undisturbed(towers: nn.Module) -> Iterator[None]:
     """Leave no gradients, no moved batch-norm statistics and no drawn random numbers behind."""
-    norms = [m for m in towers.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
+    norms = batch_norms_that_train(towers)
     for norm in norms:
         norm.eval()
     try:

@@ -18,16 +18,15 @@ class RandomState:
 
     @classmethod
     def capture(cls, device: torch.device) -> "RandomState":
-        module = None if device.type == "cpu" else torch.get_device_module(device)
-        return cls(torch.get_rng_state(), module and module.get_rng_state(device), device)
+        on_device = None if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
+        return cls(torch.get_rng_state(), on_device, device)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, RandomState):
             return NotImplemented
-        on_device = self.accelerator is None or torch.equal(self.accelerator, other.accelerator)
+        ours, theirs = self.accelerator, other.accelerator
+        on_device = torch.equal(ours, theirs) if ours is not None and theirs is not None else ours is theirs
         return torch.equal(self.cpu, other.cpu) and on_device
-
-    __hash__ = None
 
     def restore(self) -> None:
         torch.set_rng_state(self.cpu)
@@ -40,21 +39,28 @@ def batch_norms_that_train(towers: nn.Module) -> list[nn.Module]:
     return [m for m in towers.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
 
 
-def batch_norm_statistics(towers: nn.Module) -> list[tuple[Tensor, Tensor]]:
-    """Running statistics of batch norms in training mode, as pass 1 left them, averaged over ranks.
+Statistics = list[tuple[Tensor, Tensor]]
+"""Running statistics: buffers of batch norms, each with a value for it."""
 
-    Two passes must not update them twice, and ranks must agree on them.
-    """
+
+def batch_norm_statistics(towers: nn.Module) -> Statistics:
+    """Running statistics of the batch norms in training mode, each with a copy."""
     buffers = [buffer for norm in batch_norms_that_train(towers) for buffer in norm.buffers(recurse=False)]
+    return [(buffer, buffer.detach().clone()) for buffer in buffers]
+
+
+def mean_over_ranks(statistics: Statistics) -> Statistics:
+    """The same buffers with the mean of all ranks' values: ranks must agree on them."""
     world_size = rank_and_world_size()[1]
-    saved = []
-    for buffer in buffers:
-        value = sum_over_ranks(buffer.detach().clone())
-        saved.append((buffer, value / world_size if value.is_floating_point() else value // world_size))
-    return saved
+    means = []
+    for buffer, value in statistics:
+        total = sum_over_ranks(value)
+        means.append((buffer, total / world_size if total.is_floating_point() else total // world_size))
+    return means
 
 
 @torch.no_grad()
-def restore_statistics(statistics: list[tuple[Tensor, Tensor]]) -> None:
+def restore_statistics(statistics: Statistics) -> None:
+    """Give the buffers the values that stand beside them."""
     for buffer, value in statistics:
         buffer.copy_(value)

@@ -113,7 +113,7 @@ def read_lines(file: Path) -> list[dict]:
     return lines
 
 
-def _finite(value):
+def _finite(value: object) -> object:
     """JSON has no nan: it becomes null."""
     if isinstance(value, dict):
         return {name: _finite(inner) for name, inner in value.items()}

@@ -11,7 +11,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from lib import checkpoint
 from lib.averaging import WeightAverage
 from lib.backends import Backend
-from lib.cached_step import Recompute, StepResult
+from lib.cached_step import Recompute, Recomputed, StepResult
 from lib.checkpoint import TrainingState
 from lib.config import TrainConfig
 from lib.data import EvaluationSet, Prepare, Source, TrainingData
@@ -106,7 +106,7 @@ class Run:
         return self.evaluated if self.evaluated is not self.towers else self.backend.whole_towers()
 
     @property
-    def recompute(self) -> dict[str, Recompute]:
+    def recompute(self) -> Recomputed:
         """What of each tower pass 2 has to run again."""
         return recompute_of(self.towers)
 
@@ -192,7 +192,7 @@ class Run:
             RandomState(random["cpu"], random["accelerator"], self.accelerator.device).restore()
 
 
-def recompute_of(towers: TwoTowers) -> dict[str, Recompute]:
+def recompute_of(towers: TwoTowers) -> Recomputed:
     """What of each tower pass 2 has to run again, as the cached step takes it."""
     return {
         "image_recompute": _recompute(towers.image_frozen, towers.image_trunk_frozen),

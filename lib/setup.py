@@ -44,12 +44,12 @@ from lib.probe import Costs, largest_that_fits, measure_costs, peak_of_chunk
 from lib.replay import batch_norms_that_train
 from lib.run import Run, recompute_of, settings_of_the_weights
 from lib.shared_texts import TEXT_INPUTS, Inputs, same_every_time
-from lib.towers import TwoTowers
+from lib.towers import Family, TwoTowers
 from lib.trunk_options import compile_trunks
 from lib.xbm import CrossBatchMemory, MemorySwitch
 
 
-def make_run(config: TrainConfig, family: str, backend: Backend, folder: Path) -> Run:
+def make_run(config: TrainConfig, family: Family, backend: Backend, folder: Path) -> Run:
     """Build everything that the settings ask for in the run's folder, or raise InputError before the first batch."""
     accelerator = backend.accelerator
     _check_backend(config, backend)
@@ -224,8 +224,9 @@ def _plan(
     if state:  # what was measured then holds, so that dropout's masks and sums stay the same
         chunk_size = state.progress["chunk_size"] if chunk_size == "auto" else chunk_size
         keep = state.progress["keep_graphs"] if keep == "auto" else keep
-    if chunk_size == "auto":
-        chunk_size = min(gather_objects(_largest_chunk(config, towers, inputs, activations, backend)))
+    if isinstance(chunk_size, str):  # auto
+        fits: int = min(gather_objects(_largest_chunk(config, towers, inputs, activations, backend)))
+        chunk_size = fits
     plan = BatchPlan(
         effective_batch=config.effective_batch,
         world_size=world_size,
@@ -246,8 +247,9 @@ def _plan(
         )
     if backend.shards_weights:
         keep = 0
-    elif keep == "auto":
-        keep = min(gather_objects(graphs_that_fit(plan, device, world_size)))
+    elif isinstance(keep, str):  # auto
+        graphs: int = min(gather_objects(graphs_that_fit(plan, device, world_size)))
+        keep = graphs
     with backend.autocast():
         recompute = recompute_of(towers)
         costs = measure_costs(

@@ -20,8 +20,10 @@ TEXT_INPUTS = ("input_ids", "attention_mask", "text_pooled")
 class TextChunk(Protocol):
     """Pairs of one tower forward (see lib.data.Chunk): what the forward takes by name, and text_id (C,)."""
 
-    inputs: Inputs
-    text_id: Tensor | None
+    @property
+    def inputs(self) -> Inputs: ...
+    @property
+    def text_id(self) -> Tensor | None: ...
 
 
 def share_texts(chunks: Sequence[TextChunk]) -> tuple[list[Inputs], Tensor | None]:
@@ -31,11 +33,12 @@ def share_texts(chunks: Sequence[TextChunk]) -> tuple[list[Inputs], Tensor | Non
     whose backward pass ranks synchronize, has both towers. None where the texts are all different.
     """
     inputs = [chunk.inputs for chunk in chunks]
-    if any(chunk.text_id is None for chunk in chunks):
+    known = [chunk.text_id for chunk in chunks if chunk.text_id is not None]
+    if len(known) < len(chunks):
         return inputs, None
-    text_ids = torch.cat([chunk.text_id for chunk in chunks])
+    text_ids = torch.cat(known)
     distinct, text_row = torch.unique(text_ids, return_inverse=True)
-    size = len(chunks[0].text_id)
+    size = len(known[0])
     blocks = -(-len(distinct) // size)
     if len(distinct) == len(text_ids):
         return inputs, None

@@ -153,7 +153,8 @@ class Caching:
         if file.is_file() and notes.is_file():
             bar.update(len(rows))
             return {int(key): reason for key, reason in json.loads(notes.read_text()).items()}
-        pooled, reasons = [], []
+        pooled: list[Tensor] = []
+        reasons: list[str] = []
         for inputs, reasons_of_batch in batches(rows):
             output = self.towers(**{name: tensor.to(self.device) for name, tensor in inputs.items()})
             pooled.append((output.image_pooled if tower == "image" else output.text_pooled).float().cpu())

@@ -216,6 +216,7 @@ def _remember(run: Run, fresh: Pairs, step: int, report: Reporter) -> Drift:
 
 def _evaluate(run: Run, loss: Loss, best: BestMetric, step: int, report: Reporter) -> None:
     """Measure on validation data, on all ranks; note whether it is the best so far."""
+    assert run.validation is not None
     with run.backend.autocast():
         metrics = validate(
             run.evaluated,

@@ -1,15 +1,19 @@
 """How the trunks run: with activations computed again in the backward pass, or compiled."""
 
 import warnings
-from typing import Literal
+from collections.abc import Callable
+from typing import Literal, TypeGuard
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from lib.errors import InputError
 from lib.towers import TwoTowers
 
-COMPILE_OPTIONS = {"inductor": {"fallback_random": True}, "aot_eager": None}
+_Options = dict[str, str | int | bool | Callable]
+
+COMPILE_OPTIONS: dict[str, _Options | None] = {"inductor": {"fallback_random": True}, "aot_eager": None}
 """torch.compile's options by backend; dropout has to draw what it draws without compiling, in both passes of a step."""
 
 RECOMPILE_LIMIT = 64
@@ -72,5 +76,5 @@ def _trains(trunk: nn.Module) -> bool:
     return any(parameter.requires_grad for parameter in trunk.parameters())
 
 
-def _offers_checkpointing(trunk: nn.Module) -> bool:
+def _offers_checkpointing(trunk: nn.Module) -> TypeGuard[PreTrainedModel]:
     return bool(getattr(trunk, "supports_gradient_checkpointing", False))

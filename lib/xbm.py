@@ -28,7 +28,13 @@ class CrossBatchMemory:
     Dropping one side would unbalance the gradient norms of the towers, so both are always kept.
     """
 
-    def __init__(self, size: int, embed_dim: int, device: torch.device | str = "cpu", dtype=torch.float32) -> None:
+    def __init__(
+        self,
+        size: int,
+        embed_dim: int,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         self.size = size
         self.image_embeds = torch.zeros(size, embed_dim, device=device, dtype=dtype)
         self.text_embeds = torch.zeros(size, embed_dim, device=device, dtype=dtype)

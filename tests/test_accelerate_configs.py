@@ -13,6 +13,8 @@ from ranks import on_ranks
 
 import train_siglip
 
+pytestmark = pytest.mark.slow
+
 HEADLINE = ["--effective-batch", "32", "--xbm-size", "32", "--steps", "1", "--eval-every", "0"]
 OF_RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 

@@ -15,6 +15,8 @@ from transformers import AutoModel
 import train_siglip
 from lib.report import read_metrics
 
+pytestmark = pytest.mark.slow
+
 FLAGS = [
     "--effective-batch=24", "--chunk-size=4", "--xbm-size=30", "--xbm-start=2", "--lr=1e-3", "--warmup-steps=2",
     "--schedule=linear", "--steps=7", "--save-every=1", "--keep-checkpoints=0", "--workers=0", "--eval-every=0",

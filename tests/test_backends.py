@@ -23,6 +23,8 @@ from lib.losses import Pairs, infonce, sigmoid
 from lib.towers import TwoTowers, build_preset
 from lib.xbm import CrossBatchMemory
 
+pytestmark = pytest.mark.slow
+
 COUNT, STEPS, RATE, CLIP, CHUNK, SCALE = 12, 3, 0.05, 0.5, 2, 4.0
 LOSSES = {
     "infonce": (partial(infonce, merge_logsumexp=logsumexp_over_ranks), naive_infonce),

@@ -135,6 +135,7 @@ def all_cases_on_this_rank():
     return results
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_gradients_equal_plain_autograd_on_several_ranks_with_one_reduction(world_size):
     for case, (result, reductions) in on_ranks(world_size, all_cases_on_this_rank).items():

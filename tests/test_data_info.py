@@ -124,6 +124,7 @@ def test_the_picture_is_the_same_every_time(tmp_path):
     assert info["held_out"]["images"] == 355 and info["training"]["image_headers"]["formats"] == {"in memory": 200}
 
 
+@pytest.mark.slow
 def test_the_real_sets_are_told(shared, tmp_path, capsys):
     coco = info_of(str(shared / "data" / "coco"), tmp_path / "coco")["training"]
     assert (coco["images"], coco["pairs"], coco["left_out"]["missing"]["count"]) == (128, 641, 4_872)

@@ -235,6 +235,7 @@ def test_compare_says_of_each_model_what_zeroshot_says(models, tmp_path, capsys)
     assert "left → right" in page and "Training" in page and "anthracite" in page
 
 
+@pytest.mark.slow
 def test_retrieval_models_compare_by_recall_alike_on_one_rank_and_two(models, tmp_path):
     names = [f"{k}.png" for k in range(7)]
     make_images(tmp_path, *names)

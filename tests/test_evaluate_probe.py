@@ -118,6 +118,7 @@ def test_data_without_train_or_val_is_divided_and_says_so(model, tmp_path, capsy
     assert "tested on: 8 images held out of plain (all)" in told
 
 
+@pytest.mark.slow
 def test_two_ranks_measure_as_one_process(model, squares, tmp_path):
     alone = _both_tasks(model, squares, tmp_path / "one")
     assert on_ranks(2, _both_tasks, model, squares, tmp_path / "two") == alone

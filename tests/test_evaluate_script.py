@@ -88,6 +88,7 @@ def test_zeroshot_leaves_what_the_design_promises(run_folder, tmp_path):
     assert "Traceback" not in found.stderr
 
 
+@pytest.mark.slow
 def test_retrieval_on_two_ranks_equals_one_process(run_folder, captions, tmp_path, capsys):
     def flags(out: str) -> list[str]:
         own = ["--cache-dir", str(tmp_path / out / "cache"), "--output-dir", str(tmp_path / out)]

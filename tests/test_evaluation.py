@@ -122,6 +122,7 @@ def mean_product(image_embeds: Tensor, text_embeds: Tensor, group: Tensor) -> fl
     return (image_embeds * text_embeds).sum(1).mean().item()
 
 
+@pytest.mark.slow
 def test_two_ranks_give_what_one_process_gives():
     alone = _embed_all()
     loss = alone["metrics"].pop("loss")

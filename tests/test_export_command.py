@@ -58,6 +58,7 @@ def same_logits(first: Path, second: Path) -> bool:
     return all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+@pytest.mark.slow
 def test_the_command_exports_the_best_checkpoint_and_says_how_exact(run):
     shutil.rmtree(run / "export")
     command = [sys.executable, "-m", "lib.export", str(run), "--format", "hf"]

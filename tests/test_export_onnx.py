@@ -31,6 +31,7 @@ def exported(request, tmp_path_factory):
     return towers.eval(), processing, folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 2, 5])
 def test_onnxruntime_gives_the_same_unit_embeddings_at_any_batch(exported, count):
     towers, processing, folder = exported

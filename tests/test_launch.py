@@ -21,6 +21,7 @@ def run(command: list[str], cwd: Path = ROOT) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=environment, timeout=300)
 
 
+@pytest.mark.slow
 def test_the_headline_command_works_from_any_folder_without_a_data_flag(tmp_path):
     """A small batch here; the names of its negatives are those of the plan."""
     command = [*LAUNCH, str(ROOT / "train_siglip.py"), "--effective-batch", "96", "--xbm-size", "64", "--steps", "2"]
@@ -30,6 +31,7 @@ def test_the_headline_command_works_from_any_folder_without_a_data_flag(tmp_path
     assert (tmp_path / "runs" / "siglip" / "export" / "model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_an_error_is_one_line_on_one_rank_with_exit_code_2(tmp_path):
     script = [str(ROOT / "train_clip.py"), "--effective-batch", "33", "--output-dir", str(tmp_path / "run")]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]

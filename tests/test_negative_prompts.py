@@ -93,6 +93,7 @@ def on_this_rank(loss: str):
     return [cached(loss, keep) for keep in (0, 3, 99)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", LOSSES)
 def test_two_ranks_give_the_gradients_of_one(loss):
     for found in on_ranks(2, on_this_rank, loss):

@@ -384,6 +384,7 @@ def test_bad_flags_are_refused_before_any_work(table, tmp_path):
     assert not list(out.iterdir())
 
 
+@pytest.mark.slow
 def test_packing_as_a_user_runs_it(folders, tmp_path):
     def run(*arguments: str) -> subprocess.CompletedProcess:
         command = [sys.executable, "-m", "lib.data.pack", *arguments]

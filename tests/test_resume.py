@@ -86,6 +86,7 @@ def outcome(folder: Path) -> tuple[bytes, list[dict]]:
     return weights, metrics
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "ranks"), [("indexed", 1), ("shards", 1), ("indexed", 2)])
 def test_killed_in_mid_step_and_resumed_equals_unbroken(kind, ranks, shards, tmp_path):
     flags = ["--workers=2"] + ([f"--data={shards}"] if kind == "shards" else [])
@@ -106,6 +107,7 @@ def test_killed_in_mid_step_and_resumed_equals_unbroken(kind, ranks, shards, tmp
         assert summaries[0]["data"]["skipped"] == {"not_an_image": 1}
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_exits_75_and_the_run_goes_on(tmp_path):
     process = start(tmp_path / "run", ["--save-every=0", "--eval-every=0", "--workers=2"])
     wait_for_step(tmp_path / "run", process, 3)
@@ -168,6 +170,7 @@ def test_more_steps_go_on_from_the_last(finished, tmp_path):
     assert [line["step"] for line in read_metrics(tmp_path / "more")] == [5, 6]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_two_ranks_goes_on_on_one_with_the_same_pairs(tmp_path):
     """The same curve as an unbroken run on one rank, and counts that no rank loses or doubles."""
     flags = [

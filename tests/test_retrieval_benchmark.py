@@ -8,6 +8,7 @@ import pytest
 from conftest import ROOT
 
 
+@pytest.mark.slow
 def test_it_prints_a_ratio_and_writes_raw_figures(tmp_path):
     output = tmp_path / "results" / "retrieval.json"
     flags = ["--pairs=300", "--dimensions=16", "--signal=0.5", "--repeats=1", f"--output={output}"]

@@ -133,6 +133,7 @@ def on_this_rank(loss: str):
     return [shared(loss, size, 3, keep)[0] for size, keep in ((2, 0), (4, 1), (6, 0))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", LOSSES)
 def test_ranks_may_have_different_texts(loss):
     for (size, _), found in zip(((2, 0), (4, 1), (6, 0)), on_ranks(2, on_this_rank, loss), strict=True):

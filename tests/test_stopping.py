@@ -36,6 +36,7 @@ def test_patience_ends_a_run_that_gets_no_better_and_exports_its_best(tmp_path, 
     assert (run / "checkpoints" / f"step_{found['steps']:06d}").is_dir()
 
 
+@pytest.mark.slow
 def test_a_run_out_of_patience_has_nothing_left_to_do_until_it_has_more(tmp_path, capsys):
     flags = ("--steps=12", "--lr=0.3", "--grad-clip=0", "--eval-every=1")
     run = train(tmp_path / "run", *flags, "--patience=2")
@@ -74,6 +75,7 @@ def test_losses_part_where_validation_is_least_and_training_goes_on_falling():
     assert find_parting(lines(falling, [])) is None
 
 
+@pytest.mark.slow
 def test_a_run_that_overfits_says_so_and_marks_it(tmp_path, capsys):
     flags = ("--steps=60", "--lr=3e-3", "--eval-every=4", "--save-every=0", "--positives=pair", "--data")
     run = train(tmp_path / "run", *flags, str(table(tmp_path)), f"--val-data={table(tmp_path, shift=1)}")

@@ -20,9 +20,9 @@ import train_clip
 from lib import folder as run_folder
 from lib import stop as stopping
 from lib.errors import InputError, RunError, StoppedEarly, told_in_one_line
+from lib.replay import batch_norm_statistics, restore_statistics
 from lib.report import read_metrics
 from lib.stop import StopSignal
-from lib.undo import batch_norm_statistics, put_back
 
 FLAGS = [
     "--effective-batch=48", "--chunk-size=8", "--xbm-size=60", "--xbm-start=2", "--steps=4", "--warmup-steps=0",
@@ -126,7 +126,7 @@ def test_statistics_of_a_dropped_step_are_put_back():
     statistics = batch_norm_statistics(norm)
     norm(torch.randn(8, 3))
     assert not torch.equal(norm.running_mean, before["running_mean"])
-    put_back(statistics)
+    restore_statistics(statistics)
     assert all(torch.equal(value, before[name]) for name, value in norm.state_dict().items())
 
 

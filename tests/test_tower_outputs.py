@@ -179,6 +179,7 @@ def stored_on_ranks(cache: Path, data: str) -> list[tuple[int, list[float]]]:
     return [(int(key), outputs.row(int(key)).tolist()) for key in outputs._sorted]
 
 
+@pytest.mark.slow
 def test_ranks_share_the_work_and_find_the_same(tmp_path):
     data = captions_table(tmp_path / "data")
     assert on_ranks(2, stored_on_ranks, tmp_path / "two", data) == stored_on_ranks(tmp_path / "one", data)

@@ -119,6 +119,7 @@ def curve_on_this_rank(name: str, folder: str) -> list[float]:
     return curve(MAINS[name], folder, "--chunk-size=24")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("world_size", "name"), [(2, "siglip"), (4, "clip")])
 def test_the_loss_curve_does_not_depend_on_the_number_of_ranks(world_size, name, tmp_path):
     one = curve(MAINS[name], tmp_path / "one", "--chunk-size=128")
@@ -261,6 +262,7 @@ def test_the_plan_names_negatives_texts_and_recurrence(tmp_path, capsys):
     assert "1.4 times the data set" in plan and "--effective-batch 256 --xbm-size 1792" in plan
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [(), ("--eval-every=0",)], ids=["best", "last"])
 @pytest.mark.parametrize("main", [train_clip.main, train_siglip.main], ids=["clip", "siglip"])
 def test_bf16_trains_evaluates_and_exports(main, flags, tmp_path, monkeypatch):
@@ -280,6 +282,7 @@ def test_an_unknown_precision_is_refused(tmp_path, monkeypatch):
         run(train_clip.main, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_tensorboard_gets_the_metrics(tmp_path):
     run(train_clip.main, tmp_path / "run", "--tracker=tensorboard", "--steps=2")
     assert list((tmp_path / "run").rglob("events.out.tfevents.*"))

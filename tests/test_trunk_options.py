@@ -63,6 +63,7 @@ def test_a_tower_that_does_not_offer_it_is_named(encoders, tmp_path, capsys):
         checkpoint_activations(towers)
 
 
+@pytest.mark.slow
 def test_compiled_trunks_give_the_same_losses_and_the_same_names(tmp_path, monkeypatch):
     """Two chunks, one recomputed and one whose graph is kept; the image tower draws dropout masks."""
     compiled_trunks = []

@@ -41,11 +41,13 @@ def stopped(folder: Path, kind: str) -> bool:
     return False
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "zero2", "zero3", "fsdp2"])
 def test_it_passes_on_two_ranks_and_leaves_the_run_as_it_is(kind, tmp_path):
     assert on_ranks(2, verified, tmp_path, kind) == on_ranks(2, losses, tmp_path / "plain", kind)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "zero2"])
 def test_it_stops_a_broken_build_on_two_ranks(kind, tmp_path):
     assert on_ranks(2, stopped, tmp_path, kind)

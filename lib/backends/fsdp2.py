@@ -4,6 +4,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -57,11 +58,12 @@ class FullyShardedBackend(Backend):
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
-        self.towers.set_requires_gradient_sync(False)
+        sharded = cast(FSDPModule, self.towers)
+        sharded.set_requires_gradient_sync(False)
         try:
             yield
         finally:
-            self.towers.set_requires_gradient_sync(True)
+            sharded.set_requires_gradient_sync(True)
 
     def _clip(self, gradients: list[Tensor], largest: float) -> Tensor:
         sharded = [gradient for gradient in gradients if isinstance(gradient, DTensor)]

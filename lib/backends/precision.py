@@ -1,13 +1,14 @@
 """Mixed precision, the same on every backend: autocast within the towers' forward, and a loss scale for fp16."""
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import nn
 
 PrecisionName = Literal["no", "bf16", "fp16"]
+PRECISIONS: tuple[PrecisionName, ...] = get_args(PrecisionName)
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -18,7 +19,7 @@ class Precision:
     name: PrecisionName
     device: torch.device
 
-    def autocast(self) -> AbstractContextManager:
+    def autocast(self) -> torch.autocast | nullcontext:
         """A context in which the towers compute in this precision."""
         if self.name == "no":
             return nullcontext()
@@ -29,8 +30,9 @@ class Precision:
 
         `forward` becomes an attribute of the instance: copy the towers before, or take it off first.
         """
-        if self.name != "no":
-            towers.forward = self.autocast()(towers.forward)
+        autocast = self.autocast()
+        if isinstance(autocast, torch.autocast):
+            towers.forward = autocast(towers.forward)
 
 
 class LossScale:
@@ -58,4 +60,4 @@ class LossScale:
         return {"scale": self.value, "_growth_tracker": self._good}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        self.value, self._good = state["scale"], state["_growth_tracker"]
+        self.value, self._good = state["scale"], int(state["_growth_tracker"])

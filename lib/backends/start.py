@@ -9,7 +9,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import DistributedType, ProjectConfiguration, is_wandb_available
 
 from lib.backends.device import use_all_cores
-from lib.backends.precision import Precision
+from lib.backends.precision import PRECISIONS, Precision, PrecisionName
 from lib.backends.replicated import Backend
 from lib.backends.zero import ZeroBackend
 from lib.backends.zero_settings import zero_settings
@@ -30,9 +30,7 @@ def start(tracker: str) -> Backend:
     """Set up devices and ranks; refuses what would train wrongly in silence."""
     if tracker == "wandb" and not is_wandb_available():
         raise InputError("--tracker wandb needs the wandb package; pip install wandb, or use tensorboard")
-    mixed_precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if mixed_precision not in ("no", "bf16", "fp16"):
-        raise InputError(f"--mixed_precision {mixed_precision} is not supported; use bf16, fp16 or no")
+    mixed_precision = _mixed_precision(os.environ.get("ACCELERATE_MIXED_PRECISION", "no"))
     # Accelerate is left to start the ranks as for DDP: the sharding, its settings and autocast are this package's.
     zero, fsdp = _asked("ACCELERATE_USE_DEEPSPEED"), _asked("ACCELERATE_USE_FSDP")
     with meeting():
@@ -48,6 +46,13 @@ def start(tracker: str) -> Backend:
     if fsdp and dist.is_initialized():
         return _fsdp2(accelerator, precision)
     return Backend(accelerator, precision)
+
+
+def _mixed_precision(asked: str) -> PrecisionName:
+    for name in PRECISIONS:
+        if asked == name:
+            return name
+    raise InputError(f"--mixed_precision {asked} is not supported; use bf16, fp16 or no")
 
 
 def _asked(name: str) -> bool:

@@ -1,5 +1,8 @@
 """DeepSpeed ZeRO: every rank holds a part of the moments (1), of the gradients too (2), and of the weights (3)."""
 
+# DeepSpeed gives parameters attributes of its own (ds_tensor, ds_shape, all_gather), which torch's types do not know.
+# mypy: disable-error-code="attr-defined"
+
 import logging
 import math
 from collections.abc import Iterable, Iterator

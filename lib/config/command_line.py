@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import tyro
 
@@ -19,10 +20,12 @@ from lib.config.loss import Loss
 from lib.config.model import Model
 from lib.config.optimizer import Optimizer
 from lib.config.run import Run
-from lib.config.settings import flag
+from lib.config.settings import Settings, flag
 from lib.config.train_config import TrainConfig
 from lib.config.yaml_file import read_settings
 from lib.errors import InputError, on_rank_0, silenced
+
+Group = TypeVar("Group", bound=Settings)
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,18 @@ class Groups:
     @classmethod
     def of(cls, config: TrainConfig) -> "Groups":
         """The settings, group by group."""
-        return cls(File(), *(_part(config, field.type) for field in dataclasses.fields(cls)[1:]))
+        return cls(
+            file=File(),
+            data=_part(config, Data),
+            images=_part(config, Images),
+            model=_part(config, Model),
+            fine_tuning=_part(config, FineTuning),
+            batch=_part(config, Batch),
+            loss=_part(config, Loss),
+            optimizer=_part(config, Optimizer),
+            evaluation=_part(config, Evaluation),
+            run=_part(config, Run),
+        )
 
     def flat(self) -> TrainConfig:
         """All groups' settings in one."""
@@ -59,7 +73,7 @@ class Groups:
         return TrainConfig(**{name: value for group in groups for name, value in vars(group).items()})
 
 
-def _part(config: TrainConfig, group: type) -> object:
+def _part(config: TrainConfig, group: type[Group]) -> Group:
     return group(**{field.name: getattr(config, field.name) for field in dataclasses.fields(group)})
 
 

@@ -3,9 +3,15 @@
 import queue
 import threading
 from collections.abc import Iterator
-from typing import TypeVar
+from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class _Item(Generic[T]):
+    value: T
 
 
 def ahead(items: Iterator[T], most: int) -> Iterator[T]:
@@ -13,32 +19,32 @@ def ahead(items: Iterator[T], most: int) -> Iterator[T]:
 
     What `items` raises is raised here, after the items before it. Closing the generator ends the thread.
     """
-    taken: queue.SimpleQueue[tuple[str, T | BaseException | None]] = queue.SimpleQueue()
+    taken: queue.SimpleQueue[_Item[T] | BaseException | None] = queue.SimpleQueue()
     room = threading.Semaphore(most)
     closed = threading.Event()
 
     def take() -> None:
         try:
             for item in items:
-                taken.put(("item", item))
+                taken.put(_Item(item))
                 room.acquire()
                 if closed.is_set():
                     return
-            taken.put(("end", None))
+            taken.put(None)
         except BaseException as error:
-            taken.put(("error", error))
+            taken.put(error)
 
     thread = threading.Thread(target=take, name="chunks ahead", daemon=True)
     thread.start()
     try:
         while True:
-            kind, item = taken.get()
-            if kind == "end":
+            found = taken.get()
+            if found is None:
                 return
-            if kind == "error":
-                raise item
+            if isinstance(found, BaseException):
+                raise found
             room.release()
-            yield item
+            yield found.value
     finally:
         closed.set()
         room.release()

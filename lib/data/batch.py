@@ -1,7 +1,7 @@
 """Owns the unit that travels from the data to the towers: one chunk of pairs."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -60,8 +60,7 @@ class Chunk:
         return self._each(lambda tensor: tensor[start:stop])
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> "Chunk":
-        none = dict.fromkeys(field.name for field in fields(self))
-        return Chunk(**none | {name: change(tensor) for name, tensor in self._tensors().items()})
+        return replace(self, **{name: change(tensor) for name, tensor in self._tensors().items()})
 
     def _tensors(self) -> dict[str, Tensor]:
         values = {field.name: getattr(self, field.name) for field in fields(self)}

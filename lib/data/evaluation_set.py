@@ -1,12 +1,30 @@
 """Owns what a model is evaluated on: images by number, with labels or with captions."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from lib.data.images import Extent
 from lib.data.pairs import Images
+
+
+class Labelling(NamedTuple):
+    """What images with classes come with."""
+
+    labels: np.ndarray
+    """(n,) int64, index into `classes`"""
+    classes: tuple[str, ...]
+    templates: tuple[str, ...]
+
+
+class Captioning(NamedTuple):
+    """What images with captions come with."""
+
+    captions: list[str]
+    image: np.ndarray
+    """(m,) int64, the image each caption belongs to"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +47,18 @@ class EvaluationSet:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    @property
+    def labelling(self) -> Labelling:
+        """Labels, classes and templates, of a set that has classes."""
+        assert self.labels is not None and self.classes is not None
+        return Labelling(self.labels, self.classes, self.templates or ())
+
+    @property
+    def captioning(self) -> Captioning:
+        """Captions and their images, of a set that has captions."""
+        assert self.captions is not None and self.caption_image is not None
+        return Captioning(self.captions, self.caption_image)
 
     @property
     def image_keys(self) -> list[str]:

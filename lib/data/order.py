@@ -62,7 +62,7 @@ class ChunkPlan:
     rank: int
     world_size: int
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.effective_batch < 1 or self.effective_batch % self.world_size:
             raise ValueError(f"effective batch {self.effective_batch} does not divide over {self.world_size} ranks")
         if self.chunk_size < 1:

@@ -15,7 +15,8 @@ from lib.data.order import sample_id, stable_hash
 class Images(Protocol):
     """Images by number, each with a key that stays the same from run to run."""
 
-    keys: list[str]
+    @property
+    def keys(self) -> list[str]: ...
 
     def __len__(self) -> int: ...
 
@@ -61,6 +62,8 @@ class Source:
 class IndexedSource(Source):
     """Pairs by number, P of them: pair i has image `image[i]` and draws one of `text_count[i]` texts."""
 
+    size: int
+    """Pairs in one pass, P."""
     images: Images
     image: np.ndarray
     """(P,) int64, the number of the pair's image"""
@@ -77,7 +80,7 @@ class IndexedSource(Source):
     image_id: np.ndarray = field(init=False)
     """(number of images,) int64, hashes of the image keys"""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         ids = np.fromiter((stable_hash(key) for key in self.images.keys), np.int64, len(self.images))
         object.__setattr__(self, "image_id", ids)
 
@@ -104,12 +107,12 @@ class MixedSource(Source):
     weights: tuple[float, ...]
     """they sum to 1"""
 
-    def __post_init__(self):
-        texts = [part.distinct_texts for part in self.parts]
+    def __post_init__(self) -> None:
+        texts = [part.distinct_texts for part in self.parts if part.distinct_texts is not None]
         merged = {
             "classes": _merged(part.classes for part in self.parts),
             "templates": _merged(part.templates for part in self.parts),
-            "distinct_texts": None if None in texts else sum(texts),
+            "distinct_texts": sum(texts) if len(texts) == len(self.parts) else None,
             "skipped": tuple(chain.from_iterable(part.skipped for part in self.parts)),
         }
         for name, value in merged.items():
@@ -129,8 +132,12 @@ def parts_of(source: Source) -> tuple[Source, ...]:
 
 def _merged(names: Iterable[tuple[str, ...] | None]) -> tuple[str, ...] | None:
     """All names in the order they first come, or None where a part has none."""
-    names = list(names)
-    return None if None in names else tuple(dict.fromkeys(chain.from_iterable(names)))
+    merged: dict[str, None] = {}
+    for of_part in names:
+        if of_part is None:
+            return None
+        merged |= dict.fromkeys(of_part)
+    return tuple(merged)
 
 
 def prompted_source(

@@ -39,7 +39,7 @@ class ImagePipeline:
     randaugment: tuple[int, int] = (2, 9)
     """Operations of RandAugment and their magnitude, 0 to 30 (strong)."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.size < 1:
             raise InputError(f"--image-size {self.size} must be at least 1 pixel")
         if self.resize not in get_args(Resize):

@@ -49,12 +49,13 @@ def open_sources(
     opened = [hold_out(open_data(n, "--data", image_root, fetcher), held_out_fraction, n) for n, _ in weighted]
     sources = [_training(each, prompts, captions, fetcher) for each in opened]
     source = sources[0] if len(sources) == 1 else _mix(sources, weighted)
+    held_out: OpenedData | None
     if val_data is not None:
         held_out = open_data(val_data, "--val-data", image_root, fetcher)
-        validation = _evaluation(held_out, "--val-data", _TO_VALIDATE, prompts, fetcher)
+        validation = _first_of(held_out, "--val-data", _TO_VALIDATE, prompts, fetcher)
     else:
         held_out = next((each for each in opened if set(_HELD_OUT) & set(each.splits)), None)
-        validation = _evaluation(held_out, "--data", _HELD_OUT, prompts, fetcher) if held_out else None
+        validation = _first_of(held_out, "--data", _HELD_OUT, prompts, fetcher) if held_out else None
     names = " ".join(name for name, _ in weighted)
     _check_prompts(prompts, names, *sources, validation)
     _check_image_root(image_root, names, [*opened, held_out])
@@ -99,9 +100,12 @@ class EvaluationData:
 
     def of(self, part: str) -> EvaluationSet | None:
         """The images of train, val or test, or of "all" where the data has no parts; None if there is no such part."""
-        evaluation_set = _evaluation(self.opened, "--data", (part,), self.prompts, self.fetcher)
-        if evaluation_set is not None:
-            _check_prompts(self.prompts, self.data, evaluation_set)
+        return self.of_split(part) if part in self.opened.splits else None
+
+    def of_split(self, part: str) -> EvaluationSet:
+        """The images of a part that the data has, as `part_for` names it."""
+        evaluation_set = _evaluation(self.opened, "--data", part, self.prompts, self.fetcher)
+        _check_prompts(self.prompts, self.data, evaluation_set)
         return evaluation_set
 
 
@@ -121,7 +125,7 @@ def open_evaluation(
     found = EvaluationData.find(
         data, prompts, image_root=image_root, held_out_fraction=held_out_fraction, fetcher=fetcher
     )
-    return found.of(found.part_for(split))
+    return found.of_split(found.part_for(split))
 
 
 def _training(opened: OpenedData, prompts: str | None, captions: Literal["one", "all"], fetcher: Fetcher) -> Source:
@@ -132,13 +136,15 @@ def _training(opened: OpenedData, prompts: str | None, captions: Literal["one", 
     return labelled_source(opened, load_templates(prompts or opened.bank))
 
 
-def _evaluation(
+def _first_of(
     opened: OpenedData, flag: str, wanted: Sequence[str], prompts: str | None, fetcher: Fetcher
 ) -> EvaluationSet | None:
     """The first of the wanted splits that is there, or None."""
     split = next((split for split in wanted if split in opened.splits), None)
-    if split is None:
-        return None
+    return None if split is None else _evaluation(opened, flag, split, prompts, fetcher)
+
+
+def _evaluation(opened: OpenedData, flag: str, split: str, prompts: str | None, fetcher: Fetcher) -> EvaluationSet:
     if isinstance(opened, ShardSet):
         return shard_evaluation(opened, split, flag, load_templates(prompts or "simple"), fetcher)
     if isinstance(opened, CaptionedImages):
@@ -166,17 +172,18 @@ def _mix(sources: list[Source], weighted: list[tuple[str, float | None]]) -> Mix
     if None in given and any(weight is not None for weight in given):
         bare = names[given.index(None)]
         raise InputError(f"--data {bare} has no weight and others have; write {bare}::0.5, or no weights at all")
-    sizes = [source.size for source in sources]
-    if None in given and None in sizes:
-        unknown = names[sizes.index(None)]
+    sizes = [source.size for source in sources if source.size is not None]
+    all_known = len(sizes) == len(sources)
+    if None in given and not all_known:
+        unknown = next(name for name, source in zip(names, sources, strict=True) if source.size is None)
         raise InputError(f"--data {unknown}: its size is not known, so give each source a weight: {unknown}::0.5")
-    shares = sizes if None in given else list(given)
+    shares: list[float] = [*sizes] if None in given else [*given]
     weights = tuple(share / sum(shares) for share in shares)
     parts = (f"{weight:.3g} of {source.description}" for weight, source in zip(weights, sources, strict=True))
     return MixedSource(
         where=" ".join(names),
         description="; ".join(parts),
-        size=None if None in sizes else sum(sizes),
+        size=sum(sizes) if all_known else None,
         parts=tuple(sources),
         weights=weights,
     )

@@ -7,8 +7,9 @@ import signal
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from typing import TypeVar
 
 import torch
 from torch.utils.data import DataLoader
@@ -20,13 +21,15 @@ from lib.data.order import ChunkPlan, stable_hash
 from lib.data.pairs import IndexedSource, Skip, Source, parts_of
 from lib.data.prepare import Prepare
 from lib.data.streams.chunks import StreamChunks
-from lib.data.streams.layouts import Start, dealings, excluded_in, fresh_start, is_streamed, layout, take_over
+from lib.data.streams.layouts import Start, dealings, excluded_in, fresh_start, layout, take_over
 from lib.data.streams.positions import loaded, saved
 from lib.errors import InputError
 
 _PR_SET_PDEATHSIG = 1
 _BYTES_AHEAD = 2**31
 """Pixels of the next step that may wait on this rank while the current one is computed."""
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -80,14 +83,14 @@ class TrainingData:
             for part in parts_of(source):
                 self._count(0, [Skip(part.where, key, reason) for key, reason in part.skipped])
 
-    def steps(self, first: int, last: int) -> Iterator[list[Chunk]]:
+    def steps(self, first: int, last: int) -> Generator[list[Chunk], None, None]:
         """This rank's chunks of steps `first` to `last` - 1: B pairs a step, in chunks of at most C.
 
         Streams go on where they stopped or where `load_state_dict` put them, which must be step `first`.
         Raises InputError where nothing can be read.
         """
         step: list[Prepared] = []
-        prepared_chunks = iter(self._loader(first, last))
+        prepared_chunks: Iterator[Prepared | InputError] = iter(self._loader(first, last))
         if self._workers:
             # Only with workers: without, the thread would augment, drawing from the main thread's generator.
             prepared_chunks = ahead(map(self._own, prepared_chunks), self._chunks_ahead())
@@ -108,7 +111,7 @@ class TrainingData:
     def state_dict(self) -> dict:
         """Where this rank stands after the steps handed out, and its counts."""
         state = {"step": self._step, "counts": asdict(self.counts)}
-        if not is_streamed(self._source):
+        if isinstance(self._source, IndexedSource):
             return state | {"data": _identity(self._source)}
         positions = [saved(position) for position in self._positions]
         excluded = [{epoch: sorted(shards) for epoch, shards in part.items()} for part in self._excluded]
@@ -124,7 +127,7 @@ class TrainingData:
         self._step = state["step"]
         self._new_skips = []
         self.counts = Counts(**state["counts"])
-        if not is_streamed(self._source):
+        if isinstance(self._source, IndexedSource):
             if state.get("data", _identity(self._source)) != _identity(self._source) and self._plan.rank == 0:
                 warnings.warn(
                     "--data is not what it was at the checkpoint: the order of its pairs is another one from here on, "
@@ -167,16 +170,19 @@ class TrainingData:
 
     def _loader(self, first: int, last: int) -> DataLoader:
         numbers = range(first * self._plan.chunks_per_step, last * self._plan.chunks_per_step)
-        common = (self._source, self._prepare, self._plan, self._seed)
-        if is_streamed(self._source):
+        common = (self._prepare, self._plan, self._seed)
+        dataset: StreamChunks | IndexedChunks
+        sampler: range | None
+        if isinstance(self._source, IndexedSource):
+            self._step = first
+            dataset, sampler = IndexedChunks(self._source, *common), numbers
+        else:
             if first != self._step:
                 raise ValueError(f"streams stand at step {self._step}, not {first}: load that step's state")
             dealt = dealings(self._source, self._seed, self._layout()["streams"], self._excluded)
-            dataset = StreamChunks(*common, dealt, self._shuffle_buffer, list(self._positions), numbers)
+            positions = list(self._positions)
+            dataset = StreamChunks(self._source, *common, dealt, self._shuffle_buffer, positions, numbers)
             sampler = None
-        else:
-            self._step = first
-            dataset, sampler = IndexedChunks(*common), numbers
         return DataLoader(
             dataset,
             batch_size=None,
@@ -223,7 +229,7 @@ def _identity(source: IndexedSource) -> int:
     return stable_hash(source.size, source.image_id[source.image].tobytes().hex(), source.first_text.tobytes().hex())
 
 
-def _unchanged(prepared: Prepared) -> Prepared:
+def _unchanged(prepared: T) -> T:
     return prepared
 
 

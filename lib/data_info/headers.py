@@ -53,7 +53,7 @@ def _header_of(images: Images, row: int) -> _Header | None:
 def _read(file: str | io.BytesIO) -> _Header | None:
     try:
         with Image.open(file) as image:
-            return _Header(image.width, image.height, image.format, image.mode)
+            return _Header(image.width, image.height, image.format or "unknown", image.mode)
     except Exception:  # Pillow's readers raise what they like
         return None
 

@@ -38,15 +38,16 @@ def data_info(source: Source, validation: EvaluationSet | None, folder: Path, se
 
 def _facts(source: Source, seed: int) -> dict:
     if isinstance(source, MixedSource):
-        parts = zip(source.weights, source.parts, strict=True)
-        parts = [{"weight": round(weight, 4)} | _facts(part, seed) for weight, part in parts]
+        weighted = zip(source.weights, source.parts, strict=True)
+        parts = [{"weight": round(weight, 4)} | _facts(part, seed) for weight, part in weighted]
         return {"name": source.where, "pairs": source.size, "distinct_texts": source.distinct_texts, "parts": parts}
     if isinstance(source, ShardSource):
         return _shard_facts(source, seed)
-    facts = {"name": source.where, "pairs": source.size, "images": len(source.images)}
+    assert isinstance(source, IndexedSource)
+    facts: dict = {"name": source.where, "pairs": source.size, "images": len(source.images)}
     facts["distinct_texts"] = source.distinct_texts
     if source.templates:
-        facts["classes"] = _class_counts(source.first_text // len(source.templates), source.classes)
+        facts["classes"] = _class_counts(source.first_text // len(source.templates), source.classes or ())
     else:
         # With --captions one a pair has several texts, with all an image has several pairs.
         captions = np.bincount(source.image, weights=source.text_count).astype(int)
@@ -55,26 +56,28 @@ def _facts(source: Source, seed: int) -> dict:
 
 
 def _evaluation_facts(data: EvaluationSet, seed: int) -> dict:
-    facts = {"name": data.name, "images": len(data)}
+    facts: dict = {"name": data.name, "images": len(data)}
     if data.captions is None:
-        facts["classes"] = _class_counts(data.labels, data.classes)
+        labels, classes, _ = data.labelling
+        facts["classes"] = _class_counts(labels, classes)
     else:
-        facts |= {"captions": len(data.captions), "distinct_texts": len(set(data.captions))}
-        facts |= _caption_facts(np.bincount(data.caption_image, minlength=len(data)), data.captions)
+        captions, image = data.captioning
+        facts |= {"captions": len(captions), "distinct_texts": len(set(captions))}
+        facts |= _caption_facts(np.bincount(image, minlength=len(data)), captions)
     return facts | {"image_headers": image_headers(data.images, seed), "left_out": _left_out(data.skipped)}
 
 
 def _shard_facts(source: ShardSource, seed: int) -> dict:
     items = _some_items(source, seed)
     good = [item for item in items if item.reason is None]
-    facts = {"name": source.where, "pairs": source.size, "shards": len(source.shards), "looked_at": len(items)}
+    facts: dict = {"name": source.where, "pairs": source.size, "shards": len(source.shards), "looked_at": len(items)}
     facts["distinct_texts"] = source.distinct_texts
     if source.templates:
         names = {fill(source.templates[0], name): name for name in source.classes or ()}
         counts = Counter(names.get(item.texts[0], item.texts[0]) for item in good)
         facts["classes"] = dict(sorted(counts.items()))
     else:
-        captions = Counter()
+        captions: Counter[str] = Counter()
         for item in good:
             captions[item.key] += len(item.texts)
         facts |= _caption_facts(np.array(list(captions.values())), [text for item in good for text in item.texts])
@@ -106,6 +109,7 @@ def _random_pairs(source: Source, seed: int) -> list[RandomPair]:
         good = [item for item in _some_items(source, seed) if item.reason is None]
         chosen = [good[place] for place in rng.permutation(len(good))[:PICTURED]]
         return [RandomPair(partial(decode_image, item.image, _SMALL), str(rng.choice(item.texts))) for item in chosen]
+    assert isinstance(source, IndexedSource)
     return [_random_pair(source, pair, rng) for pair in rng.permutation(source.size)[:PICTURED].tolist()]
 
 
@@ -119,12 +123,11 @@ def _class_counts(labels: np.ndarray, classes: Sequence[str]) -> dict[str, int]:
 
 
 def _caption_facts(captions: np.ndarray, texts: Sequence[str]) -> dict:
-    words = [len(text.split()) for text in texts]
+    words = np.array([len(text.split()) for text in texts], dtype=np.int64)
     return {"captions_per_image": _spread(captions), "words_per_caption": _spread(words)}
 
 
-def _spread(values: Sequence[int]) -> dict:
-    values = np.asarray(values)
+def _spread(values: np.ndarray) -> dict:
     if not len(values):
         return {"min": 0, "mean": 0.0, "max": 0}
     return {"min": int(values.min()), "mean": round(float(values.mean()), 2), "max": int(values.max())}

@@ -38,9 +38,8 @@ class BestMetric:
 
     def value(self, metrics: dict) -> float:
         """The figure in nested metrics."""
-        for part in self.name.split(".", 1):
-            metrics = metrics[part]
-        return float(metrics)
+        group, _, name = self.name.partition(".")
+        return float(metrics[group][name] if name else metrics[group])
 
     def better(self, value: float, than: float | None) -> bool:
         """Whether a new value beats the best so far."""

@@ -27,7 +27,8 @@ class Part(NamedTuple):
     labels: np.ndarray
     """(n,) int64"""
 
-    def __add__(self, other: "Part") -> "Part":
+    def joined(self, other: "Part") -> "Part":
+        """The rows of both."""
         return Part(np.concatenate([self.rows, other.rows]), np.concatenate([self.labels, other.labels]))
 
     def take(self, places: np.ndarray) -> "Part":
@@ -102,7 +103,7 @@ def choose(
         model, _ = fit(family, setting, train, seed, standardize=standardize)
         scores.append((accuracy(model, validation), setting))
     best, setting = max(scores, key=lambda score: score[0])  # the first of equals
-    model, converged = fit(family, setting, train + validation, seed, standardize=standardize)
+    model, converged = fit(family, setting, train.joined(validation), seed, standardize=standardize)
     return Chosen(model, setting, best, converged)
 
 

@@ -50,5 +50,5 @@ def show_image(axes: Axes, image: Image.Image, colour: str | None = None) -> Non
 
 def write_text(axes: Axes, text: str, top: float = 0.95, colour: str = "black", size: float = 9.5) -> None:
     """Write text from the left edge of the axes downwards; `top` in parts of their height."""
-    place = {"transform": axes.transAxes, "ha": "left", "va": "top"}
-    axes.text(0.0, top, text, fontsize=size, color=colour, parse_math=False, **place)
+    place = axes.transAxes
+    axes.text(0.0, top, text, transform=place, ha="left", va="top", fontsize=size, color=colour, parse_math=False)

@@ -54,11 +54,12 @@ def embed_images(
         raise InputError(f"{images.name} holds no images; point --data at a data set that does")
     rows = _rows_of_this_rank(count)
     loader = image_loader(images.open_image, pipeline, rows, device=device, batch_size=batch_size, workers=workers)
-    embeds, reasons = [], []
+    pieces: list[Tensor] = []
+    reasons: list[str] = []
     with evaluating(towers), _bar("images", len(rows), progress) as bar:
         for pixel_values, reasons_of_batch in loader:
             output = towers(pixel_values=pixel_values.to(device, non_blocking=True))
-            embeds.append(output.image_embeds)
+            pieces.append(output.image_embeds)
             reasons += reasons_of_batch
             bar.update(len(pixel_values))
     faults = {row: reason for row, reason in zip(rows, reasons, strict=True) if reason}
@@ -71,7 +72,7 @@ def embed_images(
     bad = sorted(faults)
     valid = torch.ones(count, dtype=torch.bool)
     valid[bad] = False
-    embeds = _gather(embeds, count).masked_fill(~valid[:, None], 0.0)
+    embeds = _gather(pieces, count).masked_fill(~valid[:, None], 0.0)
     require_finite(embeds, "image")
     return Embedded(embeds, valid, [(images.image_keys[row], faults[row]) for row in bad])
 
@@ -94,14 +95,14 @@ def embed_texts(
     # Texts of like length share a batch, so little of it is padding.
     distinct = sorted(set(texts), key=lambda text: (len(text), text))
     mine = [distinct[row] for row in _rows_of_this_rank(len(distinct))]
-    embeds = []
+    pieces = []
     with evaluating(towers), _bar("texts", len(mine), progress) as bar:
         for start in range(0, len(mine), batch_size):
             batch = mine[start : start + batch_size]
             input_ids, attention_mask = (tokens.to(device) for tokens in tokenize(batch))
-            embeds.append(towers(input_ids=input_ids, attention_mask=attention_mask).text_embeds)
+            pieces.append(towers(input_ids=input_ids, attention_mask=attention_mask).text_embeds)
             bar.update(len(batch))
-    embeds = _gather(embeds, len(distinct))
+    embeds = _gather(pieces, len(distinct))
     require_finite(embeds, "text")
     row_of = {text: row for row, text in enumerate(distinct)}
     return embeds[[row_of[text] for text in texts]]

@@ -43,7 +43,7 @@ def embed_parts(subject: Subject) -> Parts:
     """
     seed = subject.options.seed
     train, validation = (_other(subject, part) for part in ("train", "val"))
-    classes = _all_classes([each.data.classes for each in (subject, train, validation) if each is not None])
+    classes = _all_classes([each.data.labelling.classes for each in (subject, train, validation) if each is not None])
     embedded = subject.embed_images()
     test, name = _readable(subject, embedded, classes), subject.data.name
     if train is None:
@@ -97,9 +97,10 @@ def _all_classes(lists: Sequence[Sequence[str]]) -> tuple[str, ...]:
 
 def _readable(subject: Subject, embedded: Embedded, classes: tuple[str, ...]) -> Part:
     """The embeddings of the images that could be read, with their labels among all classes."""
-    number = np.array([classes.index(name) for name in subject.data.classes], dtype=np.int64)
+    labels, own_classes, _ = subject.data.labelling
+    number = np.array([classes.index(name) for name in own_classes], dtype=np.int64)
     valid = embedded.valid.numpy()
-    return Part(embedded.embeds.numpy()[valid], number[np.asarray(subject.data.labels)[valid]])
+    return Part(embedded.embeds.numpy()[valid], number[np.asarray(labels)[valid]])
 
 
 def _check_classes(learnt: Part, classes: tuple[str, ...], name: str) -> None:

@@ -94,7 +94,7 @@ class Subject:
             fetcher=fetcher,
         )
         part = every_part.part_for(options.split)
-        data = _limited(every_part.of(part), options.limit)
+        data = _limited(every_part.of_split(part), options.limit)
         _check_kind(data, needs)
         stored = StoredEmbeddings(fetcher.cache / "embeddings")
         loaded = Model.load(model, device)

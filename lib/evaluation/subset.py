@@ -25,12 +25,9 @@ def limited(evaluation_set: EvaluationSet, limit: int) -> EvaluationSet:
     if evaluation_set.labels is not None:
         part = replace(part, labels=evaluation_set.labels[rows])
     if evaluation_set.captions is not None:
-        kept = np.flatnonzero(np.isin(evaluation_set.caption_image, rows))
-        part = replace(
-            part,
-            captions=[evaluation_set.captions[row] for row in kept],
-            caption_image=np.searchsorted(rows, evaluation_set.caption_image[kept]),
-        )
+        captions, image = evaluation_set.captioning
+        kept = np.flatnonzero(np.isin(image, rows))
+        part = replace(part, captions=[captions[row] for row in kept], caption_image=np.searchsorted(rows, image[kept]))
     return part
 
 

@@ -60,13 +60,13 @@ def validate(
         workers=workers,
         progress=progress,
     )
-    metrics = {}
+    metrics: dict = {}
     if evaluation_set.classes is not None:
-        figures, pairs = _classify(embedded, evaluation_set, embed_text)
-        metrics |= figures
+        of_classes, pairs = _classify(embedded, evaluation_set, embed_text)
+        metrics |= of_classes
     if evaluation_set.captions is not None:
-        figures, pairs = _retrieve(embedded, evaluation_set, embed_text)
-        metrics |= figures
+        of_captions, pairs = _retrieve(embedded, evaluation_set, embed_text)
+        metrics |= of_captions
     spread = torch.linspace(0, len(pairs[0]) - 1, min(len(pairs[0]), LOSS_PAIRS)).round().long()
     metrics["loss"] = float(loss(*(rows[spread].to(device) for rows in pairs)))
     return metrics
@@ -76,9 +76,9 @@ def _classify(
     embedded: Embedded, evaluation_set: EvaluationSet, embed_text: EmbedText
 ) -> tuple[dict[str, float], Pairs]:
     """Zero-shot figures, and each image paired with its class in the first template."""
-    classes, templates = evaluation_set.classes, evaluation_set.templates
+    all_labels, classes, templates = evaluation_set.labelling
     image_embeds = embedded.embeds[embedded.valid]
-    labels = torch.as_tensor(evaluation_set.labels)[embedded.valid]
+    labels = torch.as_tensor(all_labels)[embedded.valid]
     full = zeroshot_metrics(image_embeds, labels, class_embeddings(classes, templates, embed_text), classes)
     first_prompts = class_embeddings(classes, templates[:1], embed_text)
     group = torch.as_tensor(evaluation_set.group)[embedded.valid]
@@ -89,9 +89,10 @@ def _retrieve(
     embedded: Embedded, evaluation_set: EvaluationSet, embed_text: EmbedText
 ) -> tuple[dict[str, dict[str, float]], Pairs]:
     """Retrieval figures, and each image that has captions paired with its first one."""
-    readable, captions, caption_image = keep_readable(embedded.valid, evaluation_set.caption_image)
+    texts, image_of_text = evaluation_set.captioning
+    readable, captions, caption_image = keep_readable(embedded.valid, image_of_text)
     image_embeds = embedded.embeds[readable]
-    text_embeds = embed_text([evaluation_set.captions[row] for row in captions])
+    text_embeds = embed_text([texts[row] for row in captions])
     images, first = (torch.from_numpy(rows) for rows in np.unique(caption_image, return_index=True))
     group = torch.as_tensor(evaluation_set.group)[readable][images]
     metrics = retrieval_metrics(image_embeds, text_embeds, caption_image)

@@ -108,15 +108,15 @@ def _evaluation(lines: Sequence[Mapping], best: Mapping, step: int) -> str:
         return ""
     last = max(evaluations)
     roles = {"this model": step, f"best {best.get('metric')}": best.get("step"), "last": last}
-    columns = {}
+    columns: dict[int, list[str]] = {}
     for role, at in roles.items():
         if at in evaluations:
             columns.setdefault(at, []).append(role)
     titles = [f"step {at:,} ({', '.join(names)})" for at, names in columns.items()]
-    lines = [f"| on held-out data | {' | '.join(titles)} |", "|---" * (len(titles) + 1) + "|"]
+    rows = [f"| on held-out data | {' | '.join(titles)} |", "|---" * (len(titles) + 1) + "|"]
     for metric in evaluations[last]:
-        lines.append(f"| {metric} | {' | '.join(_figure(evaluations[at].get(metric)) for at in columns)} |")
-    return "## Evaluation\n\n" + "\n".join(lines)
+        rows.append(f"| {metric} | {' | '.join(_figure(evaluations[at].get(metric)) for at in columns)} |")
+    return "## Evaluation\n\n" + "\n".join(rows)
 
 
 def _figure(value: float | None) -> str:

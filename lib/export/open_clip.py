@@ -98,7 +98,8 @@ def write(towers: TwoTowers, processing: Processing, folder: Path, tokenizer_nam
 
 def open_clip_weights(towers: TwoTowers) -> dict[str, Tensor]:
     """The weights under open_clip's names: query, key and value in one matrix, projections transposed."""
-    weights, parts = {}, {}
+    weights: dict[str, Tensor] = {}
+    parts: dict[str, dict[str, Tensor]] = {}
     for name, value in towers.state_dict().items():
         value = value.detach().cpu()
         known = next(ours for ours in NAMES if name == ours or (ours.endswith(".") and name.startswith(ours)))

@@ -29,9 +29,12 @@ PROBABILITIES = {False: "probabilities = logits.softmax(-1)", True: "probabiliti
 class Sample(Protocol):
     """A few pairs, such as a chunk of the training data: uint8 pixels (n, 3, H, W) and tokens (n, L)."""
 
-    pixel_values: Tensor
-    input_ids: Tensor
-    attention_mask: Tensor
+    @property
+    def pixel_values(self) -> Tensor: ...
+    @property
+    def input_ids(self) -> Tensor: ...
+    @property
+    def attention_mask(self) -> Tensor: ...
 
 
 @dataclass(frozen=True)

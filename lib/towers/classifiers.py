@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from pickle import UnpicklingError
 from types import ModuleType
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 import torchvision
@@ -17,7 +17,7 @@ from torch import nn
 from torchvision.models import get_model, get_model_weights, list_models
 
 from lib.errors import InputError
-from lib.image_form import ImageForm
+from lib.image_form import ImageForm, Resize
 
 SOURCES = ("torchvision", "timm")
 RANDOM = "random"
@@ -103,7 +103,7 @@ def _load_timm(name: str, weights: str, value: str, image_size: int | None) -> t
             f"cache of the Hugging Face hub (HF_HOME says where that is); timm:{name}:{RANDOM} starts from drawn ones"
         ) from error
     data = timm.data.resolve_data_config({}, model=model)
-    resize = "squash" if data["crop_mode"] == "squash" else "crop"
+    resize: Resize = "squash" if data["crop_mode"] == "squash" else "crop"
     form = ImageForm(image_size or data["input_size"][-1], tuple(data["mean"]), tuple(data["std"]), resize)
     return _fitted(model, form.size), form
 
@@ -127,9 +127,16 @@ def _sized(name: str, image_size: int) -> dict[str, int]:
     return {"image_size": image_size} if name.startswith("vit_") else {}
 
 
+@runtime_checkable
+class _Resizable(Protocol):
+    default_cfg: dict
+
+    def set_input_size(self, *, img_size: int) -> None: ...
+
+
 def _fitted(trunk: nn.Module, image_size: int) -> nn.Module:
     """A timm model for images of that side: transformers among them resize position embeddings and windows."""
-    if hasattr(trunk, "set_input_size") and image_size != trunk.default_cfg["input_size"][-1]:
+    if isinstance(trunk, _Resizable) and image_size != trunk.default_cfg["input_size"][-1]:
         trunk.set_input_size(img_size=image_size)
     return trunk
 

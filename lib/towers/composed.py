@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from lib.errors import InputError
 from lib.image_form import DEFAULT_FORMS, ImageForm, read_image_form
@@ -134,7 +134,7 @@ def _image_tower(
 
 
 @torch.enable_grad()
-def _text_tower(trunk: nn.Module, head: Head, pooling: Pooling, missing: set[str], name: str | Path) -> TextTower:
+def _text_tower(trunk: PreTrainedModel, head: Head, pooling: Pooling, missing: set[str], name: str | Path) -> TextTower:
     trunk.eval()
     masked = not trunk.config.model_type.startswith("siglip")
     tokens = torch.arange(4)[None]

@@ -11,13 +11,13 @@ from lib.towers.composed import new_pair
 from lib.towers.encoders import reading, split_half
 from lib.towers.folder import load_parts
 from lib.towers.heads import Head, HeadKind
-from lib.towers.presets import PRESETS, SIZES, START_SCALE, build_preset
+from lib.towers.presets import PRESETS, SIZES, START_SCALE, Family, build_preset
 from lib.towers.two_towers import TwoTowers
 
 
 def load_towers(
     *,
-    family: Literal["clip", "siglip"],
+    family: Family,
     model: str | None = None,
     image_tower: str | None = None,
     text_tower: str | None = None,
@@ -50,7 +50,7 @@ def load_towers(
     if dropout and name not in PRESETS:
         raise InputError(f"--dropout {dropout} is for the presets {', '.join(SIZES)}; other models have their own")
     if image_tower or text_tower:
-        _check_pair(model, image_tower, text_tower)
+        image_tower, text_tower = _checked_pair(model, image_tower, text_tower)
         _check_text_projection(text_tower, text_projection)
         image_head = Head(projection, projection_dim, projection_hidden, projection_dropout)
         text_head = image_head if text_projection == "same" else replace(image_head, kind=text_projection)
@@ -71,12 +71,13 @@ def load_towers(
     return _load(model, image_size, use_bias)
 
 
-def _check_pair(model: str | None, image_tower: str | None, text_tower: str | None) -> None:
+def _checked_pair(model: str | None, image_tower: str | None, text_tower: str | None) -> tuple[str, str]:
     if model is not None:
         raise InputError(f"--model {model} excludes --image-tower and --text-tower: leave it out, or them")
-    for flag, value in (("--image-tower", image_tower), ("--text-tower", text_tower)):
-        if not value:
-            raise InputError(f"{flag} is missing: a composed model needs both --image-tower and --text-tower")
+    if image_tower and text_tower:
+        return image_tower, text_tower
+    missing = "--text-tower" if image_tower else "--image-tower"
+    raise InputError(f"{missing} is missing: a composed model needs both --image-tower and --text-tower")
 
 
 def _check_text_projection(text_tower: str, text_projection: str) -> None:

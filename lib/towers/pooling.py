@@ -21,7 +21,7 @@ TEXT_POOLINGS: dict[str, Pooling] = {
     "siglip2_text_model": "pooler",
 }
 # What sentence-transformers calls the kinds of pooling, in its older and its newer files.
-SENTENCE_POOLINGS = {"mean_tokens": "mean", "cls_token": "cls", "mean": "mean", "cls": "cls"}
+SENTENCE_POOLINGS: dict[str, Pooling] = {"mean_tokens": "mean", "cls_token": "cls", "mean": "mean", "cls": "cls"}
 
 
 def patch_size_of(trunk: nn.Module) -> int | None:

@@ -1,6 +1,7 @@
 """Models from a configuration: nothing is downloaded, weights are drawn, the tokenizer is built."""
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from transformers import (
@@ -21,8 +22,10 @@ from lib.towers.dual import check_image_size, dual_parts
 from lib.towers.encoders import quiet
 from lib.towers.two_towers import TwoTowers
 
+Family = Literal["clip", "siglip"]
+
 # Multiplier of the logits at the start: Radford et al. 2021, section 2.5; Zhai et al. 2023, algorithm 1.
-START_SCALE = {"clip": 1 / 0.07, "siglip": 10.0}
+START_SCALE: dict[Family, float] = {"clip": 1 / 0.07, "siglip": 10.0}
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,8 @@ def build_preset(
     scale: start of the logits' multiplier; the default is that of the preset's family.
     dropout: of the attention weights, in both towers.
     """
-    size_name, family = name.split("-")
+    size_name, _, family_name = name.partition("-")
+    family: Family = "clip" if family_name == "clip" else "siglip"
     size = SIZES[size_name]
     size = replace(size, image_size=image_size or size.image_size)
     check_image_size(size.image_size, size.patch_size)

@@ -36,6 +36,10 @@ class TwoTowers(nn.Module):
     multiplier; `logit_bias` is a parameter only in a model with a bias, else a constant zero.
     """
 
+    logit_bias: Tensor
+    image_mean: Tensor
+    image_std: Tensor
+
     def __init__(self, parts: Parts):
         super().__init__()
         self.image, self.text = parts.image, parts.text

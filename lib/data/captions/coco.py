@@ -26,7 +26,7 @@ def read_coco_folder(folder: Path, flag: str, image_root: str | None = None) -> 
         raise InputError(f"{flag} {folder} holds no captions_train2017.json, captions_val2017.json or annotations.json")
     if len(files) == 1:
         return read_coco(files[0], flag, image_root)
-    splits = {_FILE.fullmatch(file.name).group(1): file for file in files}
+    splits = {match[1]: file for file in files if (match := _FILE.fullmatch(file.name))}
     if len(splits) < len(files):
         names = ", ".join(file.name for file in files)
         raise InputError(f"{flag} {folder} holds the captions of several years ({names}); give one of the files")
@@ -75,13 +75,13 @@ def _read(path: Path, split: str, finder: ImageFinder, listing: Listing) -> None
 
 def _parts(content: object, path: Path, flag: str) -> tuple[list, list]:
     """The lists of images and of annotations, which must be captions."""
-    lists = [content.get(name) for name in ("images", "annotations")] if isinstance(content, dict) else []
-    if not lists or not all(isinstance(each, list) and each for each in lists):
+    parts = content if isinstance(content, dict) else {}
+    images, annotations = parts.get("images"), parts.get("annotations")
+    if not (isinstance(images, list) and images and isinstance(annotations, list) and annotations):
         raise InputError(
             f"{flag} {path} is no captions file: COCO's holds lists of images and of annotations, Karpathy's "
             f"images with sentences; this one has {shape_of(content)}"
         )
-    images, annotations = lists
     if not any(isinstance(each, dict) and "caption" in each for each in annotations):
         has = ", ".join(annotations[0]) if isinstance(annotations[0], dict) else "no fields"
         raise InputError(

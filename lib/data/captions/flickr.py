@@ -127,11 +127,12 @@ class _SplitLists:
 
     def __init__(self, folder: Path):
         matches = [_SPLIT_LIST.fullmatch(file.name) for file in sorted(folder.glob("*.txt"))]
-        self.files = [match[0] for match in matches if match and _lists_names(folder / match[0])]
+        lists = [match for match in matches if match and _lists_names(folder / match[0])]
+        self.files = [match[0] for match in lists]
         self._split: dict[str, str] = {}
-        for name in self.files:
-            split = SPLITS[_SPLIT_LIST.fullmatch(name)[1].lower()]
-            self._split.update((entry.strip(), split) for _, entry in _lines(folder / name))
+        for match in lists:
+            split = SPLITS[match[1].lower()]
+            self._split.update((entry.strip(), split) for _, entry in _lines(folder / match[0]))
 
     def __call__(self, image: str) -> str | None:
         if not self.files:

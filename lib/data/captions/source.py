@@ -18,6 +18,7 @@ class _Kept:
 
     def __init__(self, images: list[Captioned], per_caption: bool):
         self.images: list[Captioned] = []
+        self.paths: list[str] = []
         self.texts: list[str] = []
         self.text_number: list[int] = []
         self.text_image: list[int] = []
@@ -40,16 +41,17 @@ class _Kept:
             numbered = zip(image.captions, faults, strict=True)
             self.skipped += [(f"{image.key}#{caption.number}", fault) for caption, fault in numbered if fault]
         elif not good:
-            self.skipped.append((image.key, faults[0]))
+            self.skipped.append((image.key, next(filter(None, faults))))
         if good:
             self.text_image += [len(self.images)] * len(good)
             self.texts += [caption.text for caption in good]
             self.text_number += [caption.number for caption in good]
             self.images.append(image)
+            self.paths.append(image.path)
 
     @property
     def files(self) -> ImageFiles:
-        return ImageFiles([image.key for image in self.images], [image.path for image in self.images])
+        return ImageFiles([image.key for image in self.images], self.paths)
 
     @property
     def group(self) -> np.ndarray:

@@ -51,7 +51,7 @@ class ClassFolders:
 
 def find_class_folders(root: Path, flag: str) -> ClassFolders:
     """List the class folders under `root`; InputError, naming `flag`, where there are none."""
-    splits = {}
+    splits: dict[str, dict[str, list[str]]] = {}
     for split, names in SPLIT_FOLDERS.items():
         for name in names:
             found = _list_classes(root, name)
@@ -60,8 +60,8 @@ def find_class_folders(root: Path, flag: str) -> ClassFolders:
     if not splits:
         found = _list_classes(root, "")
         if not found:
-            advice = _advice(root) or ": it must hold train/<class>/ or <class>/ folders with images in them"
-            raise InputError(f"{flag} {root} has no class folders{advice}")
+            wanted = ": it must hold train/<class>/ or <class>/ folders with images in them"
+            raise InputError(f"{flag} {root} has no class folders{_advice(root) or wanted}")
         splits["all"] = found
     folders = ClassFolders(root, splits)
     advice = _advice(root)

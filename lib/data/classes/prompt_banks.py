@@ -26,20 +26,28 @@ def load_negative_prompts(file: Path, classes: Sequence[str] | None) -> tuple[st
     """Texts that a YAML file lists and that fit no image; one with {} stands for as many as there are classes."""
     texts: list[str] = []
     for text in _listed(file, f"--negative-prompts {file}", "; name a YAML file with a list of texts"):
-        if "{}" in text and classes is None:
+        if "{}" not in text:
+            texts.append(text)
+        elif classes is None:
             raise InputError(f"--negative-prompts {file}: {text!r} asks for class names, and the data has captions")
-        texts += [fill(text, name) for name in classes] if "{}" in text else [text]
+        else:
+            texts += [fill(text, name) for name in classes]
     return tuple(dict.fromkeys(texts))
 
 
-def _listed(path: Path, asked: str, advice: str) -> tuple[str, ...]:
-    """The texts of a YAML list; InputError, beginning with the flag and value that asked for it."""
+def read_yaml(path: Path, asked: str, advice: str = "") -> object:
+    """What a YAML file of the user's holds; InputError, beginning with the flag and value that asked for it."""
     try:
-        texts = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"{asked} cannot be read ({error.strerror}){advice}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{asked} is not YAML: {' '.join(str(error).split())}") from None
+
+
+def _listed(path: Path, asked: str, advice: str) -> tuple[str, ...]:
+    """The texts of a YAML list; InputError as of `read_yaml`."""
+    texts = read_yaml(path, asked, advice)
     if not isinstance(texts, list) or not texts or not all(isinstance(each, str) for each in texts):
         raise InputError(f'{asked} must hold a list of texts, as in: - "a photo of {{}}"')
     return tuple(dict.fromkeys(texts))

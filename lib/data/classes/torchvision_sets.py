@@ -3,6 +3,7 @@
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from filelock import FileLock
@@ -12,6 +13,9 @@ from lib.data.classes.folders import image_names
 from lib.data.images import Extent, ImageFiles
 from lib.data.pairs import Images
 from lib.errors import InputError
+
+if TYPE_CHECKING:
+    from torchvision.datasets import VisionDataset
 
 _ARCHIVES = {
     "cifar10": "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
@@ -76,7 +80,7 @@ class TorchvisionSet:
         classes = [each if isinstance(each, str) else each[0] for each in data.classes]
         return images, np.array(labels, dtype=np.int64), tuple(name.replace("_", " ") for name in classes)
 
-    def _arrays(self, split: str, data) -> tuple[ArrayImages, list[int]]:
+    def _arrays(self, split: str, data: "VisionDataset") -> tuple[ArrayImages, list[int]]:
         keys = [f"{self.name}/{split}/{number:05d}" for number in range(len(data.data))]
         return ArrayImages(keys, data.data), data.targets
 
@@ -87,7 +91,7 @@ class TorchvisionSet:
         keys = [f"imagenette/{split}/{name}" for name in names]
         return ImageFiles(keys, [str(folder / name) for name in names]), labels
 
-    def _load(self, split: str, download: bool):
+    def _load(self, split: str, download: bool) -> "VisionDataset":
         # Imported here: it takes a second that other data need not wait. The CIFAR files are pickles;
         # torchvision loads them only where their checksums are those of the official ones.
         from torchvision.datasets import CIFAR10, CIFAR100, Imagenette
@@ -102,7 +106,7 @@ class TorchvisionSet:
         cifar = CIFAR10 if self.name == "cifar10" else CIFAR100
         return cifar(self.root, train=split == "train", download=download)
 
-    def _download(self, split: str):
+    def _download(self, split: str) -> "VisionDataset":
         url = _ARCHIVES[self.name]
         try:
             self.root.mkdir(parents=True, exist_ok=True)

@@ -180,8 +180,8 @@ def _pack_split(
                 writer = writer or ShardWriter(config.out, split, shard)
                 writer.add(members, entry.pairs)
                 number += 1
-        last = (writer.path.name, writer.finish()) if writer else (None, None)
-        record.add(*last, split, len(entries), skips)
+        name, written = (writer.path.name, writer.finish()) if writer else (None, None)
+        record.add(name, written, split, len(entries), skips)
     finally:
         if writer:
             writer.close()

@@ -38,7 +38,7 @@ class FileImage(NamedTuple):
         if not content:
             raise BadImage("empty")
         suffix = os.path.splitext(self.path)[1].lower().removeprefix(".")
-        return content, suffix if suffix in IMAGE_SUFFIXES else _OF_FORMAT[open_header(content).format]
+        return content, suffix if suffix in IMAGE_SUFFIXES else _OF_FORMAT[str(open_header(content).format)]
 
 
 class MemberImage(NamedTuple):
@@ -63,7 +63,8 @@ class MemberImage(NamedTuple):
         return content, self.suffix
 
 
-class HeldImage(NamedTuple):
+@dataclass(frozen=True)
+class HeldImage:
     """An image that is only in memory."""
 
     images: Images
@@ -144,8 +145,7 @@ def _captioned(image: Captioned) -> Entry:
     captions = tuple("" if caption.fault else caption.text for caption in image.captions)
     if image.path is None or not captions:
         faults = [(image.key, "missing" if image.path is None else "no_text")]
-    usable = image.path is not None and any(captions)
-    found = FileImage(image.path) if usable else None
+    found = FileImage(image.path) if image.path is not None and any(captions) else None
     return Entry(image.split, image.key, image.group or image.key, found, captions, faults=tuple(faults))
 
 
@@ -184,14 +184,15 @@ def _of_shard(
             continue
         note = annotate(sample.key, sample.members, name, classes)
         group = note.group or (note.class_name if labelled else None) or note.key
-        reason = note.reason or ("no_image" if sample.image is None else None)
+        place = sample.image_place
+        reason = note.reason or ("no_image" if place is None else None)
         if reason is None and (note.class_name is None if labelled else not note.captions):
             reason = "no_text"
-        if reason:
-            yield Entry(split, note.key, group, None, faults=((note.key, reason),))
+        if place is None or reason:
+            yield Entry(split, note.key, group, None, faults=((note.key, reason or "no_image"),))
             continue
         suffix = next(suffix for suffix in IMAGE_SUFFIXES if suffix in sample.members)
-        image = MemberImage(path, sample.image, suffix, fetcher)
+        image = MemberImage(path, place, suffix, fetcher)
         if labelled:
             yield Entry(split, note.key, group, image, class_name=note.class_name)
             continue

@@ -4,7 +4,7 @@ import io
 import json
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 
 from PIL import Image
 
@@ -35,7 +35,7 @@ def read_image(entry: Entry, max_side: int | None, quality: int, verify: bool) -
 
 def _smaller(image: Image.Image, max_side: int, quality: int) -> bytes:
     scale = max_side / max(image.size)
-    size = tuple(max(1, round(side * scale)) for side in image.size)
+    size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
     file = io.BytesIO()
     image.resize(size, Image.Resampling.LANCZOS).save(file, "JPEG", quality=quality)
     return file.getvalue()
@@ -53,7 +53,7 @@ def members_of(
     else:
         # A name that is a number would be taken for a class's number.
         numeric = entry.class_name.isdecimal()
-        record["class"] = classes.index(entry.class_name) if numeric else entry.class_name
+        record["class"] = (classes or ()).index(entry.class_name) if numeric else entry.class_name
     members[f"{number:09d}.json"] = json.dumps(record).encode()
     return members
 
@@ -64,7 +64,7 @@ def read_ahead(
     """Each entry with what `read` makes of it, in order; threads are a little ahead."""
     pool = ThreadPoolExecutor()  # a few more threads than cores: some wait for the disk
     try:
-        waiting = deque()
+        waiting: deque[tuple[Entry, Future[ImageOrReason]]] = deque()
         for entry in entries:
             waiting.append((entry, pool.submit(read, entry)))
             if len(waiting) > _AHEAD:

@@ -7,7 +7,7 @@ import os
 import tarfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, BinaryIO
 
 from lib.data.shards.index import ShardEntry
 from lib.errors import InputError
@@ -165,7 +165,7 @@ def _open_record(folder: Path) -> BinaryIO:
     return file
 
 
-def _sync(file) -> None:
+def _sync(file: IO) -> None:
     file.flush()
     os.fsync(file.fileno())
 

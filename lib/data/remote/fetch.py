@@ -10,7 +10,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from braceexpand import UnbalancedBracesError, braceexpand
+from braceexpand import (  # type: ignore[attr-defined]  # its stubs leave the exception out
+    UnbalancedBracesError,
+    braceexpand,
+)
 from filelock import FileLock, Timeout
 
 from lib.data.remote.gunzip import gunzip, is_gzip

@@ -103,12 +103,13 @@ class _Found:
                 self.skipped.append((name, sample.reason))
                 continue
             note = annotate(sample.key, sample.members, name, classes)
-            reason = "no_image" if sample.image is None else note.reason or _without_text(note, labelled)
-            if reason:
-                self.skipped.append((note.key, reason))
+            place = sample.image_place
+            reason = "no_image" if place is None else note.reason or _without_text(note, labelled)
+            if place is None or reason:
+                self.skipped.append((note.key, reason or "no_image"))
             else:
                 self.notes.append(note)
-                self.places.append((shard, *sample.image))
+                self.places.append((shard, *place))
 
 
 def _without_text(note: Annotation, labelled: bool) -> str | None:
@@ -134,7 +135,7 @@ def _captioned(name: str, images: TarImages, found: _Found) -> EvaluationSet:
 def _labelled(
     name: str, images: TarImages, found: _Found, classes: tuple[str, ...] | None, templates: tuple[str, ...]
 ) -> EvaluationSet:
-    names = [note.class_name for note in found.notes]
+    names = [note.class_name or "" for note in found.notes]
     classes = tuple(sorted(set(names))) if classes is None or not set(names) <= set(classes) else classes
     number = {each: index for index, each in enumerate(classes)}
     return EvaluationSet(

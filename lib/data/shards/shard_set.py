@@ -42,7 +42,7 @@ def find_shards(data: str, flag: str, fetcher: Fetcher) -> ShardSet:
 
 
 def _by_split(data: str, flag: str, shards: tuple[str, ...], index: ShardIndex) -> ShardSet:
-    splits = {split: [] for split in SPLITS}
+    splits: dict[str, list[str]] = {split: [] for split in SPLITS}
     for shard in shards:
         if not is_url(shard) and not os.path.isfile(shard.removeprefix("file://")):
             raise InputError(f"{flag} {data}: {INDEX} names {shard}, which is not there; copy it, or pack again")

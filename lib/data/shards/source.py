@@ -123,7 +123,7 @@ class ShardSource(Source):
     def _prompted(self, where: str, note: Annotation, image: bytes) -> Item:
         if note.class_name is None:
             return Item(where, note.key, reason="no_text")
-        prompts = tuple(fill(template, note.class_name) for template in self.templates)
+        prompts = tuple(fill(template, note.class_name) for template in self.templates or ())
         group = stable_hash(note.group or note.class_name)
         return Item(where, note.key, image, prompts, (0,) * len(prompts), group)
 
@@ -190,8 +190,9 @@ def count_pairs(source: Source) -> int:
 
 
 def _pairs(source: Source) -> int:
-    if source.size is not None or not isinstance(source, ShardSource):
+    if source.size is not None:
         return source.size
+    assert isinstance(source, ShardSource)
     if any(map(is_away, source.shards)):
         raise InputError(f"--epochs: nobody has counted the pairs of {source.where}; give --steps instead")
     return _count(source)[1]

@@ -27,8 +27,13 @@ class Sample(NamedTuple):
     """bytes by suffix; of an image that is only indexed, (offset, size)"""
 
     @property
-    def image(self):
+    def image(self) -> bytes | None:
         """The first image member, or None."""
+        return next((self.members[suffix] for suffix in IMAGE_SUFFIXES if suffix in self.members), None)
+
+    @property
+    def image_place(self) -> tuple[int, int] | None:
+        """(offset, size) of the first image member where it is only indexed, or None."""
         return next((self.members[suffix] for suffix in IMAGE_SUFFIXES if suffix in self.members), None)
 
     @property
@@ -122,7 +127,7 @@ def _files(file: BinaryIO, path: str, faults: list[Exception]) -> Iterator[dict]
                         "data": (member.offset_data, member.size),
                         "__url__": path,
                     }
-                tar.members = []  # tarfile would keep them all
+                tar.members = []  # type: ignore[attr-defined]  # tarfile would keep them all; its stubs hide them
             # Where a header is damaged or missing, tarfile stops as if the archive ended: an end is a block of zeros.
             file.seek(tar.offset)
             end = file.read(tarfile.BLOCKSIZE)

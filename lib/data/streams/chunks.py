@@ -9,11 +9,11 @@ from torch.utils.data import IterableDataset, get_worker_info
 from lib.data.images import BadImage
 from lib.data.indexed import IndexedStream, Prepared, Tally
 from lib.data.order import ChunkPlan, draw
-from lib.data.pairs import MixedSource, Source, parts_of
+from lib.data.pairs import IndexedSource, MixedSource, Source, parts_of
 from lib.data.prepare import Pair, Prepare
 from lib.data.shards.source import ShardSource
 from lib.data.streams.dealing import Dealing
-from lib.data.streams.positions import StreamPosition
+from lib.data.streams.positions import IndexedPosition, ShardPosition, StreamPosition
 from lib.data.streams.shard_stream import ShardStream
 from lib.errors import InputError
 
@@ -60,17 +60,19 @@ class StreamChunks(IterableDataset):
     def _stream(self, own: int, workers: int) -> "_Stream":
         stream, streams = self.plan.rank * workers + own, self.plan.world_size * workers
         readers: list[_Reader] = []
-        mixed, position = isinstance(self.source, MixedSource), self.positions[own]
+        weights = self.source.weights if isinstance(self.source, MixedSource) else None
+        position = self.positions[own]
         parts = zip(parts_of(self.source), self.dealings, position.parts, strict=True)
         for number, (part, dealing, where) in enumerate(parts):
             if isinstance(part, ShardSource):
-                salt = number if mixed else None
+                assert dealing is not None and isinstance(where, ShardPosition)
+                salt = None if weights is None else number
                 readers.append(ShardStream(part, dealing, stream, self.buffer_size, salt, where))
             else:
+                assert isinstance(part, IndexedSource) and isinstance(where, IndexedPosition)
                 seed = part_seed(self.source, self.seed, number)
                 readers.append(IndexedStream(part, seed, stream, streams, number, where))
-        weights = self.source.weights if mixed else (1.0,)
-        return _Stream(self.prepare, readers, weights, draw("mixture", self.seed, stream), position.draws)
+        return _Stream(self.prepare, readers, weights or (1.0,), draw("mixture", self.seed, stream), position.draws)
 
 
 _Reader = ShardStream | IndexedStream
@@ -97,11 +99,11 @@ class _Stream:
         while bad_in_a_row < _MOST_BAD_IN_A_ROW:
             epoch, item = reader.next()
             try:
-                pair = reader.prepared(self.prepare, epoch, item)
+                pair = reader.prepared(self.prepare, epoch, item)  # type: ignore[arg-type]  # the item is its own
             except BadImage as bad:
                 bad_in_a_row += _UNREACHABLE if bad.reason == "unreachable" else 1
                 if epoch == 0:
-                    tally.skips.append(reader.skip(item, bad.reason))
+                    tally.skips.append(reader.skip(item, bad.reason))  # type: ignore[arg-type]  # as above
                 continue
             tally.used += epoch == 0
             return pair

@@ -43,7 +43,7 @@ class Dealing:
         # Moved on by one each pass, so that a stream that gets nothing of a tiny set does so once.
         turn = (stream + epoch) % self.streams
         if self.samples is not None:
-            return self._range(order, turn)
+            return self._range(self.samples, order, turn)
         if len(order) >= self.streams:
             return [Part(shard, ALL) for shard in order[turn :: self.streams]]
         firsts = [(turn + place) % self.streams for place in range(len(order))]
@@ -51,9 +51,9 @@ class Dealing:
             Part(shard, range(first, sys.maxsize, self.streams)) for shard, first in zip(order, firsts, strict=True)
         ]
 
-    def _range(self, order: list[int], turn: int) -> list[Part]:
+    def _range(self, samples: Sequence[int], order: list[int], turn: int) -> list[Part]:
         # After its samples a shard has one place more, where damage would stand.
-        places = np.array([self.samples[shard] + 1 for shard in order], dtype=np.int64)
+        places = np.array([samples[shard] + 1 for shard in order], dtype=np.int64)
         ends = np.cumsum(places)
         total = int(ends[-1]) if order else 0
         low, high = total * turn // self.streams, total * (turn + 1) // self.streams

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lib.data.pairs import IndexedSource, MixedSource, Source, parts_of
+from lib.data.pairs import IndexedSource, Source, parts_of
 from lib.data.shards.source import ShardSource
 from lib.data.streams.chunks import part_seed
 from lib.data.streams.dealing import Dealing
@@ -13,14 +13,9 @@ Excluded = dict[int, frozenset[int]]
 """Numbers of the shards left out, by pass."""
 
 
-def is_streamed(source: Source) -> bool:
-    """Whether a source is read by streams, and not by number."""
-    return isinstance(source, ShardSource | MixedSource)
-
-
 def layout(source: Source, world_size: int, workers: int) -> dict:
     """What the positions of streams are relative to, as plain values."""
-    parts = []
+    parts: list[dict] = []
     for part in parts_of(source):
         if isinstance(part, ShardSource):
             parts.append({"shards": list(part.names), "samples": part.samples and list(part.samples)})
@@ -66,18 +61,21 @@ def take_over(source: Source, seed: int, states: Sequence[dict]) -> Start:
         return fresh_start(source)
     positions = [loaded(position) for state in states for position in state["positions"]]
     assert len(positions) == states[0]["layout"]["streams"], "the states of all ranks are needed"
-    parts, excluded = [], []
+    parts: list[ShardPosition | IndexedPosition] = []
+    excluded: list[Excluded] = []
     for number, part in enumerate(parts_of(source)):
         stood = [position.parts[number] for position in positions]
         if isinstance(part, IndexedSource):
             parts.append(IndexedPosition(max(each.epoch for each in stood) + 1))
             excluded.append({})
             continue
+        assert isinstance(part, ShardSource)
+        in_shards = [each for each in stood if isinstance(each, ShardPosition)]
         names, samples = old[number]["shards"], old[number]["samples"]
         dealing = Dealing(
             len(names), samples, part_seed(source, seed, number), len(positions), excluded_in(states[0])[number]
         )
-        finished = {epoch: {names[n] for n in numbers} for epoch, numbers in dealing.finished(stood).items()}
+        finished = {epoch: {names[n] for n in numbers} for epoch, numbers in dealing.finished(in_shards).items()}
         parts.append(ShardPosition(min(finished)))
         excluded.append({epoch: _numbers(part.names, done) for epoch, done in finished.items()})
     draws = max(position.draws for position in positions)

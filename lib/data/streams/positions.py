@@ -53,10 +53,10 @@ def saved(position: StreamPosition) -> dict:
 
 def loaded(state: dict) -> StreamPosition:
     """The position that was saved."""
-    parts = []
+    parts: list[ShardPosition | IndexedPosition] = []
     for part in state["parts"]:
         if "buffer" in part:
-            parts.append(ShardPosition(*part["cursor"], part["buffer"].numpy()))
+            parts.append(ShardPosition._make([*part["cursor"], part["buffer"].numpy()]))
         else:
             parts.append(IndexedPosition(*part["cursor"]))
     return StreamPosition(state["draws"], tuple(parts))

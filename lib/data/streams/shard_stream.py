@@ -98,6 +98,7 @@ class ShardStream:
 
     def _advance(self) -> None:
         """Go to the part's next sample, or to the next part: a part is left as soon as its last item is taken."""
+        assert self.reading is not None
         number, self.upcoming = next(self.reading, (-1, []))
         # It is the same where a stream goes on in the middle of a sample.
         if number != self.sample or self.taken >= len(self.upcoming):

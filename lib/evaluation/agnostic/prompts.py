@@ -2,8 +2,7 @@
 
 from pathlib import Path
 
-import yaml
-
+from lib.data.classes.prompt_banks import read_yaml
 from lib.errors import InputError
 
 _SHIPPED = Path(__file__).with_name("prompts.yaml")
@@ -12,14 +11,7 @@ _SHIPPED = Path(__file__).with_name("prompts.yaml")
 def generic_prompts(prompts: Path | None) -> list[str]:
     """The texts that a YAML file lists, each once; without a file the shipped ones."""
     path = prompts or _SHIPPED
-    try:
-        texts = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(
-            f"--prompts {path} cannot be read: {error.strerror}; leave it out for the shipped ones"
-        ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"--prompts {path} is not YAML: {' '.join(str(error).split())}") from None
+    texts = read_yaml(path, f"--prompts {path}", "; leave it out for the shipped ones")
     if not isinstance(texts, list) or not all(isinstance(text, str) and text.strip() for text in texts):
         raise InputError(f'--prompts {path} must hold a list of texts, as in: - "a photo taken outdoors"')
     for text in texts:

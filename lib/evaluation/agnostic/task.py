@@ -84,10 +84,14 @@ def agnostic(options: Agnostic, subject: Subject) -> Outcome | None:
     )
 
 
+def _shares(temperature: float, rows: np.ndarray) -> np.ndarray:
+    return prompt_shares(torch.from_numpy(rows), temperature).numpy()
+
+
 def _find(options: Agnostic, prompts: list[str], parts: Parts, similarities: Parts) -> Findings:
     sweep, of_images = {}, {}
     for temperature in tqdm(sorted(set(options.temperatures), reverse=True), "temperatures"):
-        shares = similarities.of_rows(lambda rows, t=temperature: prompt_shares(torch.from_numpy(rows), t).numpy())
+        shares = similarities.of_rows(partial(_shares, temperature))
         of_images[temperature] = entropies(torch.from_numpy(shares.test.rows)).numpy()
         entropy = {"mean_entropy": float(of_images[temperature].mean()), "max_entropy": math.log(len(prompts))}
         sweep[temperature] = entropy | _accuracies(options, shares)

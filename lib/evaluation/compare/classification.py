@@ -26,26 +26,27 @@ def compare_classification(
     names: Sequence[str], data: EvaluationSet, subjects: Iterable[Subject], resamples: int, seed: int
 ) -> Outcome | None:
     """Compare on the images that every model could read; data has the class names to use."""
+    labels_of_all, classes, templates = data.labelling
     answers = []
     for subject in subjects:
         embedded = subject.embed_images()
-        answers.append((embedded, class_embeddings(data.classes, data.templates, subject.embed_texts)))
+        answers.append((embedded, class_embeddings(classes, templates, subject.embed_texts)))
     if not subject.measures:
         return None
     images = torch.stack([embedded.valid for embedded, _ in answers]).all(dim=0).nonzero().flatten()
-    labels = np.asarray(data.labels)[images]
+    labels = np.asarray(labels_of_all)[images]
     scores = [zeroshot_scores(embedded.embeds[images], class_embeds) for embedded, class_embeds in answers]
     predicted = np.stack([each.argmax(axis=1) for each in scores])  # (models, n)
-    metrics = classification_comparison(names, labels, scores, data.classes, resamples, seed)
+    metrics = classification_comparison(names, labels, scores, classes, resamples, seed)
     draw = partial(
         draw_pictures,
         metrics=metrics,
         labels=labels,
         predicted=dict(zip(names, predicted, strict=True)),
-        classes=data.classes,
+        classes=classes,
         open_image=lambda row: data.open_image(int(images[row])),
     )
-    facts = data_facts(data, answers[0][0]) | {"classes": str(len(data.classes))}
+    facts = data_facts(data, answers[0][0]) | {"classes": str(len(classes))}
     facts |= {"intervals": f"95%, by {resamples} samples of the images", "test": "McNemar's, exact"}
     return Outcome(metrics, facts, tables(metrics) | skipped_table(data, answers[0][0]), draw)
 

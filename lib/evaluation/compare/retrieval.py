@@ -24,12 +24,13 @@ def compare_retrieval(
 ) -> Outcome | None:
     """Compare on the images that every model could read, with their captions."""
     answers = []
+    texts, image_of_text = data.captioning
     for subject in subjects:
-        answers.append((subject.embed_images(), subject.embed_texts(data.captions)))
+        answers.append((subject.embed_images(), subject.embed_texts(texts)))
     if not subject.measures:
         return None
     valid = torch.stack([embedded.valid for embedded, _ in answers]).all(dim=0)
-    images, captions, caption_image = keep_readable(valid, data.caption_image)
+    images, captions, caption_image = keep_readable(valid, image_of_text)
     ranks = [
         retrieval_ranks(embedded.embeds[images], text_embeds[captions], caption_image)
         for embedded, text_embeds in answers
@@ -62,7 +63,7 @@ def retrieval_comparison(
         return found[:, rows].sum(axis=1) / sizes[:, None]
 
     samples = bootstrap(resampled_recalls, len(counts), resamples, seed)  # (resamples, models, 2, 3)
-    models = {
+    models: dict[str, dict[str, dict]] = {
         name: {
             direction: summarize_ranks(ranks[number][way]) | {"intervals": _intervals(samples[:, number, way])}
             for way, direction in enumerate(DIRECTIONS)
@@ -72,7 +73,7 @@ def retrieval_comparison(
     pairs = []
     for one, other in combinations(range(len(names)), 2):
         differences = samples[:, other] - samples[:, one]
-        pair = {"models": [names[one], names[other]]}
+        pair: dict = {"models": [names[one], names[other]]}
         for way, direction in enumerate(DIRECTIONS):
             first, second = models[names[one]][direction], models[names[other]][direction]
             pair[direction] = {key: second[key] - first[key] for key in RECALLS}

@@ -90,7 +90,7 @@ def _subjects(first: Subject, models: tuple[str, ...]) -> Iterator[Subject]:
 
 
 def _renamed(data: EvaluationSet, file: Path | None) -> EvaluationSet:
-    return replace(data, classes=renamed(data.classes, file)) if file else data
+    return replace(data, classes=renamed(data.labelling.classes, file)) if file else data
 
 
 def _with_trainings(outcome: Outcome, models: dict[str, str]) -> Outcome:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from functools import lru_cache
 from hashlib import blake2b
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -17,11 +17,14 @@ SHOWN = 5  # answers of a query
 LOOKED_AT = 60  # candidates among which copies of an image are passed over
 
 
-class Answer(NamedTuple):
+Content = TypeVar("Content", int, str)
+"""What answers: an image, by its row, or a caption."""
+
+
+class Answer(NamedTuple, Generic[Content]):
     """One answer to a query."""
 
-    content: int | str
-    """row of the image, or the caption"""
+    content: Content
     score: float
     """cosine similarity"""
     right: bool
@@ -31,20 +34,20 @@ class TextQuery(NamedTuple):
     """A text and the images found for it, most similar first."""
 
     text: str
-    own: Answer | None
+    own: Answer[int] | None
     """its image; None for a free text"""
     rank: int | None
-    found: Sequence[Answer]
+    found: Sequence[Answer[int]]
 
 
 class ImageQuery(NamedTuple):
     """An image and the captions found for it, most similar first."""
 
     image: int
-    own: Answer
+    own: Answer[str]
     """the most similar of its captions"""
     rank: int
-    found: Sequence[Answer]
+    found: Sequence[Answer[str]]
 
 
 class Gallery:
@@ -98,7 +101,7 @@ def image_query(matched: Matched, image: int, rank: int) -> ImageQuery:
     own_rows = (matched.caption_image == image).nonzero().flatten()
     best = int(own_rows[scores[own_rows].argmax()])
     own_wordings = {matched.captions[row] for row in own_rows}
-    found: dict[str, Answer] = {}
+    found: dict[str, Answer[str]] = {}
     for row in scores.topk(min(LOOKED_AT, len(scores))).indices.tolist():
         caption = matched.captions[row]
         found.setdefault(caption, Answer(caption, float(scores[row]), caption in own_wordings))
@@ -106,7 +109,7 @@ def image_query(matched: Matched, image: int, rank: int) -> ImageQuery:
     return ImageQuery(image, own, rank, list(found.values())[:SHOWN])
 
 
-def candidates(matched: Matched, image: int, free: Sequence[str], free_embeds: Tensor, seed: int) -> list[Answer]:
+def candidates(matched: Matched, image: int, free: Sequence[str], free_embeds: Tensor, seed: int) -> list[Answer[str]]:
     """Captions to hold against one image: its own, the most similar wrong ones, some drawn at random, free texts.
 
     At most five of each kind and all free texts; the most similar first.
@@ -125,7 +128,7 @@ def candidates(matched: Matched, image: int, free: Sequence[str], free_embeds: T
     return sorted(answers.values(), key=lambda answer: -answer.score)
 
 
-def _found_images(matched: Matched, gallery: Gallery, embed: Tensor, own: int | None) -> list[Answer]:
+def _found_images(matched: Matched, gallery: Gallery, embed: Tensor, own: int | None) -> list[Answer[int]]:
     scores = matched.image_embeds @ embed
     ranked = scores.topk(min(LOOKED_AT, len(scores))).indices.tolist()
     return [

@@ -37,7 +37,8 @@ class Side(NamedTuple):
 
     def part(self, start: int, count: int) -> "Side":
         """Some of the rows."""
-        return Side(*(values[start : start + count] for values in self))
+        rows = slice(start, start + count)
+        return Side(self.embeds[rows], self.key[rows], self.best[rows])
 
 
 def similarity_of_pairs(first: Tensor, second: Tensor) -> Tensor:

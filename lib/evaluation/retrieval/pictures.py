@@ -10,8 +10,6 @@ from torch import Tensor
 from lib.evaluation.outcome import Picture
 from lib.evaluation.retrieval.answers import (
     Gallery,
-    ImageQuery,
-    TextQuery,
     candidates,
     examples,
     free_query,
@@ -77,23 +75,25 @@ class Findings:
         """Sheets of what succeeds and of what fails, in both directions; none where there is nothing of a kind."""
         captioned = self.matched.caption_image.unique().tolist()
 
-        def from_texts(place: int) -> TextQuery:
-            return text_query(self.matched, gallery, place, int(self.to_image[place]))
+        def plot_texts(places: list[int], title: str, path: Path) -> None:
+            queries = [text_query(self.matched, gallery, place, int(self.to_image[place])) for place in places]
+            plot_text_queries(queries, gallery.open, title, path)
 
-        def from_images(place: int) -> ImageQuery:
-            return image_query(self.matched, captioned[place], int(self.to_text[place]))
+        def plot_images(places: list[int], title: str, path: Path) -> None:
+            queries = [image_query(self.matched, captioned[place], int(self.to_text[place])) for place in places]
+            plot_image_queries(queries, gallery.open, title, path)
 
         directions = (
-            ("text to image", self.to_image, from_texts, plot_text_queries),
-            ("image to text", self.to_text, from_images, plot_image_queries),
+            ("text to image", self.to_image, plot_texts),
+            ("image to text", self.to_text, plot_images),
         )
         pictures = []
-        for direction, ranks, query, plot in directions:
+        for direction, ranks, plot in directions:
             for succeed, word in ((True, "succeed"), (False, "fail")):
                 places = examples(ranks, succeed, EXAMPLES)
                 if places:
                     path = folder / f"{direction.replace(' ', '_')}_{word}.png"
                     title = f"{direction.capitalize()}: examples that {word} (numbers: cosine similarity)"
-                    plot([query(place) for place in places], gallery.open, title, path)
+                    plot(places, title, path)
                     pictures.append(Picture(f"{direction.capitalize()}, examples that {word}", path))
         return pictures

@@ -23,7 +23,7 @@ def plot_recall(metrics: dict[str, dict[str, float]], path: Path) -> None:
         recalls = {key: value for key, value in numbers.items() if key.startswith("R@")}
         summary = f"MRR {numbers['MRR']:.3f}, median rank {numbers['median_rank']:g}"
         label = f"{direction.replace('_', ' ')} ({summary})"
-        bars = axes.bar(np.arange(len(recalls)) + offset, recalls.values(), 0.38, color=colour, label=label)
+        bars = axes.bar(np.arange(len(recalls)) + offset, list(recalls.values()), 0.38, color=colour, label=label)
         axes.bar_label(bars, fmt="%.3f", padding=2)
     axes.set_xticks(range(len(recalls)), recalls)
     axes.set_ylim(0, 1.08)
@@ -71,11 +71,11 @@ def _histograms(axes: Axes, values: dict[str, np.ndarray], colours: Sequence[str
     for (name, numbers), colour in zip(values.items(), colours, strict=True):
         if len(numbers):
             share = np.full(len(numbers), 1 / len(numbers))
-            axes.hist(numbers, edges, weights=share, color=colour, alpha=0.6, label=name)
+            axes.hist(numbers, edges.tolist(), weights=share, color=colour, alpha=0.6, label=name)
             axes.axvline(numbers.mean(), color=colour, linestyle="--", linewidth=1.2)
 
 
-def plot_candidates(image: Image.Image, name: str, answers: Sequence[Answer], path: Path) -> None:
+def plot_candidates(image: Image.Image, name: str, answers: Sequence[Answer[str]], path: Path) -> None:
     """Bars of one image's similarity to candidate captions, the most similar first, its own ones marked."""
     labels = [wrapped(shorten(answer.content, 180), 62) for answer in answers]
     heights = [LINE * max(1.6, 1 + label.count("\n")) for label in labels]

@@ -27,7 +27,7 @@ def plot_text_queries(queries: Sequence[TextQuery], open_image: OpenImage, title
         if query.own:
             below = "\n" * (2 + text.count("\n"))
             write_text(row[0], f"{below}its own: rank {query.rank:,}, {query.own.score:.3f}", colour=RIGHT)
-        if missed:
+        if missed and query.own:
             show_image(row[1], open_image(query.own.content), RIGHT)
             row[1].set_title(f"its own\n{query.own.score:.3f}", fontsize=9, color=RIGHT)
         for place, (axes, answer) in enumerate(zip(row[1 + missed :], query.found, strict=False), 1):
@@ -40,7 +40,7 @@ def _found(query: TextQuery | ImageQuery) -> bool:
     return any(answer.right for answer in query.found)
 
 
-def _show(axes: Axes, answer: Answer, place: int, open_image: OpenImage) -> None:
+def _show(axes: Axes, answer: Answer[int], place: int, open_image: OpenImage) -> None:
     show_image(axes, open_image(answer.content), RIGHT if answer.right else None)
     mark, colour = (" ✓", RIGHT) if answer.right else ("", "black")
     axes.set_title(f"{place}{mark}\n{answer.score:.3f}", fontsize=9, color=colour)
@@ -51,8 +51,8 @@ def plot_image_queries(queries: Sequence[ImageQuery], open_image: OpenImage, tit
     texts = [_lines(query) for query in queries]
     heights = [max(ROW, LINE * sum(1 + line.count("\n") for line, _ in lines) + 0.3) for lines in texts]
     figure = Figure(figsize=(ROW + 3 * TEXT, sum(heights) + 0.6), layout="constrained")
-    shape = {"width_ratios": [ROW, 3 * TEXT], "height_ratios": heights}
-    grid = figure.subplots(len(queries), 2, squeeze=False, **shape)
+    widths = [ROW, 3 * TEXT]
+    grid = figure.subplots(len(queries), 2, squeeze=False, width_ratios=widths, height_ratios=heights)
     for (picture, text), query, lines, height in zip(grid, queries, texts, heights, strict=True):
         show_image(picture, open_image(query.image))
         text.axis("off")

@@ -43,8 +43,9 @@ def retrieve(options: Retrieval, subject: Subject) -> Outcome | None:
     if options.image is not None and options.image not in data.image_keys:
         raise InputError(f"--image {options.image} is not in {data.name}; its first is {data.image_keys[0]}")
     embedded = subject.embed_images()
-    _, kept, _ = keep_readable(embedded.valid, data.caption_image)
-    text_embeds = subject.embed_texts([data.captions[row] for row in kept])
+    captions, image_of_caption = data.captioning
+    _, kept, _ = keep_readable(embedded.valid, image_of_caption)
+    text_embeds = subject.embed_texts([captions[row] for row in kept])
     # Apart from the captions, which then need no other file for another query.
     query_embeds = subject.embed_texts(options.query) if options.query else text_embeds[:0]
     if not subject.measures:
@@ -79,11 +80,12 @@ def retrieve(options: Retrieval, subject: Subject) -> Outcome | None:
 
 def _matched(data: EvaluationSet, embedded: Embedded, text_embeds: Tensor, pairs: bool) -> tuple[Matched, np.ndarray]:
     """What to rank, without unread images, and the row in `data` of each image of it."""
-    images, kept, caption_image = keep_readable(embedded.valid, data.caption_image)
+    texts, image_of_text = data.captioning
+    images, kept, caption_image = keep_readable(embedded.valid, image_of_text)
     if pairs:
         images, caption_image = images[caption_image], torch.arange(len(kept))
     rows = images.numpy()
-    captions = [data.captions[row] for row in kept]
+    captions = [texts[row] for row in kept]
     open_image = partial(_open, data, rows)
     return Matched(embedded.embeds[images], text_embeds, captions, caption_image, open_image), rows
 

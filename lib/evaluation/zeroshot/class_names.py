@@ -2,19 +2,13 @@
 
 from pathlib import Path
 
-import yaml
-
+from lib.data.classes.prompt_banks import read_yaml
 from lib.errors import InputError
 
 
 def renamed(classes: tuple[str, ...], file: Path) -> tuple[str, ...]:
     """The classes' names after a YAML file: a list in the data's order, or a mapping of some of the data's names."""
-    try:
-        names = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except OSError as fault:
-        raise InputError(f"--class-names {file} cannot be read: {fault.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as fault:
-        raise InputError(f"--class-names {file} is not YAML: {' '.join(str(fault).split())}") from None
+    names = read_yaml(file, f"--class-names {file}")
     if isinstance(names, list):
         if len(names) != len(classes):
             raise InputError(

@@ -74,8 +74,8 @@ def _draw_bins(axes: Axes, found: Reliability) -> None:
     accuracy, confidence = found.accuracy[filled], found.confidence[filled]
     axes.bar(centres, accuracy, 0.9 / BINS, color=PALE, label="accuracy")
     lower, gap = np.minimum(accuracy, confidence), np.abs(accuracy - confidence)
-    hatched = {"facecolor": "none", "edgecolor": WRONG, "hatch": "///", "label": "gap to the confidence"}
-    axes.bar(centres, gap, 0.9 / BINS, lower, **hatched)
+    label = "gap to the confidence"
+    axes.bar(centres, gap, 0.9 / BINS, lower, label=label, facecolor="none", edgecolor=WRONG, hatch="///")
     axes.plot([0, 1], [0, 1], color="black", linestyle="--", linewidth=1, label="as sure as right")
     axes.set_ylim(0, 1)
 

@@ -25,9 +25,9 @@ def class_tables(metrics: dict, classes: Sequence[str]) -> dict[str, Rows]:
     }
 
 
-def confusions(counts: Sequence[Sequence[int]], classes: Sequence[str]) -> Rows:
+def confusions(confusion: Sequence[Sequence[int]], classes: Sequence[str]) -> Rows:
     """The largest counts off the diagonal of a confusion matrix (K, K)."""
-    counts = np.array(counts)
+    counts = np.array(confusion)
     np.fill_diagonal(counts, 0)
     rows = [["true class", "predicted class", "images"]]
     for place in np.argsort(-counts, axis=None, kind="stable")[:CONFUSIONS]:

@@ -41,16 +41,21 @@ def classify(options: Zeroshot, subject: Subject) -> Outcome | None:
     What has to be chosen, is chosen on the data's validation part, or else on one half of the images for the other.
     """
     data = subject.data
-    classes = renamed(data.classes, options.class_names) if options.class_names else data.classes
+    labels, own_classes, templates = data.labelling
+    classes = renamed(own_classes, options.class_names) if options.class_names else own_classes
     validation = subject.of("val") if subject.part != "val" else None
     embedded = subject.embed_images()
-    validated = validation and validation.embed_images()
-    prompt_embeds = prompt_embeddings(classes, data.templates, subject.embed_texts)
+    validated = None if validation is None else validation.embed_images()
+    prompt_embeds = prompt_embeddings(classes, templates, subject.embed_texts)
     if not subject.measures:
         return None
 
-    test, images = labelled(embedded, data.labels)
-    chooser = validation and _as_in(data.classes, validation, validated)
+    test, images = labelled(embedded, labels)
+    chooser = None
+    chosen_on = "each half of these images what is judged on the other: there is no validation part besides them"
+    if validation is not None and validated is not None:
+        chooser = _as_in(own_classes, validation, validated)
+        chosen_on = f"{validation.data.name}, {len(chooser.labels)} images"
     parts = folds(test, chooser, options.seed)
     class_embeds = ensemble(prompt_embeds)
     metrics = zeroshot_metrics(test.embeds, test.labels, class_embeds, classes)
@@ -60,15 +65,10 @@ def classify(options: Zeroshot, subject: Subject) -> Outcome | None:
     before, after = calibrate(scores, test.labels, class_embeds, parts, scale)
 
     facts = {"model": subject.model.name} | data_facts(data, embedded)
-    facts |= {"classes": str(len(classes)), "prompt templates": str(len(data.templates))}
-    facts["chosen on"] = (
-        f"{validation.data.name}, {len(chooser.labels)} images"
-        if validation
-        else ("each half of these images what is judged on the other: there is no validation part besides them")
-    )
-    tables = class_tables(metrics, classes) | prompt_tables(study, classes, data.templates)
+    facts |= {"classes": str(len(classes)), "prompt templates": str(len(templates)), "chosen on": chosen_on}
+    tables = class_tables(metrics, classes) | prompt_tables(study, classes, templates)
     tables |= calibration_table(before, after) | skipped_table(data, embedded)
-    metrics |= {"prompts": study.metrics(classes, data.templates)}
+    metrics |= {"prompts": study.metrics(classes, templates)}
     metrics |= {"calibration": {"before": before.metrics(), "after": after.metrics()}}
     draw = partial(
         draw_pictures,
@@ -78,7 +78,7 @@ def classify(options: Zeroshot, subject: Subject) -> Outcome | None:
         labels=test.labels,
         predicted=scores.argmax(axis=1),
         classes=classes,
-        templates=data.templates,
+        templates=templates,
         open_image=lambda row: data.open_image(int(images[row])),
     )
     return Outcome(metrics, facts, tables, draw)
@@ -92,9 +92,10 @@ def labelled(embedded: Embedded, labels: np.ndarray) -> tuple[Labelled, np.ndarr
 
 def _as_in(classes: Sequence[str], validation: Subject, embedded: Embedded) -> Labelled:
     """Validation images with the test part's class numbers; those of classes that it does not have are left out."""
-    found, _ = labelled(embedded, validation.data.labels)
+    labels, own_classes, _ = validation.data.labelling
+    found, _ = labelled(embedded, labels)
     number = {name: row for row, name in enumerate(classes)}
-    numbers = np.array([number.get(name, -1) for name in validation.data.classes])[found.labels]
+    numbers = np.array([number.get(name, -1) for name in own_classes])[found.labels]
     return Labelled(found.embeds, numbers).part((numbers >= 0).nonzero()[0])
 
 
