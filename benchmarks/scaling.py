@@ -71,7 +71,7 @@ def measure(loss: Literal["sigmoid", "infonce"], world_size: int, settings: Sett
     if world_size > 1:
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
     given, before, began = counted(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
-    fresh = Pairs(*(gather_rows(tensor) for tensor in vars(own).values()))
+    fresh = Pairs(*(gather_rows(tensor) for tensor in vars(own).values() if tensor is not None))
     if world_size > 1:  # the fake group fills nothing in
         fresh = random_pairs(n, d)
     share = kinds[loss](fresh, bank, torch.tensor(10.0), torch.tensor(-10.0), slice(0, per_rank))

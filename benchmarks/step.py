@@ -19,7 +19,7 @@ from peers import open_clip_step, sentence_transformers_step
 from subjects import SUBJECTS, Autocast, chunked, flops_of_a_pair, make_batch, make_towers
 from torch.optim import AdamW
 
-from lib.plan import PASS_1_PAIRS, BatchPlan, graphs_that_fit, measure_activations, state_bytes
+from lib.plan import PASS_1_PAIRS, BatchPlan, graphs_that_fit, measure_activations
 from lib.trunk_options import compile_trunks
 
 
@@ -108,7 +108,7 @@ def graphs_kept(subject: str, towers: Autocast, size: int, chunk_size: int, devi
     image_bytes = batch.pixel_values[0].nbytes
     with torch.autocast(device.type, torch.bfloat16, enabled=towers.enabled):
         activations = measure_activations(towers.towers, batch.inputs)
-    state = state_bytes(list(towers.parameters()), moments=2)
+    state = 4 * sum(parameter.nbytes for parameter in towers.parameters())  # weights, gradients, two moments
     plan = BatchPlan(size, 1, chunk_size, 0, 0, towers.towers.embed_dim, image_bytes, activations, state)
     return graphs_that_fit(plan, device, 1)
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -140,7 +141,8 @@ def broken_from(monkeypatch):
             calls.append(1)
             share = clean(*arguments, **options)
             if len(calls) - WARM_UPS in steps:
-                return type(share)(**{name: value * float("nan") for name, value in vars(share).items()})
+                broken = {name: value * float("nan") for name, value in vars(share).items() if value is not None}
+                return replace(share, **broken)
             return share
 
         monkeypatch.setattr(train_clip, "infonce", loss)
