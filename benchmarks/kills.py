@@ -27,6 +27,7 @@ from lib.checkpoint import is_whole  # noqa: E402
 from lib.report import read_metrics  # noqa: E402
 
 Victim = Literal["all", "one rank", "launcher"]
+VICTIMS: tuple[Victim, ...] = ("all", "one rank", "launcher")
 LONGEST_END = 60.0
 TIMED = ("pairs_per_second", "step_seconds", "data_seconds", "peak_memory_bytes")
 
@@ -37,9 +38,9 @@ class Settings:
 
     kills: int = 20
     seed: int = 0
-    """Of the victims and moments."""
+    """Of the moments."""
     ranks: int = 2
-    steps: int = 240
+    steps: int = 1000
     """Of the run; it must outlive all kills."""
     most_seconds: float = 4.0
     """Longest time from the first new step to a kill."""
@@ -63,8 +64,8 @@ def main(settings: Settings) -> None:
         if start(settings, unbroken).wait() != 0:
             sys.exit("the unbroken run failed")
         draw, kills = random.Random(settings.seed), []
-        while len(kills) < settings.kills:
-            kill = kill_once(settings, broken, unbroken, draw)
+        for number in range(settings.kills):
+            kill = kill_once(settings, VICTIMS[number % len(VICTIMS)], broken, unbroken, draw)
             if kill is None:
                 break
             kills.append(kill)
@@ -94,10 +95,9 @@ def start(settings: Settings, folder: Path) -> subprocess.Popen:
     return subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **quiet)
 
 
-def kill_once(settings: Settings, folder: Path, unbroken: Path, draw: random.Random) -> Kill | None:
+def kill_once(settings: Settings, victim: Victim, folder: Path, unbroken: Path, draw: random.Random) -> Kill | None:
     """Start or resume, wait for a random moment, kill, and look at what stands; None: the run came to its end."""
-    victim, in_save = draw.choice(["all", "one rank", "launcher"]), draw.random() < 0.4
-    delay, rank = draw.uniform(0, settings.most_seconds), draw.randrange(settings.ranks)
+    in_save, delay, rank = draw.random() < 0.4, draw.uniform(0, settings.most_seconds), draw.randrange(settings.ranks)
     before, launcher = last_step(folder), start(settings, folder)
     while last_step(folder) <= before and launcher.poll() is None:
         time.sleep(0.02)
