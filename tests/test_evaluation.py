@@ -53,7 +53,7 @@ def test_nothing_to_measure_is_one_clear_error():
     towers = SmallTowers()
     with pytest.raises(InputError, match="small captions holds no images"):
         embed_images(towers, captioned(0), PIPELINE, device="cpu")
-    with pytest.raises(InputError, match="none of the 2 images .* can be read: truncated 1, empty 1"):
+    with pytest.raises(InputError, match="none of the 2 images .* can be read .truncated 1, empty 1."):
         embed_images(towers, classed(2, {0: "truncated", 1: "empty"}), PIPELINE, device="cpu")
     with pytest.raises(InputError, match="no texts"):
         embed_texts(towers, [], small_tokenize, device="cpu")
