@@ -17,6 +17,8 @@ from torch import Tensor
 from lib.pairs import Face, LossBlock, LossShare, Pairs
 from lib.relation import Relation, RememberedPositives
 
+DIMENSIONS = 64  # of the embeddings, summed at a time
+
 PosWeight = float | Literal["balanced"]
 """A number, or as many times as there are negatives for each positive among the fresh pairs."""
 
@@ -153,8 +155,16 @@ class _Target:
     def sum(self, relation: Relation, others: Tensor, of_others: "_Target | None") -> Tensor:
         """Each anchor's sum of t_ij * other_j: (M, D) -> (A, D).
 
-        of_others: the others are anchors too, of the same logits, and want their own of them.
+        of_others: the others are anchors too, of the same logits, and want their own of them. Some dimensions at a
+        time: what is gathered on the way is then small beside the result.
         """
+        total = others.new_empty(len(self.positive), others.shape[1])
+        for start in range(0, others.shape[1], DIMENSIONS):
+            d = slice(start, start + DIMENSIONS)
+            total[:, d] = self._sum(relation, others[:, d], of_others)
+        return total
+
+    def _sum(self, relation: Relation, others: Tensor, of_others: "_Target | None") -> Tensor:
         total = relation.sum_positives(others).mul_(self.positive[:, None])
         if self.candidate is not None:
             total += self.candidate[:, None] * relation.sum_candidates(others)
