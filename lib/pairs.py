@@ -74,8 +74,7 @@ class Face(LogitTiles):
 
         target: (A, D), each anchor's sum of t_ij * other_j; mass: (A,), its sum of t_ij, where there is a bias.
         """
-        parts = zip(target.split(self.side), self.anchors.split(self.side), strict=True)
-        of_scale = torch.stack([(wanted * anchors).sum() for wanted, anchors in parts]).sum()
+        of_scale = (target * self.anchors).sum()
         self.sums.loss -= of_scale * self.scale
         self.sums.d_scale -= of_scale
         if mass is not None and self.bias is not None:
