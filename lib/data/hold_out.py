@@ -42,9 +42,10 @@ def _divided_folders(folders: ClassFolders, fraction: float) -> ClassFolders:
     train, test = {}, {}
     (every_folder,) = folders.splits.values()
     for folder, names in every_folder.items():
-        kept = _chosen([f"{os.path.basename(folder)}/{name}" for name in names], fraction)
-        test[folder] = [name for name in names if f"{os.path.basename(folder)}/{name}" in kept]
-        train[folder] = [name for name in names if name not in set(test[folder])]
+        name_of = {f"{os.path.basename(folder)}/{name}": name for name in names}
+        kept = _chosen(list(name_of), fraction)
+        test[folder] = [name for key, name in name_of.items() if key in kept]
+        train[folder] = [name for key, name in name_of.items() if key not in kept]
     return replace(folders, splits={"train": train, "test": {folder: names for folder, names in test.items() if names}})
 
 
