@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from lib.collectives import rank_and_world_size
+
 SLAB = 255  # rows at a time: that many marks add up in a byte
 BAND = 4 * SLAB  # rows of a thread: fewer make the products slower
 COLUMNS = 8 * 255  # of a block, which stays in the cache; eight marks are added as one number, 255 of them in a row
@@ -56,7 +58,9 @@ def count_before(rows: Side, columns: Side) -> tuple[np.ndarray, np.ndarray]:
     rounding = rounding_of_products(rows.embeds, columns.embeds)
     bands = [rows.part(top, BAND) for top in range(0, len(of_rows), BAND)]
     with _one_thread_a_product() as threads, ThreadPoolExecutor(threads) as pool:
-        counted = tqdm(pool.map(partial(_count_band, columns, rounding), bands), "ranks", len(bands), leave=False)
+        found = pool.map(partial(_count_band, columns, rounding), bands)
+        others = rank_and_world_size()[0] > 0  # all ranks may count the same, as while training
+        counted = tqdm(found, "ranks", len(bands), leave=False, delay=2, disable=others)
         for number, (of_band, of_all) in enumerate(counted):
             of_rows[number * BAND : (number + 1) * BAND] = of_band
             of_columns += of_all
