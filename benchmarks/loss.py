@@ -117,8 +117,7 @@ def told(row: dict) -> str:
     parts = [f"{row['loss']:8} N {row['pairs']:6} D {row['dimension']:4}"]
     if peer := ways.get("open_clip"):
         parts.append(f"x{ours['seconds'] / peer['seconds']:.2f} of open_clip's time")
-        if ours["peak_bytes"] is not None:
-            parts.append(f"x{ours['peak_bytes'] / peer['peak_bytes']:.3f} of its memory")
+        parts.append(f"x{ours['peak_bytes'] / peer['peak_bytes']:.3f} of its memory")
     parts += [f"{name} {way['seconds']:.2f} s {megabytes(way['peak_bytes'])}" for name, way in ways.items()]
     return "  ".join(parts)
 

@@ -1,6 +1,5 @@
 """Seconds and peak memory of ways to do the same, side by side, and the files that keep them."""
 
-import ctypes
 import gc
 import json
 import platform
@@ -8,9 +7,11 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from itertools import accumulate
 from pathlib import Path
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -23,7 +24,7 @@ def take_turns(ways: dict[str, Way], repeats: int, device: torch.device) -> dict
     """Median seconds and peak bytes of each way; they take turns, so that what else the machine does meets all alike.
 
     Before, each runs once for what a first call allocates and compiles, and once for its memory; with a single repeat,
-    one call is all.
+    once for its memory alone.
     """
     if repeats == 1:
         return {name: _once(way, device) for name, way in ways.items()}
@@ -39,9 +40,8 @@ def take_turns(ways: dict[str, Way], repeats: int, device: torch.device) -> dict
 
 
 def _once(way: Way, device: torch.device) -> dict:
-    taken: list[float] = []
-    memory = peak_bytes(lambda: taken.append(seconds(way, device)), device)
-    return {"peak_bytes": memory, "all_seconds": taken, "seconds": taken[0]}
+    memory, taken = peak_bytes(way, device), seconds(way, device)
+    return {"peak_bytes": memory, "all_seconds": [taken], "seconds": taken}
 
 
 def seconds(way: Way, device: torch.device) -> float:
@@ -53,8 +53,8 @@ def seconds(way: Way, device: torch.device) -> float:
     return time.perf_counter() - began
 
 
-def peak_bytes(way: Way, device: torch.device) -> int | None:
-    """Most memory of one call above what was held before: of the device, or resident on a CPU (None where unknown)."""
+def peak_bytes(way: Way, device: torch.device) -> int:
+    """Most memory that torch has allocated during one call, above what was held before: on a GPU there, else in RAM."""
     gc.collect()
     if device.type == "cuda":
         _wait(device)
@@ -62,15 +62,11 @@ def peak_bytes(way: Way, device: torch.device) -> int | None:
         torch.cuda.reset_peak_memory_stats(device)
         way()
         return torch.cuda.max_memory_allocated(device) - before
-    try:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)  # what earlier calls freed would hide what this one takes
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts anew
-    except OSError:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         way()
-        return None
-    before = _status("VmRSS")
-    way()
-    return _status("VmHWM") - before
+    events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
+    return max(held, default=0)
 
 
 def write(file: Path, device: torch.device, content: dict) -> None:
@@ -86,13 +82,8 @@ def machine(device: torch.device) -> str:
     return f"{torch.get_num_threads()} CPU threads, {platform.machine()}, torch {torch.__version__}"
 
 
-def megabytes(count: int | None) -> str:
-    return "not measured" if count is None else f"{count / 2**20:,.0f} MiB"
-
-
-def _status(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+def megabytes(count: int) -> str:
+    return f"{count / 2**20:,.0f} MiB"
 
 
 def _wait(device: torch.device) -> None:

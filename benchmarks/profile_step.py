@@ -16,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from lib.cached_step import cached_step
 from lib.losses import LossShare, infonce
-from lib.plan import PASS_1_PAIRS
+from lib.plan import pass_1_pairs
 
 PARTS = ("towers, pass 1", "towers, pass 2 forward", "towers, pass 2 backward", "loss", "optimizer")
 
@@ -40,7 +40,7 @@ def main(settings: Settings) -> None:
     towers = _Told(make_towers(settings.subject, device), device)
     chunks = chunked(make_batch(settings.subject, settings.size), settings.chunk_size)
     optimizer = AdamW(towers.parameters(), lr=1e-4, fused=True)
-    step = partial(one_step, towers, chunks, optimizer, max(1, PASS_1_PAIRS // settings.chunk_size))
+    step = partial(one_step, towers, chunks, optimizer, max(1, pass_1_pairs(device) // settings.chunk_size))
     step()
     cuda = [ProfilerActivity.CUDA] if device.type == "cuda" else []
     with profile(activities=[ProfilerActivity.CPU, *cuda]) as recorded, record_function("step"):

@@ -17,7 +17,7 @@ from subjects import Autocast, chunked, make_batch, make_towers
 from lib.cached_step import cached_step
 from lib.data import Chunk
 from lib.losses import Pairs, infonce
-from lib.plan import PASS_1_PAIRS
+from lib.plan import ACCELERATOR_PASS_1_PAIRS
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def main(settings: Settings) -> None:
     chunks = chunked(batch, settings.chunk_size)
     old = other_samples(7 * settings.size, towers.towers.embed_dim, device)
     gradients = partial(ours, towers, chunks)
-    together, count = max(1, PASS_1_PAIRS // settings.chunk_size), len(chunks)
+    together, count = max(1, ACCELERATOR_PASS_1_PAIRS // settings.chunk_size), len(chunks)
     ways = {
         "floor": partial(plain, towers, chunks),
         "floor, image trunk frozen": partial(plain, frozen, chunks),

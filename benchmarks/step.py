@@ -1,9 +1,9 @@
 """One optimizer step, ours beside what a user would use instead: same towers, same batch, taking turns.
 
 python benchmarks/step.py [--subject small --sizes 512 1024 2048 4096 8192 --chunk-sizes 64] writes
-benchmarks/results/step_SUBJECT.json. The ways are those of benchmarks/floor.py and peers.py; ours comes three times:
-chunk by chunk in both passes, as training runs it (pass 1 in larger forwards), and with the graphs that
---keep-graphs auto keeps.
+benchmarks/results/step_SUBJECT.json. The ways are those of benchmarks/floor.py and peers.py; ours comes as training
+runs it and with the graphs that --keep-graphs auto keeps; on an accelerator, where training's pass 1 takes larger
+forwards, also chunk by chunk in both passes.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,8 @@ from peers import open_clip_step, sentence_transformers_step
 from subjects import SUBJECTS, Autocast, chunked, flops_of_a_pair, make_batch, make_towers
 from torch.optim import AdamW
 
-from lib.plan import PASS_1_PAIRS, BatchPlan, graphs_that_fit, measure_activations
+from lib.logit_tiles import tile_side
+from lib.plan import BatchPlan, graphs_that_fit, measure_activations, pass_1_pairs
 from lib.trunk_options import compile_trunks
 
 
@@ -71,13 +72,14 @@ def measure(settings: Settings, towers: Autocast, size: int, chunk_size: int, de
     """All ways at one batch and chunk."""
     chunks = chunked(make_batch(settings.subject, size), chunk_size)
     kept = graphs_kept(settings.subject, towers, size, chunk_size, device)
-    together = max(1, PASS_1_PAIRS // chunk_size)
+    together = max(1, pass_1_pairs(device) // chunk_size)
     gradients = {
         "plain": plain,
-        "chunk_by_chunk": ours,
         "ours": partial(ours, together=together),
         "ours_kept": partial(ours, together=together, keep_graphs=kept),
     }
+    if together > 1:
+        gradients["chunk_by_chunk"] = ours
     if size <= settings.largest_peer:
         gradients["sentence_transformers"] = sentence_transformers_step
     if size <= settings.largest_open_clip:
@@ -109,7 +111,10 @@ def graphs_kept(subject: str, towers: Autocast, size: int, chunk_size: int, devi
     with torch.autocast(device.type, torch.bfloat16, enabled=towers.enabled):
         activations = measure_activations(towers.towers, batch.inputs)
     state = 4 * sum(parameter.nbytes for parameter in towers.parameters())  # weights, gradients, two moments
-    plan = BatchPlan(size, 1, chunk_size, 0, 0, towers.towers.embed_dim, image_bytes, activations, state)
+    plan = BatchPlan(
+        size, 1, chunk_size, 0, 0, towers.towers.embed_dim, image_bytes, activations, state, tile_side(device),
+        pass_1_pairs(device),
+    )  # fmt: skip
     return graphs_that_fit(plan, device, 1)
 
 

@@ -9,27 +9,18 @@ Letters: K chunks of C pairs on this rank, B = all pairs of this rank, N = W * B
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol, TypedDict
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from lib.collectives import gather_rows, rank_and_world_size, sum_over_ranks
 from lib.copies import on_device
+from lib.first_pass import EmbeddedBatch, Recompute, Recomputed, embed_chunks, text_count
 from lib.losses import Loss, LossShare, Pairs
 from lib.replay import RandomState, batch_norm_statistics, mean_over_ranks, restore_statistics
 from lib.shared_texts import Inputs, share_texts
-from lib.towers import TowerOutput
-
-Recompute = Literal["all", "head", "none"]
-"""What of a tower runs again in pass 2: all of it, only its head (frozen trunk), or nothing (frozen tower)."""
-
-
-class Recomputed(TypedDict):
-    """What of each tower runs again in pass 2, by the names that `cached_step` has for it."""
-
-    image_recompute: Recompute
-    text_recompute: Recompute
+from lib.surrogate import Surrogate
 
 
 class TowerChunk(Protocol):
@@ -94,25 +85,25 @@ def cached_step(
     inputs = [*negatives, *inputs]  # in front: ranks synchronize in the last backward, which has to have both towers
     all_kept = keep_graphs >= len(chunks)
     keep_graphs = len(inputs) if all_kept else keep_graphs
-    passes: list[_ChunkPass] = []
-    moved = on_device(inputs, device)
-    for block in _blocks(inputs, keep_graphs, together):
-        kept = block.start < keep_graphs
-        # DDP decides in forward whether its backward will reduce: a kept graph reduces only if no other follows.
-        last = all_kept and block.stop == len(inputs)
-        for index in block:  # for each chunk: ranks may have different blocks, but as many chunks
-            if index:
-                between_chunks()
-        with nullcontext() if last else no_sync(), nullcontext() if kept else torch.no_grad():
-            of_block = [next(moved) for _ in block]
-            passes += _embed(
-                towers, inputs[block.start : block.stop], of_block, device, kept, image_recompute, text_recompute
-            )
+    again = Recomputed(image_recompute=image_recompute, text_recompute=text_recompute)
+    embedded = embed_chunks(
+        towers,
+        inputs,
+        device,
+        again,
+        keep_graphs=keep_graphs,
+        together=together,
+        no_sync=no_sync,
+        between_chunks=between_chunks,
+    )
+    passes = embedded.passes
 
     # As pass 1 left them: two passes must not update them twice.
     statistics = mean_over_ranks(batch_norm_statistics(towers))
-    fresh, gradients = _loss_over_all_ranks(passes, len(negatives), chunks, text_row, loss, remembered)
-    surrogate = _Surrogate(passes, gradients)
+    fresh, gradients = _loss_over_all_ranks(
+        embedded, sum(map(text_count, negatives)), chunks, text_row, loss, remembered
+    )
+    surrogate = Surrogate(passes, gradients)
 
     difference = torch.zeros((), device=device)
     if keep_graphs:  # one backward for all of them: the reducer must meet every parameter once
@@ -120,8 +111,8 @@ def cached_step(
             values = [surrogate(i, passes[i].output, final=all_kept and i == 0) for i in range(keep_graphs)]
             backward(sum(values, start=torch.zeros((), device=device)))
     after_pass_1 = RandomState.capture(device)
-    again = [each.inputs_of_pass_2(image_recompute, text_recompute) for each in passes[keep_graphs:]]
-    for index, of_chunk in enumerate(on_device(again, device), start=keep_graphs):
+    inputs_again = [each.inputs_of_pass_2(again) for each in passes[keep_graphs:]]
+    for index, of_chunk in enumerate(on_device(inputs_again, device), start=keep_graphs):
         last = index == len(inputs) - 1
         between_chunks()
         with nullcontext() if last else no_sync():
@@ -136,96 +127,9 @@ def cached_step(
     return StepResult(gradients.loss, replace(fresh, negative_texts=None), difference)
 
 
-@dataclass
-class _ChunkPass:
-    """A chunk's inputs, what pass 1 made of them, and the random state that it started from."""
-
-    inputs: Inputs
-    output: TowerOutput
-    random_state: RandomState
-    image_pooled: Tensor | None
-    text_pooled: Tensor | None
-
-    def inputs_of_pass_2(self, image: Recompute, text: Recompute) -> Inputs:
-        """What has to run again."""
-        wanted = {
-            "pixel_values": image == "all",
-            "input_ids": text == "all",
-            "attention_mask": text == "all",
-        }
-        inputs = {name: tensor for name, tensor in self.inputs.items() if wanted.get(name)}
-        pooled = {"image_pooled": self.image_pooled, "text_pooled": self.text_pooled}
-        return inputs | {name: tensor for name, tensor in pooled.items() if tensor is not None}
-
-    @torch.no_grad()
-    def distance(self, output: TowerOutput) -> Tensor:
-        distances = [
-            (again.detach() - first).abs().max().float()
-            for first, again in (
-                (self.output.image_embeds, output.image_embeds),
-                (self.output.text_embeds, output.text_embeds),
-            )
-            if first is not None and again is not None
-        ]
-        return torch.stack(distances).max() if distances else torch.zeros((), device=self.output.logit_scale.device)
-
-
-def _blocks(inputs: Sequence[Inputs], keep_graphs: int, together: int) -> list[range]:
-    """Which chunks pass 1 embeds in one forward: kept ones alone, of the others neighbours of the same form."""
-    forms = [{name: tensor.shape[1:] for name, tensor in each.items()} for each in inputs]
-    blocks: list[range] = []
-    for index, form in enumerate(forms):
-        joins = blocks and index > keep_graphs and len(blocks[-1]) < together and forms[index - 1] == form
-        if joins:
-            blocks[-1] = range(blocks[-1].start, index + 1)
-        else:
-            blocks.append(range(index, index + 1))
-    return blocks
-
-
-def _embed(
-    towers: nn.Module,
-    inputs: Sequence[Inputs],
-    moved: Sequence[Inputs],
-    device: torch.device,
-    kept: bool,
-    image: Recompute,
-    text: Recompute,
-) -> list[_ChunkPass]:
-    """Pass 1 of some chunks in one forward; a graph is kept where gradients are enabled.
-
-    moved: the inputs on the device.
-    """
-    random_state = RandomState.capture(device)
-    output: TowerOutput = towers(**_joined(moved))
-    # What the trunks gave is held only where pass 2 starts from it.
-    images = output.image_embeds, output.image_pooled if image == "head" and not kept else None
-    texts = output.text_embeds, output.text_pooled if text == "head" and not kept else None
-    passes, image_row, text_row = [], 0, 0
-    for of_chunk in inputs:
-        image_rows = slice(image_row, image_row := image_row + _count(of_chunk, "pixel_values", "image_pooled"))
-        text_rows = slice(text_row, text_row := text_row + _count(of_chunk, "input_ids", "text_pooled"))
-        image_embeds, image_pooled = (None if part is None else part[image_rows] for part in images)
-        text_embeds, text_pooled = (None if part is None else part[text_rows] for part in texts)
-        own = output._replace(image_embeds=image_embeds, text_embeds=text_embeds, image_pooled=None, text_pooled=None)
-        passes.append(_ChunkPass(of_chunk, own, random_state, image_pooled, text_pooled))
-    return passes
-
-
-def _joined(chunks: Sequence[Inputs]) -> Inputs:
-    if len(chunks) == 1:
-        return chunks[0]
-    return {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
-
-
-def _count(inputs: Inputs, *names: str) -> int:
-    """Pairs of a chunk for one tower; 0 where it has none for it."""
-    return next((len(inputs[name]) for name in names if name in inputs), 0)
-
-
 @torch.no_grad()
 def _loss_over_all_ranks(
-    passes: Sequence[_ChunkPass],
+    embedded: EmbeddedBatch,
     negatives: int,
     chunks: Sequence[TowerChunk],
     text_row: Tensor | None,
@@ -234,69 +138,25 @@ def _loss_over_all_ranks(
 ) -> tuple[Pairs, LossShare]:
     """Gather all embeddings, and return them with the loss and the gradients for what this rank embedded.
 
-    negatives: so many of the first passes have texts that belong to no pair.
+    negatives: so many of the first texts belong to no pair.
     text_row: (B,), which of the embedded texts each pair has; None: its own.
     """
-    first = passes[0].output
-    device = first.logit_scale.device
-    outputs = [p.output for p in passes]
-    images, texts = _image_embeds(outputs[negatives:]), _text_embeds(outputs[negatives:])
+    scale, bias = embedded.passes[0].output.logit_scale.detach(), embedded.passes[0].output.logit_bias.detach()
+    images, texts, device = embedded.images, embedded.texts[negatives:], scale.device
     text_row = None if text_row is None else text_row.to(device)
     fresh = Pairs(
         gather_rows(images),
         gather_rows(texts if text_row is None else texts[text_row]),
         gather_rows(torch.cat([chunk.group for chunk in chunks]).to(device)),
         gather_rows(torch.cat([chunk.sample_id for chunk in chunks]).to(device)),
-        _text_embeds(outputs[:negatives]) if negatives else None,
+        embedded.texts[:negatives] if negatives else None,
     )
     rank, world_size = rank_and_world_size()
     per_rank = len(fresh) // world_size
     rows = slice(rank * per_rank, (rank + 1) * per_rank)
-    share = loss(fresh, remembered, first.logit_scale.detach(), first.logit_bias.detach(), rows)
+    share = loss(fresh, remembered, scale, bias, rows)
     total, d_scale, d_bias = sum_over_ranks(torch.stack([share.loss, share.logit_scale, share.logit_bias]))
     d_texts = sum_over_ranks(share.text_embeds)[rows]
     if text_row is not None:
         d_texts = torch.zeros_like(texts).index_add_(0, text_row, d_texts.to(texts.dtype))
     return fresh, LossShare(total, share.image_embeds, d_texts, d_scale, d_bias, share.negative_texts)
-
-
-def _image_embeds(outputs: Sequence[TowerOutput]) -> Tensor:
-    return torch.cat([o.image_embeds.detach() for o in outputs if o.image_embeds is not None])
-
-
-def _text_embeds(outputs: Sequence[TowerOutput]) -> Tensor:
-    return torch.cat([o.text_embeds.detach() for o in outputs if o.text_embeds is not None])
-
-
-def _rows(embeds: Tensor | None) -> int:
-    return 0 if embeds is None else len(embeds)
-
-
-class _Surrogate:
-    """The scalar whose gradient is the loss's: sum(embeds * their gradient), chunk by chunk.
-
-    DDP averages over ranks. Each rank's tower part is its own share, so it is multiplied by W; scale and bias carry
-    the full gradient on every rank already, and enter once.
-    """
-
-    def __init__(self, passes: Sequence[_ChunkPass], gradients: LossShare) -> None:
-        of_texts = gradients.text_embeds  # (B or the distinct texts, D), the negative texts' before them
-        if gradients.negative_texts is not None:
-            of_texts = torch.cat([gradients.negative_texts.to(of_texts.dtype), of_texts])
-        # A chunk has no texts where they are shared and elsewhere, and no images where they are negatives.
-        self.image_gradients = gradients.image_embeds.split([_rows(p.output.image_embeds) for p in passes])
-        self.text_gradients = of_texts.split([_rows(p.output.text_embeds) for p in passes])
-        self.d_scale, self.d_bias = gradients.logit_scale, gradients.logit_bias
-        self.world_size = rank_and_world_size()[1]
-
-    def __call__(self, index: int, output: TowerOutput, final: bool) -> Tensor:
-        """`final` adds scale and bias; it is set for exactly one chunk, inside the backward that synchronizes."""
-        once = float(final)
-        value = once * (output.logit_scale * self.d_scale + output.logit_bias * self.d_bias)
-        for embeds, gradient in (
-            (output.image_embeds, self.image_gradients[index]),
-            (output.text_embeds, self.text_gradients[index]),
-        ):
-            if embeds is not None:
-                value = value + self.world_size * (embeds * gradient).sum()
-        return value

@@ -13,7 +13,7 @@ from lib.replay import batch_norms_that_train
 CPU_ACTIVATIONS = 256 * 2**20  # bytes; larger chunks are no faster on a CPU
 LARGEST_CHUNK = 4096
 DEVICE_SHARE = 0.85  # of the memory that is free on an accelerator
-PASS_1_PAIRS = 256  # pass 1 keeps no activations: it embeds as many chunks in one forward as make up these
+ACCELERATOR_PASS_1_PAIRS = 256  # pass 1 keeps no activations: small chunks are embedded together, in fewer kernels
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,8 @@ class BatchPlan:
     """Weights, gradients and optimizer state on one rank."""
     tile: int = TILE
     """Rows and columns of the logits that the loss holds at a time."""
+    pass_1_pairs: int = 0
+    """Pairs that pass 1 may embed in one forward; less than a chunk: a chunk."""
 
     @property
     def per_rank(self) -> int:
@@ -59,7 +61,7 @@ class BatchPlan:
     def device_bytes(self) -> int:
         """Predicted peak on one rank's device, beside the framework itself."""
         graphs = min(self.keep_graphs + 1, self.chunks) * self.chunk_size * self.activation_bytes
-        pixels = max(self.chunk_size, PASS_1_PAIRS) * self.image_bytes * (1 + 4)  # as they came, and normalized
+        pixels = max(self.chunk_size, self.pass_1_pairs) * self.image_bytes * (1 + 4)  # as they came, and normalized
         return self.state_bytes + self.embedding_bytes + graphs + pixels
 
     @property
@@ -80,6 +82,11 @@ class BatchPlan:
             f"{gigabytes(self.device_bytes - self.state_bytes - self.embedding_bytes)}), "
             f"{gigabytes(self.pixel_bytes)} of images on the host",
         ]
+
+
+def pass_1_pairs(device: torch.device) -> int:
+    """Pairs that pass 1 embeds in one forward at least; on a CPU larger forwards only leave its caches: 0, as it is."""
+    return 0 if device.type == "cpu" else ACCELERATOR_PASS_1_PAIRS
 
 
 def embedding_bytes(effective_batch: int, xbm_size: int, embed_dim: int, tile: int) -> int:

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from lib.cached_step import Recompute
+from lib.first_pass import Recompute
 from lib.losses import Loss, Pairs
 from lib.replay import batch_norms_that_train
 from lib.shared_texts import TEXT_INPUTS, Inputs

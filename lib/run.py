@@ -11,11 +11,12 @@ from torch.optim.lr_scheduler import LambdaLR
 from lib import checkpoint
 from lib.averaging import WeightAverage
 from lib.backends import Backend
-from lib.cached_step import Recompute, Recomputed, StepResult
+from lib.cached_step import StepResult
 from lib.checkpoint import TrainingState
 from lib.config import TrainConfig
 from lib.data import EvaluationSet, Prepare, Source, TrainingData
 from lib.errors import RunError
+from lib.first_pass import Recompute, Recomputed
 from lib.lora import merged_weights
 from lib.optim import move_schedule
 from lib.plan import BatchPlan

@@ -30,7 +30,6 @@ from lib.model_setup import make_optimizer, make_towers
 from lib.optim import build_schedule
 from lib.plan import (
     LARGEST_CHUNK,
-    PASS_1_PAIRS,
     BatchPlan,
     embedding_bytes,
     free_memory,
@@ -38,6 +37,7 @@ from lib.plan import (
     graphs_that_fit,
     largest_chunk,
     measure_activations,
+    pass_1_pairs,
     total_memory,
 )
 from lib.probe import Costs, largest_that_fits, measure_costs, peak_of_chunk
@@ -114,7 +114,7 @@ def make_run(config: TrainConfig, family: Family, backend: Backend, folder: Path
             prepare.texts(list(negatives[start : start + plan.chunk_size]))
             for start in range(0, len(negatives), plan.chunk_size)
         ],
-        together=_chunks_together(config, towers, source, prepare, plan.chunk_size, backend),
+        together=_chunks_together(plan, towers, source, prepare, backend),
     )
     if config.compile:  # last: what is measured before runs on a few pairs, for which nothing need be compiled
         compile_trunks(towers, config.compile_backend, accelerator.device)
@@ -151,19 +151,18 @@ def _share_texts(config: TrainConfig, towers: TwoTowers, source: Source, prepare
         return all(gather_objects(same_every_time(towers, texts)))
 
 
-def _chunks_together(
-    config: TrainConfig, towers: TwoTowers, source: Source, prepare: Prepare, chunk_size: int, backend: Backend
-) -> int:
+def _chunks_together(plan: BatchPlan, towers: TwoTowers, source: Source, prepare: Prepare, backend: Backend) -> int:
     """Chunks that pass 1 embeds in one forward: more than one where that is exact, on all ranks alike.
 
     Not where weights are sharded: ranks differ in which neighbours have texts of one length.
     """
-    if backend.shards_weights or batch_norms_that_train(towers):
+    together = max(1, plan.pass_1_pairs // plan.chunk_size)
+    if together == 1 or backend.shards_weights or batch_norms_that_train(towers):
         return 1
     inputs = _sample_inputs(source, prepare, backend)
     with backend.autocast():
         exact = all(gather_objects(same_every_time(towers, inputs)))
-    return max(1, PASS_1_PAIRS // chunk_size) if exact else 1
+    return together if exact else 1
 
 
 def _sample_inputs(source: Source, prepare: Prepare, backend: Backend) -> Inputs:
@@ -238,6 +237,7 @@ def _plan(
         activation_bytes=activations,
         state_bytes=_state_bytes(config, towers, backend),
         tile=tile_side(device),
+        pass_1_pairs=pass_1_pairs(device),
     )
     if plan.embedding_bytes > total_memory(device):
         raise InputError(

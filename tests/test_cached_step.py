@@ -11,10 +11,11 @@ from ranks import on_ranks
 from torch.nn.parallel import DistributedDataParallel
 from toy import ToyTowers, toy_chunks
 
-from lib import cached_step as module
 from lib.cached_step import cached_step
 from lib.collectives import logsumexp_over_ranks, rank_and_world_size
 from lib.losses import Pairs, infonce, sigmoid
+from lib.replay import RandomState
+from lib.surrogate import Surrogate
 from lib.xbm import CrossBatchMemory
 
 COUNT, DIM, DROPOUT, RATE = 12, 6, 0.3, 0.1
@@ -150,7 +151,7 @@ CASE = ("infonce", "divides", "wrapped", 4, "none")
 @pytest.mark.parametrize("loss", LOSSES)
 def test_negative_control_without_replay_of_the_random_state(monkeypatch, loss, kept):
     case = (loss, *CASE[1:4], kept)
-    monkeypatch.setattr(module.RandomState, "restore", lambda self: None)
+    monkeypatch.setattr(RandomState, "restore", lambda self: None)
     assert largest_error(by_cached_step(case), by_plain_autograd(case, 1)) > 0.05
 
 
@@ -158,11 +159,11 @@ def scale_gradient_per_chunk(self, index, output, final):
     return original_surrogate(self, index, output, True)
 
 
-original_surrogate = module._Surrogate.__call__
+original_surrogate = Surrogate.__call__
 
 
 def test_negative_control_scale_gradient_in_every_chunk(monkeypatch):
-    monkeypatch.setattr(module._Surrogate, "__call__", scale_gradient_per_chunk)
+    monkeypatch.setattr(Surrogate, "__call__", scale_gradient_per_chunk)
     result, twin = by_cached_step(CASE), by_plain_autograd(CASE, 1)
     assert result["grad logit_scale"] == pytest.approx(3 * twin["grad logit_scale"].item())
 
@@ -248,7 +249,7 @@ def test_the_replay_difference_is_zero_here_and_shows_a_replay_that_is_not():
     exact = cached_step(ToyTowers(DROPOUT), chunks, sigmoid, None, device=torch.device("cpu"))
     assert exact.replay_difference == 0
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module.RandomState, "restore", lambda self: None)
+        patch.setattr(RandomState, "restore", lambda self: None)
         other = cached_step(ToyTowers(DROPOUT), chunks, sigmoid, None, device=torch.device("cpu"))
     assert other.replay_difference > 0.01
 

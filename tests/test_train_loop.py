@@ -15,11 +15,12 @@ from transformers import AutoModel, AutoProcessor
 
 import train_clip
 import train_siglip
-from lib import cached_step
 from lib.data import ImagePipeline, Prepare, TrainingData, open_sources
 from lib.errors import InputError, RunError
 from lib.processing import Processing
+from lib.replay import RandomState
 from lib.report import read_metrics
+from lib.surrogate import Surrogate
 from lib.towers import TwoTowers
 
 SMALL = [
@@ -238,11 +239,11 @@ def test_verify_gradients_passes_and_stops_a_broken_build(tmp_path, monkeypatch,
     run(train_siglip.main, tmp_path / "good", "--verify-gradients", "--dropout=0.2", "--steps=1")
     assert "image tower" in capsys.readouterr().out
     with monkeypatch.context() as broken, pytest.raises(RunError, match="verify-gradients"):
-        broken.setattr(cached_step.RandomState, "restore", lambda self: None)
+        broken.setattr(RandomState, "restore", lambda self: None)
         run(train_siglip.main, tmp_path / "no_replay", "--verify-gradients", "--dropout=0.2", "--steps=1")
-    surrogate = cached_step._Surrogate.__call__
+    surrogate = Surrogate.__call__
     with monkeypatch.context() as broken, pytest.raises(RunError, match="verify-gradients.*'logit_scale': (0.9|1)"):
-        broken.setattr(cached_step._Surrogate, "__call__", lambda self, i, out, final: surrogate(self, i, out, True))
+        broken.setattr(Surrogate, "__call__", lambda self, i, out, final: surrogate(self, i, out, True))
         run(train_siglip.main, tmp_path / "scale_times_chunks", "--verify-gradients", "--steps=1")
 
 
@@ -260,6 +261,25 @@ def test_the_plan_names_negatives_texts_and_recurrence(tmp_path, capsys):
     assert "2,047 fresh and 512 remembered negatives" in plan
     assert "40 distinct texts" in plan
     assert "1.4 times the data set" in plan and "--effective-batch 256 --xbm-size 1792" in plan
+
+
+def test_larger_forwards_in_pass_1_train_the_same(tmp_path, monkeypatch):
+    """As on an accelerator, where small chunks are embedded together."""
+    flags = ("--chunk-size=8", "--eval-every=0", "--save-every=0", "--verify-gradients")
+    alone = steps_of(run(train_siglip.main, tmp_path / "alone", *flags))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    forwards = []
+    embed = TwoTowers.forward
+
+    def counted(self, *inputs, **named):
+        forwards.append(len([*inputs, *named.values()][0]))
+        return embed(self, *inputs, **named)
+
+    monkeypatch.setattr("lib.setup.pass_1_pairs", lambda device: 32)
+    monkeypatch.setattr(TwoTowers, "forward", counted)
+    together = steps_of(run(train_siglip.main, tmp_path / "together", *flags))
+    assert 32 in forwards and 8 in forwards
+    assert [step["loss"] for step in together] == pytest.approx([step["loss"] for step in alone], rel=1e-5)
 
 
 @pytest.mark.slow

@@ -9,9 +9,9 @@ from ranks import on_ranks
 from test_backends import KINDS
 
 import train_siglip
-from lib import cached_step
 from lib.errors import RunError
 from lib.report import read_metrics
+from lib.surrogate import Surrogate
 
 FLAGS = [
     "--effective-batch=32", "--chunk-size=8", "--xbm-size=0", "--steps=2", "--warmup-steps=0", "--dropout=0.2",
@@ -32,8 +32,8 @@ def verified(folder: Path, kind: str) -> list[float]:
 
 def stopped(folder: Path, kind: str) -> bool:
     """Whether scale gradients that are as many times too large as there are chunks stop the run."""
-    surrogate = cached_step._Surrogate.__call__
-    cached_step._Surrogate.__call__ = lambda self, index, output, final: surrogate(self, index, output, True)
+    surrogate = Surrogate.__call__
+    Surrogate.__call__ = lambda self, index, output, final: surrogate(self, index, output, True)
     try:
         losses(folder / "broken", kind, "--verify-gradients")
     except RunError as error:
