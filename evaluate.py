@@ -36,11 +36,14 @@ Task = (
     | Annotated[Table, tyro.conf.subcommand("table")]
 )
 
+FLAT = (tyro.conf.OmitArgPrefixes,)
+"""--data of the group `data`, not --data.data"""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status, 2 after a fault of the user's."""
     with silenced(not on_rank_0()):
-        options = tyro.cli(Task, args=arguments, description=__doc__, console_outputs=on_rank_0())
+        options = tyro.cli(Task, args=arguments, description=__doc__, console_outputs=on_rank_0(), config=FLAT)
     # Set by `accelerate launch --cpu`.
     cpu_wanted = os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true")
     started = time.perf_counter()

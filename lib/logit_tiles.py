@@ -31,17 +31,34 @@ class LogitTiles:
         size = min(self.side, len(anchors)) * min(self.side, len(others))
         self._buffers = anchors.new_empty(2, size)
 
-    def add_logsumexp(
-        self, of_anchors: Tensor, of_others: Tensor | None = None, left_out: TileMask | None = None
-    ) -> None:
+    def add_logsumexp(self, of_anchors: Tensor, of_others: Tensor | None = None) -> None:
         """Merge the logits into the log-sum-exp of each anchor (A,) and, where given, of each other (M,), in place."""
         for r in _slices(len(self.anchors), self.side):
             for c, logits, spare in self._row_of_tiles(r, self.anchors[r] * self.scale):
-                if left_out is not None:
-                    logits.masked_fill_(left_out(r, c), -torch.inf)
                 of_anchors[r] = torch.logaddexp(of_anchors[r], _logsumexp(logits, 1, spare))
                 if of_others is not None:
                     of_others[c] = torch.logaddexp(of_others[c], _logsumexp(logits, 0, spare))
+
+    def softmax_mean(self, left_out: TileMask | None = None) -> tuple[Tensor, Tensor]:
+        """Each anchor's log-sum-exp (A,), and the others' mean by its softmax (A, D), in one visit of the tiles.
+
+        -inf and 0 where all is left out. What was summed is scaled down as larger logits turn up.
+        Source: Milakov and Gimelshein, Online normalizer calculation for softmax, 2018.
+        """
+        lse, means = self.anchors.new_empty(len(self.anchors)), torch.empty_like(self.anchors)
+        for r in _slices(len(self.anchors), self.side):
+            largest = torch.full_like(means[r, :1], torch.finfo(means.dtype).min)
+            total, sums = torch.zeros_like(largest), means[r].zero_()
+            for c, logits, _ in self._row_of_tiles(r, self.anchors[r] * self.scale):
+                if left_out is not None:
+                    logits.masked_fill_(left_out(r, c), -torch.inf)
+                before, largest = largest, torch.maximum(largest, logits.amax(1, keepdim=True))
+                shrunk, weights = (before - largest).exp_(), logits.sub_(largest).exp_()
+                total.mul_(shrunk).add_(weights.sum(1, keepdim=True))
+                sums.mul_(shrunk).addmm_(weights, self.others[c])
+            lse[r] = total.log().add_(largest)[:, 0]
+            sums.div_(total.clamp_(min=torch.finfo(total.dtype).tiny))
+        return lse, means
 
     def add_gradients(self, slope: TileSlope, d_anchors: Tensor, d_others: Tensor | None) -> tuple[Tensor, Tensor]:
         """Add to d_anchors (A, D) and d_others (M, D) what all tiles' slopes give; return those of scale and bias."""

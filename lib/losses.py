@@ -101,7 +101,7 @@ def infonce(
     (the identity where `rows` is the whole batch). Source: Radford et al., CLIP, 2021; van den Oord et al., 2018.
     """
     block = LossBlock(fresh, remembered, logit_scale, None, rows, remembered_positives)
-    row_lse, column_lse = block.logsumexp()
+    row_lse, column_lse, of_memory = block.logsumexp()
     column_lse = merge_logsumexp(column_lse)
     block.sums.loss += row_lse.sum() + column_lse[rows].sum()
 
@@ -110,10 +110,10 @@ def infonce(
         return logits.sub_(row_lse[r, None]).exp_().add_(of_texts)
 
     block.fresh.add(of_both_directions)
-    for face, lse in zip(block.memory, (row_lse, column_lse[rows]), strict=False):
-        face.add(partial(_softmax, face.relation, lse))
     for face in block.negatives:
-        face.add(partial(_softmax, face.relation, row_lse))
+        face.add(lambda r, c, logits, spare: logits.sub_(row_lse[r, None]).exp_())
+    for part, lse in zip(of_memory, (row_lse, column_lse[rows]), strict=False):
+        part.add_gradient(lse)
 
     # The cross-entropy is log-sum-exp less the logits' mean over the target, which is linear in them.
     positives, candidates = block.counts()
@@ -130,11 +130,6 @@ def infonce(
         if of_images.candidate is not None:
             face.subtract_target_of_others(of_images.candidate @ images)
     return block.share(norm=2 * len(fresh))
-
-
-def _softmax(relation: Relation, lse: Tensor, r: slice, c: slice, logits: Tensor, spare: Tensor) -> Tensor:
-    softmax = logits.sub_(lse[r, None]).exp_()
-    return softmax.masked_fill_(relation.left_out(r, c), 0) if relation.some_left_out else softmax
 
 
 @dataclass(frozen=True)

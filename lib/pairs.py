@@ -88,6 +88,26 @@ class Face(LogitTiles):
         self.d_others.addcmul_(target.expand_as(self.d_others), self.scale, value=-1)
 
 
+@dataclass(frozen=True)
+class SoftmaxPart:
+    """A part of the candidates, visited once: its log-sum-exp (A,), and its mean by softmax (A, D), of each anchor."""
+
+    face: Face
+    lse: Tensor
+    mean: Tensor
+
+    @classmethod
+    def of(cls, face: Face) -> "SoftmaxPart":
+        """Of a face whose others take no gradients."""
+        return cls(face, *face.softmax_mean(face.relation.left_out if face.relation.some_left_out else None))
+
+    def add_gradient(self, lse: Tensor) -> None:
+        """Gradients of the sum of `lse` (A,), the log-sum-exp over all candidates; uses `mean` up."""
+        face, of_dots = self.face, self.mean.mul_((self.lse - lse).exp_()[:, None])
+        face.sums.d_scale += (of_dots * face.anchors).sum()
+        face.d_anchors.addcmul_(of_dots, face.scale)
+
+
 class _Sums:
     """The loss and the gradients of scale and bias, as the faces of a block add to them."""
 
@@ -153,18 +173,21 @@ class LossBlock:
         old = Relation(self._ids, self._old_ids, self._remembered_positives).counts(dtype)
         return counts[0] + old[0], counts[1] + old[1]
 
-    def logsumexp(self) -> tuple[Tensor, Tensor]:
-        """Log-sum-exp over candidates: of the rows' images (B,), and of all texts over these rows only (N,)."""
+    def logsumexp(self) -> tuple[Tensor, Tensor, list[SoftmaxPart]]:
+        """Log-sum-exp over candidates: of the rows' images (B,), and of all texts over these rows only (N,).
+
+        Beside them what is needed of each face of the memory, whose logits need no second visit.
+        """
         over_texts = self.d_images.new_full((len(self.d_images),), -torch.inf)
         over_images = self.d_texts.new_full((len(self.d_texts),), -torch.inf)
         self.fresh.add_logsumexp(over_texts, over_images)
         for face in self.negatives:
             face.add_logsumexp(over_texts)
+        of_memory = [SoftmaxPart.of(face) for face in self.memory]
         # A view: each text anchor's remembered images are counted by its own row.
-        for face, lse in zip(self.memory, (over_texts, over_images[self.rows]), strict=False):
-            left_out = face.relation.left_out if face.relation.some_left_out else None
-            face.add_logsumexp(lse, left_out=left_out)
-        return over_texts, over_images
+        for part, lse in zip(of_memory, (over_texts, over_images[self.rows]), strict=False):
+            torch.logaddexp(lse, part.lse, out=lse)
+        return over_texts, over_images, of_memory
 
     def subtract_target_of_texts(self, target: Tensor) -> None:
         """The fresh texts' part in the gradient of the images' targets: (N, D), each text's sum of t_ij * image_i."""

@@ -21,6 +21,7 @@ from lib.evaluation.agnostic.task import Agnostic
 from lib.evaluation.class_figures import class_figures
 from lib.evaluation.classifiers import FAMILIES, KNN, LINEAR_SVM, LOGISTIC_REGRESSION, Family, Part, accuracy, choose
 from lib.evaluation.embed import embed_images
+from lib.evaluation.options import Examined, Running
 from lib.evaluation.parts import divide
 from lib.evaluation.probe.few_shot import draw_shots, few_shot
 from lib.evaluation.probe.task import Probe
@@ -128,10 +129,8 @@ def test_two_ranks_measure_as_one_process(model, squares, tmp_path):
 def _both_tasks(model: Path, data: Path, folder: Path) -> list[dict] | None:
     """The figures of probe, without curves, and of agnostic: rank 0 measures."""
     classifiers.MLP_STEPS = 10  # a rank is a process of its own
-    common = {
-        "model": str(model), "data": str(data), "cache_dir": folder, "output_dir": folder,
-        "batch_size": 7, "workers": 0,
-    }  # fmt: skip
+    running = Running(cache_dir=folder, output_dir=folder, batch_size=7, workers=0)
+    common = {"model": str(model), "data": Examined(data=str(data)), "run": running}
     tasks = (Probe(shots=(), **common), Agnostic(temperatures=(0.1,), **common))
     outcomes = [evaluate.measure(options, torch.device("cpu")) for options in tasks]
     if rank_and_world_size()[0] > 0:

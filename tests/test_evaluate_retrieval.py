@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 import evaluate
 from lib.data import open_evaluation
 from lib.evaluation.embed import Embedded, embed_images, embed_texts
+from lib.evaluation.options import Examined, Running
 from lib.evaluation.retrieval import counting, pictures, scores
 from lib.evaluation.retrieval.answers import Gallery, candidates, examples, free_query, text_query
 from lib.evaluation.retrieval.counting import Side, count_before
@@ -357,10 +358,10 @@ def test_embeddings_are_kept_for_the_next_time(model, table, tmp_path, capsys, m
     forward = TwoTowers.forward
     monkeypatch.setattr(TwoTowers, "forward", lambda *given, **inputs: ran.append(1) or forward(*given, **inputs))
 
-    def embed(model: Path = model, **others) -> tuple[Tensor, Tensor]:
-        options = Retrieval(
-            model=str(model), data=str(table), cache_dir=tmp_path / "cache", output_dir=tmp_path, workers=0, **others
-        )
+    def embed(model: Path = model, limit: int | None = None, **others) -> tuple[Tensor, Tensor]:
+        examined = Examined(data=str(table), limit=limit)
+        running = Running(cache_dir=tmp_path / "cache", output_dir=tmp_path, workers=0, **others)
+        options = Retrieval(model=str(model), data=examined, run=running)
         subject = Subject.open(options.model, options, torch.device("cpu"), needs="captions")
         ran.clear()
         return subject.embed_images().embeds, subject.embed_texts(subject.data.captions)

@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+import evaluate
 import train_clip
 import train_siglip
 from lib.config import TrainConfig, flag
@@ -24,14 +25,14 @@ GROUPS = {
 FRAMES = str.maketrans("│╭╮╰╯─", "      ")  # of tyro's boxes, where the terminal has such letters
 
 
-def boxes(script, capsys, monkeypatch) -> dict[str, str]:
+def boxes(script, capsys, monkeypatch, *task: str) -> dict[str, str]:
     """The text of each group's box."""
     monkeypatch.setenv("COLUMNS", "120")
     with pytest.raises(SystemExit, match="0"):
-        script.main(["--help"])
+        script.main([*task, "--help"])
     told = capsys.readouterr().out.translate(FRAMES)
-    parts = re.split(r"^ +([\w-]+) options *$", told, flags=re.MULTILINE)
-    return dict(zip(parts[1::2], parts[2::2], strict=True))
+    parts = re.split(r"^ +(?:([\w-]+) )?options *$", told, flags=re.MULTILINE)
+    return {name or "options": text for name, text in zip(parts[1::2], parts[2::2], strict=True)}
 
 
 def flags_of(box: str) -> dict[str, str]:
@@ -74,3 +75,14 @@ def test_what_is_counted_or_measured_says_in_what(capsys, monkeypatch):
         "--max-bad": "fraction", "--flip": "Probability", "--dropout": "probability", "--epochs": "Passes",
     }  # fmt: skip
     assert not [name for name, unit in units.items() if unit not in told[name]]
+
+
+@pytest.mark.parametrize("task", ["retrieval", "zeroshot", "probe", "agnostic", "compare"])
+def test_tasks_of_evaluate_tell_data_and_run_apart_from_their_own(task, capsys, monkeypatch):
+    told = {group: flags_of(box) for group, box in boxes(evaluate, capsys, monkeypatch, task).items()}
+    assert list(told) == ["options", "data", "run"]
+    assert {"--data", "--split", "--hold-out", "--limit"} <= told["data"].keys()
+    assert {"--output-dir", "--batch-size", "--cache-dir", "--seed"} <= told["run"].keys()
+    assert "--model" in told["options"] or "--models" in " ".join(told["options"].values())
+    for flags in told.values():
+        assert [name for name, text in flags.items() if not re.search(r"\((default: .*|required)\)$", text)] == []

@@ -75,3 +75,35 @@ def test_a_folder_of_pictures_becomes_a_model_and_a_report_by_the_command_that_t
     evaluate.main(arguments)
     metrics = json.loads((tmp_path / "runs" / "mine" / "zeroshot" / "metrics.json").read_text())
     assert sum(row["support"] for row in metrics["per_class"].values()) == 9
+
+
+@pytest.fixture
+def run(pictures, tmp_path) -> Path:
+    """Trained with a quarter of the pictures kept back."""
+    folder = tmp_path / "runs" / "kept"
+    train_clip.main([*TRAINING, f"--data={pictures}", "--hold-out=0.25", "--eval-every=0", f"--output-dir={folder}"])
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("flags", "warned"),
+    [((), True), (("--hold-out=0.5",), True), (("--hold-out=0.25",), False), (("--hold-out=0.1",), False)],
+    ids=["all", "more than was kept", "what was kept", "less"],
+)
+def test_evaluation_warns_of_images_that_the_model_was_trained_on(run, pictures, flags, warned, tmp_path, capsys):
+    out = tmp_path / "out"
+    common = [f"--data={pictures}", f"--output-dir={out}", f"--cache-dir={tmp_path}", "--workers=0", *flags]
+    words = f"{run} was trained on images of these; --hold-out 0.25 keeps to those that it has not seen"
+    assert evaluate.main(["zeroshot", f"--model={run}", *common]) == 0
+    assert (f"warning: {words}\n" in capsys.readouterr().err) is warned
+    assert (words in (out / "report.html").read_text()) is warned
+    compared = [str(run), str(run / "checkpoints" / "step_000002")]
+    assert evaluate.main(["compare", "--models", *compared, *common]) == 0
+    assert (out / "report.html").read_text().count("was trained on images of these") == 2 * warned
+
+
+def test_other_pictures_are_measured_without_a_warning(run, pictures, tmp_path, capsys):
+    others = pictures.rename(tmp_path / "others")
+    arguments = [f"--data={others}", f"--output-dir={tmp_path}", f"--cache-dir={tmp_path}", "--workers=0"]
+    assert evaluate.main(["zeroshot", f"--model={run}", *arguments]) == 0
+    assert "warning" not in capsys.readouterr().err

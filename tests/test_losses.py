@@ -169,3 +169,20 @@ def test_one_hand_computed_value():
     assert nce == pytest.approx(torch.log1p(torch.exp(-one)).item())
     pairwise = sigmoid(fresh, None, one, zero, slice(0, 2)).loss
     assert pairwise == pytest.approx((torch.log1p(torch.exp(-one)) + torch.log(torch.tensor(2.0))).item())
+
+
+@pytest.mark.parametrize("order", ["rising", "falling", "drawn"])
+def test_one_visit_gives_log_sum_exp_and_mean_by_softmax_at_any_range_of_logits(order):
+    """In float32 at the largest scale, whichever tile holds what dominates; an anchor may have no candidate at all."""
+    generator = torch.Generator().manual_seed(3)
+    anchors, others = (torch.nn.functional.normalize(torch.randn(9, DIM, generator=generator), dim=1) for _ in "ab")
+    by_cosine = (anchors[0] @ others.T).argsort(descending=order == "falling")
+    others = (others if order == "drawn" else others[by_cosine]).repeat_interleave(3, dim=0)
+    left_out = torch.rand(9, len(others), generator=generator) < 0.3
+    left_out[4] = True
+    tiles = logit_tiles.LogitTiles(anchors, others, torch.tensor(100.0), None)
+    lse, mean = tiles.softmax_mean(lambda r, c: left_out[r, c])
+    logits = (100 * anchors.double() @ others.double().T).masked_fill(left_out, -torch.inf)
+    torch.testing.assert_close(lse.double(), logits.logsumexp(1), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(mean.double(), logits.softmax(1).nan_to_num() @ others.double(), rtol=1e-4, atol=1e-5)
+    assert lse[4] == -torch.inf and not mean[4].any()

@@ -41,7 +41,7 @@ def embed_parts(subject: Subject) -> Parts:
     Without a train part the subject's own is divided, without a val part the training images are; by class and by
     the seed. All ranks together. InputError if classes cannot be learnt from it.
     """
-    seed = subject.options.seed
+    seed = subject.options.run.seed
     train, validation = (_other(subject, part) for part in ("train", "val"))
     classes = _all_classes([each.data.labelling.classes for each in (subject, train, validation) if each is not None])
     embedded = subject.embed_images()

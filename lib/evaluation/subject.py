@@ -1,5 +1,6 @@
 """What a task measures: a model, one part of the data, and how to run the one over the other."""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -16,9 +17,11 @@ from lib.data.evaluation_set import EvaluationSet
 from lib.data.pipeline import ImagePipeline
 from lib.data.remote.fetch import default_fetcher
 from lib.data.sources import EvaluationData
-from lib.errors import InputError
+from lib.errors import InputError, on_rank_0
 from lib.evaluation.embed import Embedded, embed_images, embed_texts
 from lib.evaluation.options import Common
+from lib.evaluation.origin import trained_on
+from lib.evaluation.outcome import data_facts
 from lib.evaluation.stored import StoredEmbeddings, of_texts
 from lib.evaluation.subset import limited
 from lib.fingerprint import fingerprint
@@ -75,6 +78,8 @@ class Subject:
     every_part: EvaluationData
     options: Common
     stored: StoredEmbeddings
+    warning: str | None = None
+    """what the figures do not tell of the model"""
 
     @classmethod
     def open(
@@ -85,32 +90,48 @@ class Subject:
         needs: what the data must have besides images. prompts: bank or file of templates, None for the data's own.
         """
         fetcher = default_fetcher()
-        fetcher = replace(fetcher, cache=options.cache_dir or fetcher.cache, allow_pipe=options.allow_pipe)
+        fetcher = replace(fetcher, cache=options.run.cache_dir or fetcher.cache, allow_pipe=options.data.allow_pipe)
         every_part = EvaluationData.find(
-            options.data,
+            options.data.data,
             prompts,
-            image_root=options.image_root,
-            held_out_fraction=options.hold_out,
+            image_root=options.data.image_root,
+            held_out_fraction=options.data.hold_out,
             fetcher=fetcher,
         )
-        part = every_part.part_for(options.split)
-        data = _limited(every_part.of_split(part), options.limit)
+        part = every_part.part_for(options.data.split)
+        warning = trained_on(model, options.data, part)
+        if warning and on_rank_0():
+            print(f"warning: {warning}", file=sys.stderr)
+        data = _limited(every_part.of_split(part), options.data.limit)
         _check_kind(data, needs)
         stored = StoredEmbeddings(fetcher.cache / "embeddings")
         loaded = Model.load(model, device)
-        return cls(model=loaded, data=data, part=part, every_part=every_part, options=options, stored=stored)
+        return cls(
+            model=loaded,
+            data=data,
+            part=part,
+            every_part=every_part,
+            options=options,
+            stored=stored,
+            warning=warning,
+        )
 
     def of(self, part: str) -> "Subject | None":
         """The same model on another part, "train", "val" or "test"; None where the data has no such part."""
         if part == self.part:
             return self
         data = self.every_part.of(part)
-        return None if data is None else replace(self, data=_limited(data, self.options.limit), part=part)
+        return None if data is None else replace(self, data=_limited(data, self.options.data.limit), part=part)
 
     @property
     def measures(self) -> bool:
         """Whether this process is the one that measures; the others have done their share once all is embedded."""
         return rank_and_world_size()[0] == 0
+
+    def facts(self, embedded: Embedded) -> dict[str, str]:
+        """What was measured, for people."""
+        warning = {"warning": self.warning} if self.warning else {}
+        return {"model": self.model.name} | data_facts(self.data, embedded) | warning
 
     def embed_images(self) -> Embedded:
         """All images of the part, with a progress bar on rank 0; all ranks together."""
@@ -123,8 +144,8 @@ class Subject:
                 self.data,
                 self.model.pipeline,
                 device=self.model.device,
-                batch_size=self.options.batch_size,
-                workers=self.options.workers,
+                batch_size=self.options.run.batch_size,
+                workers=self.options.run.workers,
                 progress=True,
             )
             self.stored.keep(name, found)
@@ -141,7 +162,7 @@ class Subject:
                 distinct,
                 self.model.processing.tokenize,
                 device=self.model.device,
-                batch_size=self.options.batch_size,
+                batch_size=self.options.run.batch_size,
                 progress=True,
             )
             found = of_texts(embeds)

@@ -22,7 +22,7 @@ from lib.evaluation.agnostic.plots import (
 from lib.evaluation.agnostic.prompts import generic_prompts
 from lib.evaluation.classifiers import LINEAR_SVM, MLP, accuracy, choose
 from lib.evaluation.options import OneModel
-from lib.evaluation.outcome import Outcome, Picture, Rows, data_facts, figure, skipped_table
+from lib.evaluation.outcome import Outcome, Picture, Rows, figure, skipped_table
 from lib.evaluation.parts import Parts, embed_parts
 from lib.evaluation.subject import Subject
 
@@ -71,7 +71,7 @@ def agnostic(options: Agnostic, subject: Subject) -> Outcome | None:
         return None
     found = _find(options, prompts, parts, parts.of_rows(lambda rows: rows @ prompt_embeds.T))
     most = math.log(len(prompts))
-    facts = {"model": subject.model.name} | data_facts(subject.data, parts.embedded) | parts.facts
+    facts = subject.facts(parts.embedded) | parts.facts
     facts |= {"prompts": str(len(prompts)), "largest entropy": f"log {len(prompts)} = {most:.4f}"}
     facts |= {"classifiers see": "shares of the prompts" + (", standardized" if options.standardize else "")}
     unfinished = [f"{temperature:g}" for temperature, entry in found.sweep.items() if not entry["converged"]]
@@ -95,23 +95,22 @@ def _find(options: Agnostic, prompts: list[str], parts: Parts, similarities: Par
         of_images[temperature] = entropies(torch.from_numpy(shares.test.rows)).numpy()
         entropy = {"mean_entropy": float(of_images[temperature].mean()), "max_entropy": math.log(len(prompts))}
         sweep[temperature] = entropy | _accuracies(options, shares)
-    svm = choose(LINEAR_SVM, similarities.train, similarities.validation, options.seed)
-    of_embeds = choose(LINEAR_SVM, parts.train, parts.validation, options.seed)
+    svm = choose(LINEAR_SVM, similarities.train, similarities.validation, options.run.seed)
+    of_embeds = choose(LINEAR_SVM, parts.train, parts.validation, options.run.seed)
     references = {
         "SVM on the image embeddings themselves": accuracy(of_embeds.model, parts.test),
         "SVM on the similarities, without softmax": accuracy(svm.model, similarities.test),
         "the most frequent class": float(np.bincount(parts.test.labels).max() / len(parts.test.labels)),
     }
-    carriers = rank_carriers(prompts, similarities.test, svm, options.seed)
+    carriers = rank_carriers(prompts, similarities.test, svm, options.run.seed)
     return Findings(prompts, sweep, of_images, references, carriers, similarities)
 
 
 def _accuracies(options: Agnostic, shares: Parts) -> dict[str, float | bool]:
     """Of the linear SVM and of the MLP, their regularization chosen on validation; and whether the SVM converged."""
     train, validation, (rows, labels) = shares.train, shares.validation, shares.test
-    svm, mlp = (
-        choose(family, train, validation, options.seed, standardize=options.standardize) for family in (LINEAR_SVM, MLP)
-    )
+    chosen = partial(choose, train=train, validation=validation, seed=options.run.seed, standardize=options.standardize)
+    svm, mlp = chosen(LINEAR_SVM), chosen(MLP)
     by_svm, by_mlp = svm.model.predict(rows), mlp.model.predict(rows)
     return {
         "accuracy": float(accuracy_score(labels, by_svm)),

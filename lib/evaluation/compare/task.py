@@ -16,6 +16,7 @@ from lib.evaluation.compare.plots import plot_training
 from lib.evaluation.compare.retrieval import compare_retrieval
 from lib.evaluation.compare.training import Training, training_of
 from lib.evaluation.options import Common
+from lib.evaluation.origin import trained_on
 from lib.evaluation.outcome import Outcome, Picture, Rows, figure
 from lib.evaluation.subject import Model, Subject, check_there
 from lib.evaluation.zeroshot.class_names import renamed
@@ -64,12 +65,15 @@ def compare(options: Compare, device: torch.device) -> Outcome | None:
     subjects = _subjects(first, options.models)
     if first.data.classes is not None:
         data = _renamed(first.data, options.class_names)
-        outcome = compare_classification(names, data, subjects, options.resamples, options.seed)
+        outcome = compare_classification(names, data, subjects, options.resamples, options.run.seed)
     elif first.data.captions is not None:
-        outcome = compare_retrieval(names, first.data, subjects, options.resamples, options.seed)
+        outcome = compare_retrieval(names, first.data, subjects, options.resamples, options.run.seed)
     else:
         raise InputError(f"{first.data.name} has neither classes nor captions to compare models by")
-    return outcome and _with_trainings(outcome, dict(zip(names, options.models, strict=True)))
+    of_models = dict(zip(names, options.models, strict=True))
+    warnings = {f"warning {name}": trained_on(model, options.data, first.part) for name, model in of_models.items()}
+    warned = {name: warning for name, warning in warnings.items() if warning}
+    return outcome and _with_trainings(replace(outcome, facts=outcome.facts | warned), of_models)
 
 
 def short_names(models: tuple[str, ...]) -> tuple[str, ...]:

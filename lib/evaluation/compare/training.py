@@ -4,7 +4,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from lib.report import METRICS, read_metrics
+from lib.evaluation.origin import run_of
+from lib.report import read_metrics
 
 
 @dataclass(frozen=True)
@@ -34,11 +35,10 @@ class Training:
 
 def training_of(model: str) -> Training | None:
     """The training of a run, or of the run that a checkpoint or export lies in; None of what we did not train."""
-    path = Path(model).resolve()
-    run = next((folder for folder in (path, *list(path.parents)[:2]) if (folder / METRICS).is_file()), None)
+    run = run_of(model)
     # A step whose loss was not finite has null for it.
     steps = [line for line in read_metrics(run) if line.get("loss") is not None] if run else []
-    of_checkpoint = re.fullmatch(r"step_(\d+)", path.name)
+    of_checkpoint = re.fullmatch(r"step_(\d+)", Path(model).resolve().name)
     if of_checkpoint:
         steps = [line for line in steps if line["step"] <= int(of_checkpoint[1])]
     if not steps:

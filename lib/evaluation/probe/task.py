@@ -14,7 +14,7 @@ from lib.evaluation.class_figures import class_figures
 from lib.evaluation.class_plots import plot_class_f1, plot_confusion
 from lib.evaluation.classifiers import FAMILIES, Chosen, Family, choose
 from lib.evaluation.options import OneModel
-from lib.evaluation.outcome import Outcome, Picture, Rows, data_facts, figure, skipped_table
+from lib.evaluation.outcome import Outcome, Picture, Rows, figure, skipped_table
 from lib.evaluation.parts import Parts, embed_parts
 from lib.evaluation.probe.few_shot import FewShot, few_shot
 from lib.evaluation.probe.plots import plot_classifiers, plot_few_shot
@@ -60,12 +60,12 @@ def probe(options: Probe, subject: Subject) -> Outcome | None:
     few = _few_shots(options, parts)
     readings = []
     for family in tqdm(FAMILIES, "classifiers"):
-        chosen = choose(family, parts.train, parts.validation, options.seed)
+        chosen = choose(family, parts.train, parts.validation, options.run.seed)
         figures = class_figures(parts.test.labels, chosen.model.predict(parts.test.rows), parts.classes)
         readings.append(Reading(family, chosen, figures, few[family.name]))
     # By validation: the test images decide nothing.
     best = max(readings, key=lambda reading: reading.chosen.validation_accuracy)
-    facts = {"model": subject.model.name} | data_facts(subject.data, parts.embedded) | parts.facts
+    facts = subject.facts(parts.embedded) | parts.facts
     facts["best on validation"] = best.family.title
     unfinished = [reading.family.title for reading in readings if not reading.chosen.converged]
     facts |= {"stopped before convergence": ", ".join(unfinished)} if unfinished else {}
@@ -84,7 +84,7 @@ def _few_shots(options: Probe, parts: Parts) -> Curves:
     if options.shots and not shots:
         asked = " ".join(map(str, options.shots))
         raise InputError(f"--shots {asked}: no class has more than {largest} training images; ask for fewer")
-    seeds = range(options.seed, options.seed + options.draws)
+    seeds = range(options.run.seed, options.run.seed + options.draws)
     curves: Curves = {family.name: [] for family in FAMILIES}
     for number, family in tqdm(list(itertools.product(shots, FAMILIES)), "few-shot"):
         curves[family.name].append(few_shot(family, parts.train, parts.validation, parts.test, number, seeds))

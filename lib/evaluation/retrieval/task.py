@@ -12,7 +12,7 @@ from lib.data.evaluation_set import EvaluationSet
 from lib.errors import InputError
 from lib.evaluation.embed import Embedded
 from lib.evaluation.options import OneModel
-from lib.evaluation.outcome import Outcome, Rows, data_facts, figure, skipped_table
+from lib.evaluation.outcome import Outcome, Rows, figure, skipped_table
 from lib.evaluation.retrieval.metrics import keep_readable, retrieval_ranks, summarize_ranks
 from lib.evaluation.retrieval.pictures import Findings
 from lib.evaluation.retrieval.scores import Matched, margins, matched_similarities, unmatched_similarities
@@ -53,7 +53,7 @@ def retrieve(options: Retrieval, subject: Subject) -> Outcome | None:
     matched, images = _matched(data, embedded, text_embeds, options.pairs)
     to_text, to_image = retrieval_ranks(matched.image_embeds, matched.text_embeds, matched.caption_image)
     metrics = {"image_to_text": summarize_ranks(to_text), "text_to_image": summarize_ranks(to_image)}
-    similarities = matched_similarities(matched), unmatched_similarities(matched, options.seed)
+    similarities = matched_similarities(matched), unmatched_similarities(matched, options.run.seed)
     by_direction = margins(matched)
     image = _chosen_image(options, data, images, matched.caption_image)
     findings = Findings(
@@ -67,9 +67,9 @@ def retrieve(options: Retrieval, subject: Subject) -> Outcome | None:
         query_embeds=query_embeds,
         image=image,
         image_name=data.image_keys[images[image]],
-        seed=options.seed,
+        seed=options.run.seed,
     )
-    facts = {"model": subject.model.name} | data_facts(data, embedded) | {"captions": str(len(kept))}
+    facts = subject.facts(embedded) | {"captions": str(len(kept))}
     facts |= _pairs_fact(matched, images) if options.pairs else {}
     tables = {
         "Retrieval": _figures_table(metrics),
@@ -98,7 +98,7 @@ def _chosen_image(options: Retrieval, data: EvaluationSet, images: np.ndarray, c
     """The row of the image that was asked for, else of one with captions."""
     if options.image is None:
         captioned = caption_image.unique()
-        return int(captioned[np.random.default_rng(options.seed).integers(len(captioned))])
+        return int(captioned[np.random.default_rng(options.run.seed).integers(len(captioned))])
     places = np.flatnonzero(images == data.image_keys.index(options.image))
     if not len(places):
         raise InputError(f"--image {options.image} cannot be read; choose another")

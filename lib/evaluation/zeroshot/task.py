@@ -11,7 +11,7 @@ from lib.evaluation.class_plots import plot_class_f1, plot_confusion
 from lib.evaluation.drawing import OpenImage, spread
 from lib.evaluation.embed import Embedded
 from lib.evaluation.options import OneModel
-from lib.evaluation.outcome import Outcome, Picture, data_facts, skipped_table
+from lib.evaluation.outcome import Outcome, Picture, skipped_table
 from lib.evaluation.subject import Subject
 from lib.evaluation.zeroshot.calibration import Reliability, calibrate
 from lib.evaluation.zeroshot.class_names import renamed
@@ -56,7 +56,7 @@ def classify(options: Zeroshot, subject: Subject) -> Outcome | None:
     if validation is not None and validated is not None:
         chooser = _as_in(own_classes, validation, validated)
         chosen_on = f"{validation.data.name}, {len(chooser.labels)} images"
-    parts = folds(test, chooser, options.seed)
+    parts = folds(test, chooser, options.run.seed)
     class_embeds = ensemble(prompt_embeds)
     metrics = zeroshot_metrics(test.embeds, test.labels, class_embeds, classes)
     study = study_prompts(test, prompt_embeds, parts)
@@ -64,7 +64,7 @@ def classify(options: Zeroshot, subject: Subject) -> Outcome | None:
     scores = zeroshot_scores(test.embeds, class_embeds)
     before, after = calibrate(scores, test.labels, class_embeds, parts, scale)
 
-    facts = {"model": subject.model.name} | data_facts(data, embedded)
+    facts = subject.facts(embedded)
     facts |= {"classes": str(len(classes)), "prompt templates": str(len(templates)), "chosen on": chosen_on}
     tables = class_tables(metrics, classes) | prompt_tables(study, classes, templates)
     tables |= calibration_table(before, after) | skipped_table(data, embedded)

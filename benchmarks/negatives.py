@@ -1,0 +1,62 @@
+"""What a larger batch and a memory are worth on captions: every batch with and without remembered pairs.
+
+    python benchmarks/negatives.py --data captions.csv --image-tower TOWER --text-tower TOWER
+
+trains configs/flickr8k.yaml, its frozen trunks run once, with each loss, batch and memory, three seeds each, all for
+as many epochs, and prints R@5 on the validation images and the seconds of training: mean and standard deviation.
+Raw figures go to a JSON file.
+"""
+
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+
+import tyro
+from training_runs import ROOT, SCRIPTS, Recipe, spread
+
+
+@dataclass(frozen=True)
+class Settings(Recipe):
+    """Where data and towers are, and what to compare."""
+
+    config: Path = ROOT / "configs" / "flickr8k.yaml"
+    """The recipe."""
+    output: Path = ROOT / "benchmarks" / "results" / "negatives.json"
+    """File for the raw figures."""
+    batches: tuple[int, ...] = (64, 256, 1024)
+    """Effective batches."""
+    memories: tuple[int, ...] = (0, 4096)
+    """Remembered pairs."""
+
+
+def main(settings: Settings) -> None:
+    """Run the grid and print its table."""
+    rows = []
+    for loss, batch, memory in product(SCRIPTS, settings.batches, settings.memories):
+        flags = [f"--effective-batch={batch}", f"--xbm-size={memory}", "--eval-every=1000000", "--save-every=0"]
+        summaries = settings.runs(loss, *flags, "--cache-text", "--cache-image")
+        rows.append({"loss": loss, "batch": batch, "memory": memory, "runs": list(map(figures, summaries))})
+    settings.write(rows)
+    print("\n" + "\n".join(table(rows)))
+
+
+def figures(summary: dict) -> dict[str, float]:
+    """R@5 both ways on the validation images, steps and seconds of a run."""
+    directions = {direction: summary["eval"][direction]["R@5"] for direction in ("image_to_text", "text_to_image")}
+    return directions | {"steps": summary["steps"], "seconds": summary["wall_seconds"]}
+
+
+def table(rows: list[dict]) -> list[str]:
+    """The rows as Markdown."""
+    lines = ["| loss | batch | remembered | steps | image to text R@5 | text to image R@5 | seconds |"]
+    lines.append("|---|---|---|---|---|---|---|")
+    for row in rows:
+        runs = row["runs"]
+        cells = [row["loss"], f"{row['batch']:,}", f"{row['memory']:,}", runs[0]["steps"]]
+        cells += [spread(runs, "image_to_text"), spread(runs, "text_to_image"), spread(runs, "seconds").split(".")[0]]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return lines
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Settings, description=__doc__))

@@ -1,0 +1,42 @@
+"""The run that a model comes from, and whether it was trained on what it is measured on."""
+
+from pathlib import Path
+
+import yaml
+
+from lib.evaluation.options import Examined
+from lib.report import METRICS
+
+CONFIG = "config.yaml"
+
+
+def run_of(model: str) -> Path | None:
+    """The run's folder, which a model, checkpoint or export is or lies in; None of what we did not train."""
+    path = Path(model).resolve()
+    return next((folder for folder in (path, *list(path.parents)[:2]) if (folder / METRICS).is_file()), None)
+
+
+def trained_on(model: str, examined: Examined, part: str) -> str | None:
+    """What to say where the images of `part` were trained on without its name telling so; None where they were not.
+
+    part: "train", "val", "test", or "all" of data without parts.
+    """
+    run = run_of(model)
+    if run is None or not (run / CONFIG).is_file():
+        return None
+    config = yaml.safe_load((run / CONFIG).read_text(encoding="utf-8"))
+    data, kept = config.get("data") or (), config.get("hold_out") or 0
+    same = {_where(each) for each in ([data] if isinstance(data, str) else data)} & {_where(examined.data)}
+    # What --hold-out keeps is the same images and more for a larger fraction.
+    if not same or (part != "all" and (examined.hold_out or 0) <= kept):
+        return None
+    told = f"{model} was trained on images of these"
+    if kept:
+        return f"{told}; --hold-out {kept:g} keeps to those that it has not seen"
+    return f"{told}; for figures of unseen ones train and evaluate with --hold-out 0.1"
+
+
+def _where(data: str) -> str:
+    """A source without its weight in a mixture; a path in full."""
+    name = data.split("::")[0]
+    return str(Path(name).resolve()) if Path(name).exists() else name
