@@ -7,7 +7,6 @@ from math import ceil
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from lib.backends import usable_cores
 from lib.collectives import rank_and_world_size
@@ -19,6 +18,7 @@ from lib.data.shards.source import count_pairs
 from lib.data_info.info import data_info
 from lib.errors import InputError
 from lib.processing import Processing
+from lib.shared_texts import Inputs
 from lib.tower_outputs import Caching
 from lib.towers import TwoTowers
 
@@ -105,10 +105,10 @@ def most_workers(config: TrainConfig, world_size: int) -> int:
     return 0 if config.data == ("digits",) else min(4, max(1, usable_cores() // world_size))
 
 
-def sample_inputs(source: Source, prepare: Prepare) -> dict[str, Tensor]:
-    """What the towers' forward takes, of four pairs with texts like the data's."""
+def sample_inputs(source: Source, prepare: Prepare, device: torch.device) -> Inputs:
+    """What the towers' forward takes, of four pairs with texts like the data's, on the device."""
     side = prepare.images.size
-    inputs = {}
+    inputs: Inputs = {}
     if prepare.image_outputs is None:
         inputs["pixel_values"] = torch.zeros(4, 3, side, side, dtype=torch.uint8)
     else:
@@ -118,7 +118,7 @@ def sample_inputs(source: Source, prepare: Prepare) -> dict[str, Tensor]:
         inputs["input_ids"], inputs["attention_mask"] = prepare.tokenize(texts)
     else:
         inputs["text_pooled"] = torch.zeros(4, prepare.text_outputs.width)
-    return inputs
+    return {name: tensor.to(device) for name, tensor in inputs.items()}
 
 
 def steps_of_epochs(config: TrainConfig, source: Source) -> int:

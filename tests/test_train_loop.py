@@ -275,7 +275,7 @@ def test_larger_forwards_in_pass_1_train_the_same(tmp_path, monkeypatch):
         forwards.append(len([*inputs, *named.values()][0]))
         return embed(self, *inputs, **named)
 
-    monkeypatch.setattr("lib.setup.pass_1_pairs", lambda device: 32)
+    monkeypatch.setattr("lib.trial.pass_1_pairs", lambda device: 32)
     monkeypatch.setattr(TwoTowers, "forward", counted)
     together = steps_of(run(train_siglip.main, tmp_path / "together", *flags))
     assert 32 in forwards and 8 in forwards
