@@ -42,6 +42,10 @@ class Settings:
     """Plain autograd is measured up to this batch."""
     chunk_size: int = 64
     """Pairs per forward of the cached step."""
+    output: Path = ROOT / "benchmarks" / "results" / "memory.json"
+    """File of the figures."""
+    picture: Path = ROOT / "docs" / "memory.png"
+    """The figure."""
     measure: str | None = None
     """Used by the script itself: METHOD:SIZE, measured in this process."""
 
@@ -59,11 +63,10 @@ def main(settings: Settings) -> None:
         rows.append(row)
         print(line(row), flush=True)
     machine = f"{usable_cores()} cores, {platform.machine()}, torch {torch.__version__}"
-    results = ROOT / "benchmarks" / "results"
-    results.mkdir(exist_ok=True)
     content = {"machine": machine, "chunk_size": settings.chunk_size, "rows": rows}
-    (results / "memory.json").write_text(json.dumps(content, indent=1) + "\n")
-    draw(rows, settings.chunk_size, ROOT / "docs" / "memory.png")
+    settings.output.parent.mkdir(parents=True, exist_ok=True)
+    settings.output.write_text(json.dumps(content, indent=1) + "\n")
+    draw(rows, settings.chunk_size, settings.picture)
 
 
 def measure(method: str, size: int, chunk_size: int) -> dict:
@@ -75,14 +78,14 @@ def measure(method: str, size: int, chunk_size: int) -> dict:
     pixels = torch.randint(256, (size, 3, 32, 32), dtype=torch.uint8)
     batch = Chunk(pixels, *tokens, torch.arange(size), torch.arange(size))
     step = {"cached": cached, "plain": plain}[method]
-    step(towers, slice_of(batch, 8), 8)  # what the first step allocates for good
+    step(towers, batch.rows(0, 8), 8)  # what the first step allocates for good
     before, began = peak_bytes(), time.perf_counter()
     step(towers, batch, chunk_size)
     return {"bytes": peak_bytes() - before, "seconds": time.perf_counter() - began}
 
 
 def cached(towers: TwoTowers, batch: Chunk, chunk_size: int) -> None:
-    chunks = [slice_of(batch, chunk_size, start) for start in range(0, len(batch), chunk_size)]
+    chunks = [batch.rows(start, start + chunk_size) for start in range(0, len(batch), chunk_size)]
     cached_step(towers, chunks, infonce, None, device=torch.device("cpu"))
 
 
@@ -91,10 +94,6 @@ def plain(towers: TwoTowers, batch: Chunk, chunk_size: int) -> None:
     dense_infonce(
         output.image_embeds, output.text_embeds, batch.group, output.logit_scale, output.logit_bias
     ).backward()
-
-
-def slice_of(batch: Chunk, size: int, start: int = 0) -> Chunk:
-    return Chunk(*(tensor[start : start + size] for tensor in vars(batch).values()))
 
 
 def peak_bytes() -> int:
@@ -132,7 +131,7 @@ def draw(rows: list[dict], chunk_size: int, file: Path) -> None:
     axes.set_yscale("log")
     axes.grid(alpha=0.3)
     axes.legend()
-    file.parent.mkdir(exist_ok=True)
+    file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=110)
 
 

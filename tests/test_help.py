@@ -26,13 +26,14 @@ FRAMES = str.maketrans("│╭╮╰╯─", "      ")  # of tyro's boxes, where
 
 
 def boxes(script, capsys, monkeypatch, *task: str) -> dict[str, str]:
-    """The text of each group's box."""
+    """The text of each group's box; "options" is that of flags without a group, but for --help alone."""
     monkeypatch.setenv("COLUMNS", "120")
     with pytest.raises(SystemExit, match="0"):
         script.main([*task, "--help"])
     told = capsys.readouterr().out.translate(FRAMES)
     parts = re.split(r"^ +(?:([\w-]+) )?options *$", told, flags=re.MULTILINE)
-    return {name or "options": text for name, text in zip(parts[1::2], parts[2::2], strict=True)}
+    found = {name or "options": text for name, text in zip(parts[1::2], parts[2::2], strict=True)}
+    return {name: text for name, text in found.items() if flags_of(text)}
 
 
 def flags_of(box: str) -> dict[str, str]:

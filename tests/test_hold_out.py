@@ -97,7 +97,7 @@ def test_evaluation_warns_of_images_that_the_model_was_trained_on(run, pictures,
     assert evaluate.main(["zeroshot", f"--model={run}", *common]) == 0
     assert (f"warning: {words}\n" in capsys.readouterr().err) is warned
     assert (words in (out / "report.html").read_text()) is warned
-    compared = [str(run), str(run / "checkpoints" / "step_000002")]
+    compared = [str(run), str(run / "export")]
     assert evaluate.main(["compare", "--models", *compared, *common]) == 0
     assert (out / "report.html").read_text().count("was trained on images of these") == 2 * warned
 
