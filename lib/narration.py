@@ -12,7 +12,7 @@ from lib.config import save_config
 from lib.data import Prepare
 from lib.evaluation.embed import counted
 from lib.losses import Pairs
-from lib.plan import oversize_warning
+from lib.plan import oversize_warning, useless_memory_warning
 from lib.report import Reporter
 from lib.run import Run, Update
 from lib.trainable import trained_share
@@ -38,6 +38,7 @@ def announce(run: Run, report: Reporter) -> None:
     )
     for warning in (
         oversize_warning(config.effective_batch, config.xbm_size, run.source.size),
+        useless_memory_warning(config.effective_batch, config.xbm_size, run.source.size),
         f"--lr {config.lr:g} is high for pretrained weights; 1e-5 is usual"
         if run.pretrained and config.lr > 2e-4 and not config.lora
         else None,

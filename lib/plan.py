@@ -1,7 +1,7 @@
 """BatchPlan: N, B, C, Q, W of a run, the memory that they need, and the words that tell the user so."""
 
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, log2
 
 import psutil
 import torch
@@ -12,6 +12,7 @@ from lib.replay import batch_norms_that_train
 
 CPU_ACTIVATIONS = 256 * 2**20  # bytes; larger chunks are no faster on a CPU
 LARGEST_CHUNK = 4096
+MOST_RECURRENCES = 8  # of a pair in a step, above which a batch is not merely large but out of place
 DEVICE_SHARE = 0.85  # of the memory that is free on an accelerator
 ACCELERATOR_PASS_1_PAIRS = 256  # pass 1 keeps no activations: small chunks are embedded together, in fewer kernels
 
@@ -72,10 +73,10 @@ class BatchPlan:
     def lines(self) -> list[str]:
         """The batch and its memory, for the start-up plan."""
         ranks = "1 rank" if self.world_size == 1 else f"{self.world_size} ranks"
-        kept = f", {self.keep_graphs} graphs kept" if self.keep_graphs else ""
+        kept = f", {_counted(self.keep_graphs, 'graph')} kept" if self.keep_graphs else ""
         return [
             f"batch      {self.effective_batch:,} pairs a step: {ranks} x {self.per_rank:,} pairs in "
-            f"{self.chunks:,} chunks of {min(self.chunk_size, self.per_rank):,}{kept}",
+            f"{_counted(self.chunks, 'chunk')} of {min(self.chunk_size, self.per_rank):,}{kept}",
             f"negatives  {self.effective_batch - 1:,} fresh and {self.xbm_size:,} remembered negatives per anchor",
             f"memory     about {gigabytes(self.device_bytes)} on the device (weights and optimizer "
             f"{gigabytes(self.state_bytes)}, embeddings and loss {gigabytes(self.embedding_bytes)}, activations "
@@ -103,11 +104,24 @@ def oversize_warning(effective_batch: int, xbm_size: int, pairs: int | None) -> 
     if pairs is None or effective_batch <= pairs:
         return None
     smaller = max(1, effective_batch // 8)
-    instead = f"--effective-batch {smaller} --xbm-size {max(xbm_size, effective_batch) - smaller}"
-    return (
+    told = (
         f"--effective-batch {effective_batch} is {effective_batch / pairs:.1f} times the data set: each of the "
         f"{pairs:,} pairs recurs about {effective_batch / pairs:.0f} times in every step, and is encoded each time. "
-        f"Use {instead} instead: as many candidates, an eighth of the encoding, eight times the updates"
+    )
+    if smaller > MOST_RECURRENCES * pairs:
+        of_data = 2 ** max(1, int(log2(max(pairs, 2) / 2)))
+        return f"{told}Use --effective-batch {of_data} --xbm-size 0 instead: a small data set wants many small steps"
+    instead = f"--effective-batch {smaller} --xbm-size {max(xbm_size, effective_batch) - smaller}"
+    return f"{told}Use {instead} instead: as many candidates, an eighth of the encoding, eight times the updates"
+
+
+def useless_memory_warning(effective_batch: int, xbm_size: int, pairs: int | None) -> str | None:
+    """What to say about a memory that a batch of a small data set leaves nothing new for, or None."""
+    if pairs is None or effective_batch > pairs or xbm_size <= pairs:
+        return None
+    return (
+        f"--xbm-size {xbm_size} is {xbm_size / pairs:.1f} times the data set: the memory holds nothing but older "
+        f"copies of the {pairs:,} pairs. Use --xbm-size 0, or a larger --effective-batch"
     )
 
 
@@ -187,6 +201,10 @@ def total_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[1]
     return psutil.virtual_memory().total
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def gigabytes(count: int) -> str:

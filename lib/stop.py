@@ -2,7 +2,6 @@
 
 import os
 import signal
-import sys
 import threading
 from collections.abc import Callable
 from math import ceil
@@ -67,14 +66,19 @@ class StopSignal:
             raise KeyboardInterrupt
         if not self.received:
             self._timer.start()
+            # Not print: the signal may have come in the middle of one.
+            _on_local_rank_0(f"{signal.Signals(number).name}: stopping; what was learned is saved first")
         self.received = True
 
     def _tell(self) -> None:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            standing = self._standing()
-            print(
-                f"stopping takes longer than {SECONDS_UNTIL_TOLD:.0f} s; should it be cut short, "
-                + (f"{standing} stands" if standing else "no checkpoint stands"),
-                file=sys.stderr,
-                flush=True,
-            )
+        standing = self._standing()
+        _on_local_rank_0(
+            f"stopping takes longer than {SECONDS_UNTIL_TOLD:.0f} s; should the process be killed meanwhile, "
+            + (f"--resume auto goes on from {standing}" if standing else "there is no checkpoint yet to go on from")
+        )
+
+
+def _on_local_rank_0(words: str) -> None:
+    """A line on stderr, below a progress bar."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        os.write(2, f"\n{words}\n".encode())

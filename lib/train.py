@@ -70,7 +70,9 @@ def _train(run: Run, objective: Objective) -> None:
         step = _loop(run, objective, loss, best, batches, stop, report)
         finish(run, report, prediction, step, _is_over(run, step), time.perf_counter() - started)
     if stop.obeyed and step < run.steps:
-        raise StoppedEarly(f"by a signal after step {step} of {run.steps}; --resume auto goes on from {standing()}")
+        saved = standing()
+        then = f"goes on from {saved}" if saved else "there is no checkpoint, it starts anew"
+        raise StoppedEarly(f"by a signal after step {step} of {run.steps}; --resume auto: {then}")
 
 
 def _loop(

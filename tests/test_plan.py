@@ -8,7 +8,14 @@ from naive import random_pairs
 
 from lib.logit_bias import bias_from_counts, solved_bias
 from lib.losses import sigmoid
-from lib.plan import BatchPlan, graphs_that_fit, largest_chunk, measure_activations, oversize_warning
+from lib.plan import (
+    BatchPlan,
+    graphs_that_fit,
+    largest_chunk,
+    measure_activations,
+    oversize_warning,
+    useless_memory_warning,
+)
 from lib.towers import build_preset
 from lib.trainable import set_trainable
 
@@ -93,7 +100,15 @@ def test_a_batch_above_the_data_set_is_told_with_what_to_use_instead():
     warning = oversize_warning(32768, 32768, 1442)
     assert "22.7 times" in warning and "about 23 times" in warning
     assert "--effective-batch 4096 --xbm-size 28672" in warning
+    assert "--effective-batch 64 --xbm-size 0 " in oversize_warning(32768, 32768, 184)
+    assert "--effective-batch 2 --xbm-size 0 " in oversize_warning(32768, 32768, 1)
     assert oversize_warning(1000, 0, 1442) is None and oversize_warning(1000, 0, None) is None
+
+
+def test_a_memory_above_the_data_set_is_told():
+    assert "178.1 times" in useless_memory_warning(64, 32768, 184)
+    assert useless_memory_warning(64, 184, 184) is None and useless_memory_warning(64, 32768, None) is None
+    assert useless_memory_warning(32768, 32768, 184) is None, "the batch's own warning says what to use"
 
 
 @pytest.mark.parametrize("groups", [None, 3])

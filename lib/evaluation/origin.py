@@ -30,10 +30,10 @@ def trained_on(model: str, examined: Examined, part: str) -> str | None:
     # What --hold-out keeps is the same images and more for a larger fraction.
     if not same or (part != "all" and (examined.hold_out or 0) <= kept):
         return None
-    told = f"{model} was trained on images of these"
+    told = f"{model} has seen these images, or some of them, in training: figures are too good"
     if kept:
-        return f"{told}; --hold-out {kept:g} keeps to those that it has not seen"
-    return f"{told}; for figures of unseen ones train and evaluate with --hold-out 0.1"
+        return f"{told}; --hold-out {kept:g} measures on those that were kept back"
+    return f"{told}; train and evaluate with --hold-out 0.1 for figures of unseen images"
 
 
 def _where(data: str) -> str:

@@ -175,6 +175,8 @@ def model_folder(model: str) -> str:
     """Where the weights are: of a run its export, else its best checkpoint; a hub id stays as it is."""
     root = Path(model)
     if not root.is_dir():
+        if root.is_absolute() or len(root.parts) > 2 or model.startswith("."):  # no id of the hub
+            raise InputError(f"--model {model}: there is no such folder")
         return model
     for folder in (root, root / "export", root / "checkpoints" / "best"):
         if (folder / "config.json").is_file():

@@ -3,6 +3,7 @@
 import csv
 import json
 import statistics
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -54,7 +55,7 @@ def table(options: Table) -> None:
     """Print the tables and write them where asked to."""
     if rank_and_world_size()[0] > 0:
         return
-    results = [result for run in options.runs for result in results_of(run)]
+    results = _results_of_all(options.runs)
     tables = [_rows(kind, options.mean) for kind in _by_kind(results)]
     print("\n\n".join(map(aligned, tables)))
     if options.output_dir:
@@ -64,16 +65,22 @@ def table(options: Table) -> None:
         print(f"\ntables: {files[0]}, {files[1]}")
 
 
+def _results_of_all(runs: Sequence[Path]) -> list[Result]:
+    """Of the folders that hold any, with a warning for each other; InputError where none does."""
+    found = {run: results_of(run) for run in runs}
+    empty = [run for run, results in found.items() if not results]
+    words = f"holds no results, no {METRICS} and no {SUMMARY}"
+    if len(empty) == len(found):
+        raise InputError(f"{empty[0]} {words}: name a folder that evaluate.py or a training script left")
+    for run in empty:
+        print(f"warning: {run} {words}: it is left out", file=sys.stderr)
+    return [result for results in found.values() for result in results]
+
+
 def results_of(run: Path) -> list[Result]:
     """What a folder holds: evaluations in it and one level below, and the last validation of a training."""
     files = [run / SUMMARY, run / METRICS, *sorted(run.glob(f"*/{METRICS}"))]
-    results = [result for file in files if file.is_file() for result in _read(file)]
-    if not results:
-        raise InputError(
-            f"{run} holds no results, no {METRICS} and no {SUMMARY}: name a folder that evaluate.py or a training "
-            "script left"
-        )
-    return results
+    return [result for file in files if file.is_file() for result in _read(file)]
 
 
 def _read(file: Path) -> list[Result]:
