@@ -16,6 +16,7 @@ from lib.shared_texts import TEXT_INPUTS, Inputs
 
 MARGIN = 0.85  # of the free memory: fragmentation, and kernels that want more room in other shapes
 ENOUGH_SECONDS = 0.1  # a longer try is no better measure
+ENOUGH_PAIRS, LONG_SECONDS = 16, 1.0  # with fewer pairs only a long try tells: a busy machine delays any by a little
 TRIES = 3
 ROWS = 1024  # of the loss's try
 
@@ -131,7 +132,8 @@ def _seconds_of_a_pair(
     while True:
         batch = repeated(inputs, pairs)
         seconds = _timed(partial(run, batch), device)
-        if seconds >= ENOUGH_SECONDS or pairs == chunk_size:
+        enough = seconds >= (ENOUGH_SECONDS if pairs >= ENOUGH_PAIRS else LONG_SECONDS)
+        if enough or pairs == chunk_size:
             return seconds / pairs
         pairs = min(4 * pairs, chunk_size)
 

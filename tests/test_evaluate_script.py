@@ -128,7 +128,7 @@ def test_the_wrong_task_names_the_right_one(run_folder, captions, tmp_path, caps
     [
         (
             ["--batch-size", "0", "--limit", "-3"],
-            ["--batch-size 0 must be at least 1; --limit -3 must be at least 1"],
+            ["--limit -3 must be at least 1; --batch-size 0 must be at least 1"],
         ),
         (["--model", "EMPTY"], ["--model", "holds no model", "export"]),
         (["--data", "no/such/thing"], ["no/such/thing"]),
