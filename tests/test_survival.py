@@ -112,7 +112,9 @@ def test_a_stop_that_takes_long_says_which_checkpoint_stands(monkeypatch, capfd)
     with StopSignal(torch.device("cpu"), lambda: Path("runs/x/checkpoints/step_000007")):
         os.kill(os.getpid(), signal.SIGUSR1)
         time.sleep(0.3)
-    assert "checkpoints/step_000007 stands" in capfd.readouterr().err
+    told = capfd.readouterr().err
+    assert "SIGUSR1: stopping; what was learned is saved first" in told
+    assert "--resume auto goes on from runs/x/checkpoints/step_000007" in told
 
 
 def test_a_stop_has_an_exit_code_of_its_own(capsys):

@@ -1,4 +1,4 @@
-"""benchmarks/positives.py and negatives.py train each cell of their grids by the scripts, and keep the figures."""
+"""benchmarks/negatives.py trains each cell of its grid by the scripts, and keeps the figures (positives.py alike)."""
 
 import csv
 import json
@@ -67,14 +67,3 @@ def test_negatives_trains_every_batch_with_and_without_a_memory(towers, tmp_path
         (run,) = row["runs"]
         assert run["steps"] == 2 and 0 <= run["image_to_text"] <= 1 and 0 <= run["text_to_image"] <= 1
     assert "| clip | 8 | 16 | 2 |" in printed
-
-
-@pytest.mark.slow
-def test_positives_trains_groups_and_the_diagonal(towers, tmp_path):
-    for number in range(24):
-        picture(tmp_path / ("train" if number < 16 else "test") / ("cat", "dog")[number % 2] / f"{number}.png", number)
-    found, printed = measured("positives.py", tmp_path, *towers, f"--data={tmp_path}")
-    assert [(row["positives"], row["memory"]) for row in found[:4]] == [
-        ("pair", False), ("pair", True), ("group", False), ("group", True),
-    ]  # fmt: skip
-    assert len(found) == 8 and "| siglip | group | on |" in printed
