@@ -10,10 +10,11 @@ from lib.checkpoint import is_whole, merge_counts
 from lib.collectives import gather_objects
 from lib.config import save_config
 from lib.data import Prepare
+from lib.data.sources import split_weight
 from lib.evaluation.embed import counted
 from lib.losses import Pairs
 from lib.plan import oversize_warning, useless_memory_warning
-from lib.report import Reporter
+from lib.report import CONFIG, Reporter
 from lib.run import Run, Update
 from lib.trainable import trained_share
 from lib.trunk_options import keeping_activations
@@ -65,7 +66,7 @@ def announce(run: Run, report: Reporter) -> None:
         if warning:
             report.say(f"warning: {warning}")
     if run.accelerator.is_main_process:
-        save_config(config, run.folder / "config.yaml")
+        save_config(config, run.folder / CONFIG)
     if config.tracker != "none":
         run.accelerator.project_configuration.logging_dir = str(run.folder)
         flat = {n: v for n, v in dataclasses.asdict(config).items() if isinstance(v, int | float | str)}
@@ -77,7 +78,7 @@ def next_command(run: Run) -> str:
     config, task = run.config, "zeroshot" if run.source.classes else "retrieval"
     flags = {
         "--model": str(run.folder),
-        "--data": config.val_data or config.data[0].partition("::")[0],
+        "--data": config.val_data or split_weight(config.data[0])[0],
         "--hold-out": f"{config.hold_out:g}" if config.hold_out and not config.val_data else None,
         "--prompts": config.prompts if run.source.classes else None,
         "--image-root": config.image_root,

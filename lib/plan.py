@@ -12,7 +12,7 @@ from lib.replay import batch_norms_that_train
 
 CPU_ACTIVATIONS = 256 * 2**20  # bytes; larger chunks are no faster on a CPU
 LARGEST_CHUNK = 4096
-MOST_RECURRENCES = 8  # of a pair in a step, above which a batch is not merely large but out of place
+MOST_RECURRENCES = 8  # of a pair, above which a batch or a memory is not merely large but out of place
 DEVICE_SHARE = 0.85  # of the memory that is free on an accelerator
 ACCELERATOR_PASS_1_PAIRS = 256  # pass 1 keeps no activations: small chunks are embedded together, in fewer kernels
 
@@ -86,7 +86,7 @@ class BatchPlan:
 
 
 def pass_1_pairs(device: torch.device) -> int:
-    """Pairs that pass 1 embeds in one forward at least; on a CPU larger forwards only leave its caches: 0, as it is."""
+    """Pairs that pass 1 may embed in one forward; 0 on a CPU, where forwards larger than a chunk gain nothing."""
     return 0 if device.type == "cpu" else ACCELERATOR_PASS_1_PAIRS
 
 
@@ -117,7 +117,7 @@ def oversize_warning(effective_batch: int, xbm_size: int, pairs: int | None) -> 
 
 def useless_memory_warning(effective_batch: int, xbm_size: int, pairs: int | None) -> str | None:
     """What to say about a memory that a batch of a small data set leaves nothing new for, or None."""
-    if pairs is None or effective_batch > pairs or xbm_size <= pairs:
+    if pairs is None or effective_batch > pairs or xbm_size <= MOST_RECURRENCES * pairs:
         return None
     return (
         f"--xbm-size {xbm_size} is {xbm_size / pairs:.1f} times the data set: the memory holds nothing but older "

@@ -11,7 +11,8 @@ from tqdm import tqdm
 
 from lib.curve import draw_curve, flatten
 
-METRICS, SUMMARY, SKIPPED, CURVE = "metrics.jsonl", "summary.json", "skipped.jsonl", "loss_curve.png"
+CONFIG, METRICS, SUMMARY = "config.yaml", "metrics.jsonl", "summary.json"
+SKIPPED, CURVE = "skipped.jsonl", "loss_curve.png"
 
 
 class Reporter:

@@ -327,6 +327,15 @@ def test_table_writes_files_and_means_over_seeds(tmp_path, capsys):
     assert "| mean |  | 0.3000 | 1.0000 |" in (tmp_path / "out" / "table.md").read_text()
 
 
+def test_table_leaves_folders_without_results_out_and_says_so(tmp_path, capsys):
+    run, empty = write_results(tmp_path / "run", {"accuracy": 0.5}), tmp_path / "empty"
+    empty.mkdir()
+    assert evaluate.main(["table", str(run), str(empty)]) == 0
+    printed = capsys.readouterr()
+    assert "0.5000" in printed.out and str(empty) not in printed.out
+    assert f"warning: {empty} holds no results" in printed.err
+
+
 def test_a_folder_without_results_is_told_in_one_line(tmp_path, capsys):
     broken = write_results(tmp_path / "broken", {})
     (broken / "metrics.json").write_text("{")

@@ -109,6 +109,8 @@ def test_a_memory_above_the_data_set_is_told():
     assert "178.1 times" in useless_memory_warning(64, 32768, 184)
     assert useless_memory_warning(64, 184, 184) is None and useless_memory_warning(64, 32768, None) is None
     assert useless_memory_warning(32768, 32768, 184) is None, "the batch's own warning says what to use"
+    assert "--effective-batch 256 --xbm-size 1792" in oversize_warning(2048, 512, 1422)
+    assert useless_memory_warning(256, 1792, 1422) is None, "who follows that is not told the contrary"
 
 
 @pytest.mark.parametrize("groups", [None, 3])

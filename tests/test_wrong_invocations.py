@@ -145,6 +145,7 @@ WRONG = [
     ("evaluate agnostic --data squares --prompts one_text.yaml", "--prompts one_text.yaml|at least 2", 2),
     ("evaluate compare --models model", "--models model|two or more|--models A B", 2),
     ("evaluate compare --models model ./model", "--models model ./model|different", 2),
+    ("evaluate zeroshot --model ./runs/nowhere", "--model ./runs/nowhere|there is no such folder", 2),
     ("evaluate compare --data squares --models model nowhere", "--models nowhere|cannot be loaded", 2),
     ("evaluate table empty", "empty|holds no results|name a folder", 2),
     # Packing

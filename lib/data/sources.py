@@ -43,7 +43,7 @@ def open_sources(
     Raises InputError, naming --data, --val-data, --hold-out or --prompts, for what cannot be used.
     """
     fetcher = fetcher or default_fetcher()
-    weighted = [_split_weight(each) for each in ([data] if isinstance(data, str) else data)]
+    weighted = [split_weight(each) for each in ([data] if isinstance(data, str) else data)]
     if not weighted:
         raise InputError("--data is given without a source; name one, or digits")
     opened = [hold_out(open_data(n, "--data", image_root, fetcher), held_out_fraction, n) for n, _ in weighted]
@@ -152,7 +152,7 @@ def _evaluation(opened: OpenedData, flag: str, split: str, prompts: str | None, 
     return labelled_evaluation(opened, split, load_templates(prompts or opened.bank))
 
 
-def _split_weight(data: str) -> tuple[str, float | None]:
+def split_weight(data: str) -> tuple[str, float | None]:
     """A source and the weight that may follow it after two colons."""
     name, _, number = data.rpartition("::")
     try:

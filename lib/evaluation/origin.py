@@ -4,10 +4,9 @@ from pathlib import Path
 
 import yaml
 
+from lib.data.sources import split_weight
 from lib.evaluation.options import Examined
-from lib.report import METRICS
-
-CONFIG = "config.yaml"
+from lib.report import CONFIG, METRICS
 
 
 def run_of(model: str) -> Path | None:
@@ -30,7 +29,7 @@ def trained_on(model: str, examined: Examined, part: str) -> str | None:
     # What --hold-out keeps is the same images and more for a larger fraction.
     if not same or (part != "all" and (examined.hold_out or 0) <= kept):
         return None
-    told = f"{model} has seen these images, or some of them, in training: figures are too good"
+    told = f"{run} has seen these images, or some of them, in training: figures are too good"
     if kept:
         return f"{told}; --hold-out {kept:g} measures on those that were kept back"
     return f"{told}; train and evaluate with --hold-out 0.1 for figures of unseen images"
@@ -38,5 +37,5 @@ def trained_on(model: str, examined: Examined, part: str) -> str | None:
 
 def _where(data: str) -> str:
     """A source without its weight in a mixture; a path in full."""
-    name = data.split("::")[0]
+    name, _ = split_weight(data)
     return str(Path(name).resolve()) if Path(name).exists() else name

@@ -78,8 +78,6 @@ class Subject:
     every_part: EvaluationData
     options: Common
     stored: StoredEmbeddings
-    warning: str | None = None
-    """what the figures do not tell of the model"""
 
     @classmethod
     def open(
@@ -99,22 +97,14 @@ class Subject:
             fetcher=fetcher,
         )
         part = every_part.part_for(options.data.split)
-        warning = trained_on(model, options.data, part)
-        if warning and on_rank_0():
-            print(f"warning: {warning}", file=sys.stderr)
         data = _limited(every_part.of_split(part), options.data.limit)
         _check_kind(data, needs)
         stored = StoredEmbeddings(fetcher.cache / "embeddings")
         loaded = Model.load(model, device)
-        return cls(
-            model=loaded,
-            data=data,
-            part=part,
-            every_part=every_part,
-            options=options,
-            stored=stored,
-            warning=warning,
-        )
+        subject = cls(model=loaded, data=data, part=part, every_part=every_part, options=options, stored=stored)
+        if subject.warning and on_rank_0():
+            print(f"warning: {subject.warning}", file=sys.stderr)
+        return subject
 
     def of(self, part: str) -> "Subject | None":
         """The same model on another part, "train", "val" or "test"; None where the data has no such part."""
@@ -124,14 +114,19 @@ class Subject:
         return None if data is None else replace(self, data=_limited(data, self.options.data.limit), part=part)
 
     @property
+    def warning(self) -> str | None:
+        """What the figures do not tell of this model on this part."""
+        return trained_on(self.model.name, self.options.data, self.part)
+
+    @property
     def measures(self) -> bool:
         """Whether this process is the one that measures; the others have done their share once all is embedded."""
         return rank_and_world_size()[0] == 0
 
     def facts(self, embedded: Embedded) -> dict[str, str]:
         """What was measured, for people."""
-        warning = {"warning": self.warning} if self.warning else {}
-        return {"model": self.model.name} | data_facts(self.data, embedded) | warning
+        facts = {"model": self.model.name} | data_facts(self.data, embedded)
+        return facts | ({"warning": self.warning} if self.warning else {})
 
     def embed_images(self) -> Embedded:
         """All images of the part, with a progress bar on rank 0; all ranks together."""

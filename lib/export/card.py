@@ -12,7 +12,7 @@ from huggingface_hub import ModelCardData
 from lib.export.formats import HUGGING_FACE, ONNX, Format
 from lib.export.hugging_face import COMPOSED
 from lib.processing import Processing
-from lib.report import SUMMARY, flatten, read_metrics
+from lib.report import CONFIG, SUMMARY, flatten, read_metrics
 from lib.towers import PRESETS, TwoTowers
 from lib.towers.presets import SIZES
 
@@ -34,7 +34,7 @@ def model_card(
     name: of the export: its folder's, or that of a repository of the hub.
     No folder of this machine is named: the card is made to be published.
     """
-    config, summary = (_read(run / file) if step is not None else {} for file in ("config.yaml", SUMMARY))
+    config, summary = (_read(run / file) if step is not None else {} for file in (CONFIG, SUMMARY))
     composed = processing.model_type == COMPOSED
     known_to_hub = form.library != ONNX.library and not composed
     data = ModelCardData(
