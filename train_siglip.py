@@ -5,9 +5,6 @@ from functools import partial
 
 from lib.config import TrainConfig, parse_config
 from lib.errors import told_in_one_line
-from lib.losses import sigmoid
-from lib.objective import Objective, dense_sigmoid
-from lib.train import train
 
 # The published protocol: 32k fresh and 32k remembered pairs, beta2 of 0.95 (Zhai et al., 2023, section 4).
 DEFAULTS = TrainConfig(effective_batch=32768, xbm_size=32768, beta2=0.95)
@@ -16,6 +13,11 @@ DEFAULTS = TrainConfig(effective_batch=32768, xbm_size=32768, beta2=0.95)
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train as the command line (or `arguments`) says."""
     config = parse_config(DEFAULTS, __doc__, arguments, of_another_script={"label_smoothing": "train_clip.py"})
+    # Only now: torch and transformers take seconds, and neither --help nor a wrong flag should wait for them.
+    from lib.losses import sigmoid
+    from lib.objective import Objective, dense_sigmoid
+    from lib.train import train
+
     loss = partial(sigmoid, pos_weight=config.pos_weight, remembered_positives=config.remembered_positives)
     dense = partial(dense_sigmoid, pos_weight=config.pos_weight)
     train(config, Objective("siglip", loss, dense))

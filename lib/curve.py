@@ -56,29 +56,39 @@ def _training_loss(lines: Sequence[dict], evaluations: Sequence[tuple[int, float
 
 
 def draw_curve(lines: Sequence[dict], file: Path) -> None:
-    """Two panels: losses, and validation figures in [0, 1]."""
+    """A panel each for training loss, validation loss, and validation figures in [0, 1], as far as there are any.
+
+    The losses have panels of their own: both grow with the number of candidates, which is not the same.
+    """
     steps = [line for line in lines if "loss" in line]
     evaluations = [(line["step"], flatten(line["eval"])) for line in lines if "eval" in line]
     shares = sorted({name for _, e in evaluations for name, value in e.items() if name != "loss" and 0 <= value <= 1})
-    figure, axes = plt.subplots(
-        1, 2 if shares else 1, figsize=(13 if shares else 6, 4), squeeze=False, layout="constrained"
-    )
-    losses = axes[0, 0]
-    losses.plot([s["step"] for s in steps], [s["loss"] for s in steps], label="training (whole batch and memory)")
-    if evaluations:
-        losses.plot([s for s, _ in evaluations], [e.get("loss") for _, e in evaluations], "o-", label="validation")
+    count = 1 + bool(evaluations) + bool(shares)
+    figure, axes = plt.subplots(1, count, figsize=(6 * count + bool(shares), 4), squeeze=False, layout="constrained")
+    training, validation = axes[0, 0], axes[0, 1] if evaluations else None
     remembered = next((line["step"] for line in steps if line.get("xbm_used")), None)
+    training.plot([s["step"] for s in steps], [s["loss"] for s in steps])
+    training.set(title="Training loss (batch)" if remembered is None else "Training loss (batch and memory)")
     if remembered is not None and remembered > steps[0]["step"]:  # more candidates: the loss jumps, nothing broke
-        losses.axvline(remembered, color="grey", linestyle=":", label="memory used from here on")
+        training.axvline(remembered, color="grey", linestyle=":", label="memory used from here on")
+    if validation is not None:
+        validation.plot([s for s, _ in evaluations], [e.get("loss") for _, e in evaluations], "o-", color="tab:orange")
+        validation.set(title="Validation loss (its pairs as one batch)")
+    losses = [each for each in (training, validation) if each is not None]
     if parting := find_parting(lines):
-        losses.axvline(parting["step"], color="tab:red", linestyle="--", label="validation loss is least, then parts")
-    losses.set(xlabel="step", ylabel="loss", title="Loss")
-    losses.legend()
+        for panel in losses:
+            panel.axvline(
+                parting["step"], color="tab:red", linestyle="--", label="validation loss is least, then parts"
+            )
+    for panel in losses:
+        panel.set(xlabel="step", ylabel="loss")
+        if panel.get_legend_handles_labels()[0]:
+            panel.legend()
     if shares:
         for name in shares:
-            axes[0, 1].plot([s for s, _ in evaluations], [e.get(name) for _, e in evaluations], "o-", label=name)
-        axes[0, 1].set(xlabel="step", ylim=(0, 1.02), title="Validation")
-        axes[0, 1].legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.01, 1))
+            axes[0, -1].plot([s for s, _ in evaluations], [e.get(name) for _, e in evaluations], "o-", label=name)
+        axes[0, -1].set(xlabel="step", ylim=(0, 1.02), title="Validation")
+        axes[0, -1].legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.01, 1))
     figure.savefig(file, dpi=110)
     plt.close(figure)
 

@@ -40,11 +40,27 @@ def silenced(wanted: bool) -> Iterator[None]:
 
 @contextmanager
 def told_in_one_line() -> Iterator[None]:
-    """Turn these into one line on stderr and an exit code; other errors keep their traceback."""
+    """Turn these into one line on stderr and an exit code; other errors keep their traceback.
+
+    Printing to a reader that went away, as in `--help | head`, ends the script with code 1 and no word.
+    """
+    with _ended_by_a_closed_pipe():
+        try:
+            yield
+        except (InputError, RunError, StoppedEarly) as error:
+            word = "stopped" if isinstance(error, StoppedEarly) else "error"
+            if on_rank_0() or getattr(error, "of_one_rank", False):
+                print(f"{word}: {error}", file=sys.stderr)
+            sys.exit({InputError: 2, RunError: 1, StoppedEarly: 75}[type(error)])
+
+
+@contextmanager
+def _ended_by_a_closed_pipe() -> Iterator[None]:
     try:
-        yield
-    except (InputError, RunError, StoppedEarly) as error:
-        word = "stopped" if isinstance(error, StoppedEarly) else "error"
-        if on_rank_0() or getattr(error, "of_one_rank", False):
-            print(f"{word}: {error}", file=sys.stderr)
-        sys.exit({InputError: 2, RunError: 1, StoppedEarly: 75}[type(error)])
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's own last flush meets it again
+        sys.exit(1)

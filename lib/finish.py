@@ -55,13 +55,14 @@ def _export(run: Run, last: TwoTowers, report: Reporter) -> float:
     """Write the best model (the last one without evaluations) in the Hugging Face layout, and check it."""
     # Mixed precision is an instance's own `forward`; the check compares with a plain float32 model.
     vars(last).pop("forward", None)
+    folder, at = run.folder / "export", run.best.get("step", run.steps)
+    report.say(f"exporting the model of step {at}, and loading it again to compare")
     best = run.checkpoints / "best"
     if run.best and best.exists():
         towers = TwoTowers.from_pretrained(best)
     else:
         towers = copy.deepcopy(last.cpu())  # which leaves torch.compile behind
         merge(towers)
-    folder, at = run.folder / "export", run.best.get("step", run.steps)
     card = model_card(run.folder, at, towers, run.processing, HUGGING_FACE, folder.name)
     difference = export(towers.cpu().eval(), run.processing, folder, noise_and_texts(run.processing), card=card)
     report.say(f"exported to {folder}: largest logit difference {difference:.1e}")

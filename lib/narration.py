@@ -8,7 +8,7 @@ import sys
 from lib.backends import peak_memory_bytes
 from lib.checkpoint import is_whole, merge_counts
 from lib.collectives import gather_objects
-from lib.config import save_config
+from lib.config import changed_settings, save_config
 from lib.data import Prepare
 from lib.data.sources import split_weight
 from lib.evaluation.embed import counted
@@ -32,9 +32,10 @@ def announce(run: Run, report: Reporter) -> None:
         *_rate_lines(run),
         f"data       {run.source.description}",
         *_text_lines(run),
+        *_validation_lines(run),
         *_stored_lines(run.prepare),
         *run.plan.lines(),
-        f"steps      {run.steps:,} (from {run.first_step:,})" if run.first_step else f"steps      {run.steps:,}",
+        *_steps_lines(run),
         f"run        {run.folder}",
     )
     for warning in (
@@ -90,6 +91,17 @@ def next_command(run: Run) -> str:
     return shlex.join([python, "evaluate.py", task, *words])
 
 
+def _steps_lines(run: Run) -> list[str]:
+    """How far the run goes; of one that goes on, from where, and which settings are not those it had."""
+    if not run.first_step:
+        return [f"steps      {run.steps:,}"]
+    changed = changed_settings(run.config, run.folder / CONFIG)
+    return [
+        f"steps      {run.steps:,} (from {run.first_step:,})",
+        *([f"changed    {', '.join(changed)}"] if changed else []),
+    ]
+
+
 def _text_lines(run: Run) -> list[str]:
     """How many texts are different: with class prompts, far fewer than there are pairs."""
     distinct, batch = run.source.distinct_texts, run.plan.effective_batch
@@ -99,6 +111,15 @@ def _text_lines(run: Run) -> list[str]:
     known = [] if distinct is None else [f"texts      {distinct:,} distinct texts{once}"]
     count = sum(len(next(iter(chunk.values()))) for chunk in run.negatives)
     return known + ([f"           {count:,} negative prompts more, candidates of every image"] if count else [])
+
+
+def _validation_lines(run: Run) -> list[str]:
+    """What the run is validated on, and how often."""
+    data, every = run.validation, run.config.eval_every
+    if data is None or not every:
+        return []
+    texts = f"{len(data.classes)} classes" if data.classes else f"{len(data.captions or ()):,} captions"
+    return [f"validation {len(data):,} images, {texts}, every {every:,} steps and at the end"]
 
 
 def _rate_lines(run: Run) -> list[str]:

@@ -10,8 +10,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-# One server imports what all ranks need and forks them from there: each would take seconds for it.
-mp.get_context("forkserver").set_forkserver_preload(["lib.train", "lib.backends.fsdp2"])
+# One server imports what all ranks need and forks them from there: each would take seconds for it, of which DeepSpeed's
+# Muon, imported where it looks at any optimizer, takes three.
+mp.get_context("forkserver").set_forkserver_preload(["lib.train", "lib.backends.fsdp2", "deepspeed.runtime.zero.muon.muon_optimizer"])
 
 
 def on_ranks(world_size: int, function: Callable, *arguments):
@@ -30,7 +31,8 @@ def _rank(
     os.environ.clear()
     os.environ.update(environment)  # the server's is that of the first call
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), ACCELERATE_USE_CPU="true")
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))  # as torchrun sets them
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))  # as torchrun sets them
+    os.environ.update(WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size))
     dist.init_process_group("gloo", rank=rank, world_size=world_size)
     value = function(*arguments)
     if rank == 0:

@@ -16,7 +16,7 @@ import train_siglip
 pytestmark = pytest.mark.slow
 
 HEADLINE = ["--effective-batch", "32", "--xbm-size", "32", "--steps", "1", "--eval-every", "0"]
-OF_RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+OF_RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def config_file(name: str) -> list[str]:

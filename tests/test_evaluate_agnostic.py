@@ -16,10 +16,10 @@ from lib.evaluation import classifiers
 from lib.evaluation.agnostic.carriers import class_means, rank_carriers, variance_between
 from lib.evaluation.agnostic.entropy import entropies, prompt_shares
 from lib.evaluation.agnostic.prompts import generic_prompts
-from lib.evaluation.agnostic.task import Agnostic
 from lib.evaluation.classifiers import LINEAR_SVM, Part, choose
 from lib.evaluation.embed import embed_images, embed_texts
 from lib.evaluation.subject import Model
+from lib.evaluation.tasks import Agnostic
 
 COUNTS = {split: dict.fromkeys(COLOURS, count) for split, count in (("train", 10), ("test", 6))}
 

@@ -17,15 +17,14 @@ import evaluate
 from lib.collectives import rank_and_world_size
 from lib.data.sources import open_evaluation
 from lib.evaluation import classifiers
-from lib.evaluation.agnostic.task import Agnostic
 from lib.evaluation.class_figures import class_figures
 from lib.evaluation.classifiers import FAMILIES, KNN, LINEAR_SVM, LOGISTIC_REGRESSION, Family, Part, accuracy, choose
 from lib.evaluation.embed import embed_images
 from lib.evaluation.options import Examined, Running
 from lib.evaluation.parts import divide
 from lib.evaluation.probe.few_shot import draw_shots, few_shot
-from lib.evaluation.probe.task import Probe
 from lib.evaluation.subject import Model
+from lib.evaluation.tasks import Agnostic, Probe
 
 NAMES = ["linear_svm", "logistic_regression", "mlp", "knn"]
 COUNTS = {split: dict.fromkeys(COLOURS, count) for split, count in (("train", 9), ("val", 4), ("test", 5))}

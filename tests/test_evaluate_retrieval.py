@@ -30,9 +30,9 @@ from lib.evaluation.retrieval.counting import Side, count_before
 from lib.evaluation.retrieval.metrics import keep_readable, retrieval_metrics, retrieval_ranks
 from lib.evaluation.retrieval.pictures import Findings
 from lib.evaluation.retrieval.scores import Matched, margins, matched_similarities, unmatched_similarities
-from lib.evaluation.retrieval.task import Retrieval
 from lib.evaluation.stored import StoredEmbeddings
 from lib.evaluation.subject import Model, Subject
+from lib.evaluation.tasks import Retrieval
 from lib.towers import TwoTowers, build_preset
 
 

@@ -1,7 +1,11 @@
 """--help as a person reads it: groups by what is done, each flag once, with its default."""
 
 import dataclasses
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +14,7 @@ import train_clip
 import train_siglip
 from lib.config import TrainConfig, flag
 
+ROOT = Path(__file__).resolve().parents[1]
 GROUPS = {
     "file": ["config"],
     "data": ["data", "val_data", "prompts", "max_bad", "workers", "cache_dir", "data_info"],
@@ -56,6 +61,16 @@ def test_every_flag_is_told_once_in_a_group_with_its_default(script, capsys, mon
         value = getattr(script.DEFAULTS, field.name)
         shown = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
         assert words[flag(field.name)].endswith(f"(default: {shown})"), field.name
+
+
+@pytest.mark.parametrize("script", ["train_siglip.py", "evaluate.py"])
+def test_help_whose_reader_goes_away_ends_without_a_traceback(script):
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, script, *(["zeroshot"] if script == "evaluate.py" else []), "--help"]
+    ended = subprocess.run(command, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert ended.returncode == 1 and ended.stderr == ""
 
 
 def test_the_scripts_differ_in_their_defaults_alone(capsys, monkeypatch):

@@ -138,6 +138,18 @@ def test_a_run_killed_between_its_last_checkpoint_and_its_export_is_finished(fin
     assert (run / "export" / "model.safetensors").exists()
 
 
+def test_a_resumed_run_tells_which_settings_changed(finished, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run, symlinks=True)
+    flags = [*FLAGS, f"--output-dir={run}", "--save-every=2", "--eval-every=0", "--resume=auto"]
+    train_clip.main([*flags, "--steps=5", "--lr=1e-6", "--augment=none"])
+    (told,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("changed"))
+    assert "--lr 1.0e-06 (was 0.001)" in told and "--augment none (was strong)" in told
+    assert "--steps 5 (was 4)" in told and told.count("(was") == 3  # neither the folder nor --resume
+    train_clip.main([*flags, "--steps=6", "--lr=1e-6", "--augment=none"])
+    assert "changed    --steps 6 (was 5)\n" in capsys.readouterr().out
+
+
 def test_a_lowered_learning_rate_holds_after_a_resume(finished, tmp_path):
     resume = f"--resume={finished / 'checkpoints' / 'step_000002'}"
     flags = [*FLAGS, "--steps=4", "--eval-every=0", "--schedule=constant", "--lr=1e-6", resume]

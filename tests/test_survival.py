@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 import train_clip
 from lib import folder as run_folder
+from lib import losses
 from lib import stop as stopping
 from lib.errors import InputError, RunError, StoppedEarly, told_in_one_line
 from lib.replay import batch_norm_statistics, restore_statistics
@@ -136,7 +137,7 @@ def test_statistics_of_a_dropped_step_are_put_back():
 @pytest.fixture
 def broken_from(monkeypatch):
     """Make the loss of some steps not a number, gradients included."""
-    clean, calls = train_clip.infonce, []
+    clean, calls = losses.infonce, []
 
     def arrange(*steps: int) -> None:
         def loss(*arguments, **options):
@@ -147,7 +148,7 @@ def broken_from(monkeypatch):
                 return replace(share, **broken)
             return share
 
-        monkeypatch.setattr(train_clip, "infonce", loss)
+        monkeypatch.setattr(losses, "infonce", loss)
 
     return arrange
 

@@ -15,6 +15,7 @@ from transformers import AutoModel, AutoProcessor
 
 import train_clip
 import train_siglip
+from lib import losses
 from lib.data import ImagePipeline, Prepare, TrainingData, open_sources
 from lib.errors import InputError, RunError
 from lib.processing import Processing
@@ -222,7 +223,7 @@ def test_zero_switches_evaluation_and_checkpoints_off(tmp_path):
 
 
 def test_a_diverged_run_names_the_step_and_the_last_checkpoint(tmp_path, monkeypatch):
-    clean = train_clip.infonce
+    clean = losses.infonce
     calls = []
 
     def broken(fresh, *arguments, **options):
@@ -230,7 +231,7 @@ def test_a_diverged_run_names_the_step_and_the_last_checkpoint(tmp_path, monkeyp
         calls.append(len(fresh))  # what is timed before the first step has another size
         return share if calls.count(64) < 4 else type(share)(**vars(share) | {"loss": share.loss * float("nan")})
 
-    monkeypatch.setattr(train_clip, "infonce", broken)
+    monkeypatch.setattr(losses, "infonce", broken)
     with pytest.raises(RunError, match=r"step 4: loss nan.*step_000002.*--resume auto"):
         run(train_clip.main, tmp_path / "run", "--steps=8", "--eval-every=0")
 

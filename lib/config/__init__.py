@@ -3,6 +3,6 @@
 from lib.config.command_line import parse_config
 from lib.config.settings import flag
 from lib.config.train_config import TrainConfig
-from lib.config.yaml_file import save_config
+from lib.config.yaml_file import changed_settings, save_config
 
-__all__ = ["TrainConfig", "flag", "parse_config", "save_config"]
+__all__ = ["TrainConfig", "changed_settings", "flag", "parse_config", "save_config"]

@@ -26,6 +26,10 @@ from lib.config.yaml_file import read_settings
 from lib.errors import InputError, on_rank_0, silenced
 
 Group = TypeVar("Group", bound=Settings)
+USUAL = (
+    "Most runs name five: --data, --model (or --image-tower and --text-tower), --effective-batch, --lr, --output-dir. "
+    "Without any it trains the smallest preset on the embedded digits."
+)
 
 
 @dataclass(frozen=True)
@@ -108,7 +112,7 @@ def _parse(defaults: TrainConfig, description: str, arguments: Sequence[str], to
             Groups,
             default=Groups.of(defaults),
             args=arguments,
-            description=description,
+            description=f"{description}\n\n{USUAL}",
             console_outputs=told,
             config=(tyro.conf.OmitArgPrefixes,),
         )

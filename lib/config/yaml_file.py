@@ -40,11 +40,33 @@ def _understood(parse: Callable[[Sequence[str]], object], words: Sequence[str]) 
 
 def save_config(config: TrainConfig, file: Path) -> None:
     """Write every setting, so that `--config FILE` repeats the run."""
-    values = {
+    file.write_text(yaml.safe_dump(_values(config), sort_keys=False))
+
+
+def changed_settings(config: TrainConfig, file: Path) -> list[str]:
+    """How the settings differ from those that `save_config` wrote, as `--lr 0.001 (was 0.0005)`.
+
+    Nothing is said of where the run goes on from and is written, of settings that the file does not have, nor of a
+    file that is missing or was cut short.
+    """
+    try:
+        before = _read(str(file)) if file.exists() else {}
+    except InputError:
+        return []
+    now = {name: value for name, value in _values(config).items() if name not in ("resume", "output_dir")}
+    return [
+        f"{flag(name)} {_shown(value)} (was {_shown(before[name])})"
+        for name, value in now.items()
+        if name in before and before[name] != value
+    ]
+
+
+def _values(config: TrainConfig) -> dict[str, object]:
+    """Every setting as YAML knows it."""
+    return {
         name: str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
         for name, value in dataclasses.asdict(config).items()
     }
-    file.write_text(yaml.safe_dump(values, sort_keys=False))
 
 
 def _read(file: str) -> dict[str, object]:
@@ -79,4 +101,4 @@ def _words(name: str, value: object) -> list[str]:
 
 def _shown(value: object) -> str:
     """A value as it stands in the file."""
-    return yaml.safe_dump(value, default_flow_style=True).removesuffix("...\n").strip()
+    return yaml.safe_dump(value, default_flow_style=True, width=10_000).removesuffix("...\n").strip()

@@ -5,17 +5,15 @@ import json
 import statistics
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
-
-import tyro
 
 from lib.collectives import rank_and_world_size
 from lib.errors import InputError
 from lib.evaluation.html import aligned
 from lib.evaluation.outcome import Rows, figure
+from lib.evaluation.tasks import Table
 from lib.report import SUMMARY
 
 METRICS = "metrics.json"
@@ -24,23 +22,6 @@ FIGURES = (
     *("R@1", "R@5", "R@10", "MRR", "median_rank"),
 )
 OF_TRAINING = ("steps", "wall_seconds")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Table:
-    """Gather the results of runs and evaluations, in a table for each kind of figures."""
-
-    runs: tyro.conf.Positional[tuple[Path, ...]]
-    """Folders that evaluate.py or a training script left; evaluations in a run's folder come with it."""
-    mean: bool = False
-    """Add mean and standard deviation, for runs that differ in their seed alone."""
-    output_dir: Path | None = None
-    """Folder for table.csv and table.md; without, the tables are printed only."""
-
-    def check(self) -> None:
-        """Raise InputError where there is nothing to gather."""
-        if not self.runs:
-            raise InputError("table needs folders of runs or evaluations, as in: evaluate.py table runs/a runs/b")
 
 
 class Result(NamedTuple):

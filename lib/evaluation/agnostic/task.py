@@ -21,29 +21,10 @@ from lib.evaluation.agnostic.plots import (
 )
 from lib.evaluation.agnostic.prompts import generic_prompts
 from lib.evaluation.classifiers import LINEAR_SVM, MLP, accuracy, choose
-from lib.evaluation.options import OneModel
 from lib.evaluation.outcome import Outcome, Picture, Rows, figure, skipped_table
 from lib.evaluation.parts import Parts, embed_parts
 from lib.evaluation.subject import Subject
-
-
-@dataclass(frozen=True, kw_only=True)
-class Agnostic(OneModel):
-    """What similarities to prompts that name no class tell about the classes; the data needs classes."""
-
-    prompts: Path | None = None
-    """YAML file with a list of texts; default: 32 generic prompts."""
-    temperatures: tuple[float, ...] = (1.0, 0.5, 0.2, 0.1, 0.07, 0.05, 0.03, 0.02, 0.01, 0.005, 0.002, 0.001)
-    """Each divides the similarities before their softmax over the prompts."""
-    standardize: bool = True
-    """Standardize the shares for the classifiers; as they are, those of a high temperature hardly differ."""
-
-    def faults(self) -> list[str]:
-        """What cannot work, a clause for each flag."""
-        bad = [t for t in self.temperatures if not 0 < t < math.inf]
-        faults = [f"--temperatures {t:g} must be above 0" for t in bad]
-        faults += [] if self.temperatures else ["--temperatures needs at least one"]
-        return super().faults() + faults
+from lib.evaluation.tasks import Agnostic
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,11 @@
 """The task compare: embed with every model, and measure what the data allows, classes or captions."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path, PurePath
-from typing import Annotated
 
 import torch
-import tyro
 
 from lib.data.evaluation_set import EvaluationSet
 from lib.errors import InputError
@@ -15,43 +13,15 @@ from lib.evaluation.compare.classification import compare_classification
 from lib.evaluation.compare.plots import plot_training
 from lib.evaluation.compare.retrieval import compare_retrieval
 from lib.evaluation.compare.training import Training, training_of
-from lib.evaluation.options import Common
 from lib.evaluation.origin import trained_on
 from lib.evaluation.outcome import Outcome, Picture, Rows, figure
 from lib.evaluation.subject import Model, Subject, check_there
+from lib.evaluation.tasks import Compare
 from lib.evaluation.zeroshot.class_names import renamed
 
 Draw = Callable[[Path], list[Picture]]
 
 INNER_FOLDERS = ("export", "checkpoints")  # of a run: they name no model
-
-
-@dataclass(frozen=True, kw_only=True)
-class Compare(Common):
-    """Two or more models on the same images: zero-shot where the data has classes, else retrieval."""
-
-    models: Annotated[tuple[str, ...], tyro.conf.arg(aliases=["--model"])]
-    """Two or more, each a run, checkpoint or export folder, or a hub id; the others are compared with the first."""
-    names: tuple[str, ...] = ()
-    """What the report calls them; without, by their folders."""
-    prompts: str | None = None
-    """Prompt bank (digits, activities, objects, simple) or a YAML file with a list of templates."""
-    class_names: Path | None = None
-    """YAML file with names to use instead of the data's: a list in its order, or a mapping "data's name: name"."""
-    resamples: int = 1000
-    """Samples of the bootstrap, for the intervals."""
-
-    def faults(self) -> list[str]:
-        """What cannot work, a clause for each flag."""
-        faults = super().faults()
-        different = {Path(model).resolve() for model in self.models}
-        if len(different) < 2 or len(different) < len(self.models):
-            faults.append(f"--models {' '.join(self.models)}: name two or more different ones, as in --models A B")
-        if self.names and len(set(self.names)) != len(self.models):
-            faults.append(f"--names {' '.join(self.names)} must be {len(self.models)} different ones, one a model")
-        if self.resamples < 1:
-            faults.append(f"--resamples {self.resamples} must be at least 1")
-        return faults
 
 
 def compare(options: Compare, device: torch.device) -> Outcome | None:

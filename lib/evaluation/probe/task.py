@@ -13,32 +13,16 @@ from lib.errors import InputError
 from lib.evaluation.class_figures import class_figures
 from lib.evaluation.class_plots import plot_class_f1, plot_confusion
 from lib.evaluation.classifiers import FAMILIES, Chosen, Family, choose
-from lib.evaluation.options import OneModel
 from lib.evaluation.outcome import Outcome, Picture, Rows, figure, skipped_table
 from lib.evaluation.parts import Parts, embed_parts
 from lib.evaluation.probe.few_shot import FewShot, few_shot
 from lib.evaluation.probe.plots import plot_classifiers, plot_few_shot
 from lib.evaluation.subject import Subject
+from lib.evaluation.tasks import Probe
 
 LISTED = 5  # best classes, and worst ones
 
 Curves = dict[str, list[FewShot]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Probe(OneModel):
-    """Linear SVM, logistic regression, MLP and k-NN on frozen image embeddings; the data needs classes."""
-
-    shots: tuple[int, ...] = (1, 2, 4, 8, 16)
-    """Images a class to learn from, a point of the few-shot curves each; none: no curves."""
-    draws: int = 5
-    """Times that the few images are drawn anew; the curves show mean and deviation."""
-
-    def faults(self) -> list[str]:
-        """What cannot work, a clause for each flag."""
-        faults = [f"--shots {shots} must be at least 1" for shots in self.shots if shots < 1]
-        faults += [f"--draws {self.draws} must be at least 1"] if self.draws < 1 else []
-        return super().faults() + faults
 
 
 @dataclass(frozen=True)

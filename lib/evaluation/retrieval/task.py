@@ -1,6 +1,5 @@
 """The task retrieval: embed, measure, and say what to tell and to draw."""
 
-from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -11,30 +10,12 @@ from torch import Tensor
 from lib.data.evaluation_set import EvaluationSet
 from lib.errors import InputError
 from lib.evaluation.embed import Embedded
-from lib.evaluation.options import OneModel
 from lib.evaluation.outcome import Outcome, Rows, figure, skipped_table
 from lib.evaluation.retrieval.metrics import keep_readable, retrieval_ranks, summarize_ranks
 from lib.evaluation.retrieval.pictures import Findings
 from lib.evaluation.retrieval.scores import Matched, margins, matched_similarities, unmatched_similarities
 from lib.evaluation.subject import Subject
-
-
-@dataclass(frozen=True, kw_only=True)
-class Retrieval(OneModel):
-    """Recall@1/5/10, MRR and median rank, image to text and text to image; the data needs captions."""
-
-    pairs: bool = False
-    """Take each caption with its image as a pair of its own: all else is wrong, the image in its other pairs too."""
-    query: tuple[str, ...] = ()
-    """Texts of your own; the report shows the pictures found for each."""
-    image: str | None = None
-    """Name of the image that the report holds against candidate captions; default: one drawn by --seed."""
-
-    def faults(self) -> list[str]:
-        """What cannot work, a clause for each flag."""
-        return super().faults() + [
-            f"--query {query!r} is empty: write a text or leave it out" for query in self.query if not query.strip()
-        ]
+from lib.evaluation.tasks import Retrieval
 
 
 def retrieve(options: Retrieval, subject: Subject) -> Outcome | None:

@@ -1,7 +1,6 @@
 """The task zeroshot: embed, measure, choose prompts and a temperature on validation data, and say what to tell."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -10,9 +9,9 @@ import numpy as np
 from lib.evaluation.class_plots import plot_class_f1, plot_confusion
 from lib.evaluation.drawing import OpenImage, spread
 from lib.evaluation.embed import Embedded
-from lib.evaluation.options import OneModel
 from lib.evaluation.outcome import Outcome, Picture, skipped_table
 from lib.evaluation.subject import Subject
+from lib.evaluation.tasks import Zeroshot
 from lib.evaluation.zeroshot.calibration import Reliability, calibrate
 from lib.evaluation.zeroshot.class_names import renamed
 from lib.evaluation.zeroshot.examples import plot_predictions
@@ -23,16 +22,6 @@ from lib.evaluation.zeroshot.prompt_study import PromptStudy, study_prompts
 from lib.evaluation.zeroshot.tables import calibration_table, class_tables, prompt_tables
 
 PREDICTIONS = 12  # right ones and wrong ones each
-
-
-@dataclass(frozen=True, kw_only=True)
-class Zeroshot(OneModel):
-    """Accuracy, top-5, precision, recall, F1, confusion, prompts one by one, calibration; the data needs classes."""
-
-    prompts: str | None = None
-    """Prompt bank (digits, activities, objects, simple) or a YAML file with a list of templates."""
-    class_names: Path | None = None
-    """YAML file with names to use instead of the data's: a list in its order, or a mapping "data's name: name"."""
 
 
 def classify(options: Zeroshot, subject: Subject) -> Outcome | None:
