@@ -10,9 +10,10 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-# One server imports what all ranks need and forks them from there: each would take seconds for it, of which DeepSpeed's
-# Muon, imported where it looks at any optimizer, takes three.
-mp.get_context("forkserver").set_forkserver_preload(["lib.train", "lib.backends.fsdp2", "deepspeed.runtime.zero.muon.muon_optimizer"])
+# One server imports what all ranks need and forks them from there: each would take seconds for it. DeepSpeed looks at
+# any optimizer with its Muon's module, which takes three alone.
+NEEDED = ["lib.train", "lib.backends.fsdp2", "deepspeed.runtime.zero.muon.muon_optimizer"]
+mp.get_context("forkserver").set_forkserver_preload(NEEDED)
 
 
 def on_ranks(world_size: int, function: Callable, *arguments):
