@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from lib.curve import draw_curve, flatten
 
 CONFIG, METRICS, SUMMARY = "config.yaml", "metrics.jsonl", "summary.json"
 SKIPPED, CURVE = "skipped.jsonl", "loss_curve.png"
+CURVE_SECONDS = 10.0  # between two drawings, of which each takes most of a second: runs of small models evaluate often
 
 
 class Reporter:
@@ -21,6 +23,7 @@ class Reporter:
     def __init__(self, folder: Path, accelerator: Accelerator, steps: int, first_step: int) -> None:
         self.folder, self.accelerator = folder, accelerator
         self.last_evaluation: dict = {}
+        self.drawn = -math.inf
         self.active = accelerator.is_main_process
         if self.active:
             for name in (METRICS, SKIPPED):
@@ -41,13 +44,14 @@ class Reporter:
         self._track(metrics, metrics["step"])
 
     def evaluation(self, step: int, metrics: dict) -> None:
-        """Record an evaluation on validation data, and draw the curve anew."""
+        """Record an evaluation on validation data, and draw the curve anew, if it was not just drawn."""
         self.last_evaluation = metrics
         self._append(METRICS, {"step": step, "eval": metrics})
         flat = flatten(metrics)
         self.say(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in flat.items()))
         self._track({f"eval/{name}": value for name, value in flat.items()}, step)
-        self.curve()
+        if time.monotonic() - self.drawn >= CURVE_SECONDS:
+            self.curve()
 
     def skipped(self, step: int, skips: Sequence[tuple[str, str, str]]) -> None:
         """Name samples that could not be used: (shard or source, key, reason), met by any rank at this step."""
@@ -67,6 +71,7 @@ class Reporter:
             lines = read_lines(self.folder / METRICS)
             if lines:
                 draw_curve(lines, self.folder / CURVE)
+        self.drawn = time.monotonic()
 
     def close(self) -> None:
         """End the progress bar."""

@@ -20,6 +20,7 @@ from lib.evaluation import classifiers
 from lib.evaluation.class_figures import class_figures
 from lib.evaluation.classifiers import FAMILIES, KNN, LINEAR_SVM, LOGISTIC_REGRESSION, Family, Part, accuracy, choose
 from lib.evaluation.embed import embed_images
+from lib.evaluation.measure import measure
 from lib.evaluation.options import Examined, Running
 from lib.evaluation.parts import divide
 from lib.evaluation.probe.few_shot import draw_shots, few_shot
@@ -131,7 +132,7 @@ def _both_tasks(model: Path, data: Path, folder: Path) -> list[dict] | None:
     running = Running(cache_dir=folder, output_dir=folder, batch_size=7, workers=0)
     common = {"model": str(model), "data": Examined(data=str(data)), "run": running}
     tasks = (Probe(shots=(), **common), Agnostic(temperatures=(0.1,), **common))
-    outcomes = [evaluate.measure(options, torch.device("cpu")) for options in tasks]
+    outcomes = [measure(options, torch.device("cpu")) for options in tasks]
     if rank_and_world_size()[0] > 0:
         assert outcomes == [None, None]
         return None

@@ -48,6 +48,15 @@ def shards(tmp_path_factory) -> str:
     return str(folder / "digits-{0..2}.tar")
 
 
+def arguments(folder: Path, flags: list[str]) -> list[str]:
+    return [*FLAGS, f"--output-dir={folder}", "--resume=auto", *flags]
+
+
+def finish(folder: Path, flags: list[str], ranks: int = 1) -> None:
+    """The same command, from where it stands to its end."""
+    on_ranks(ranks, train_clip.main, arguments(folder, flags))
+
+
 def start(folder: Path, flags: list[str], ranks: int = 1) -> subprocess.Popen:
     """Start training as a user does, in a process group of its own."""
     launcher = [sys.executable]
@@ -59,7 +68,7 @@ def start(folder: Path, flags: list[str], ranks: int = 1) -> subprocess.Popen:
             "--standalone",
             f"--nproc_per_node={ranks}",
         ]
-    command = [*launcher, "train_clip.py", *FLAGS, f"--output-dir={folder}", "--resume=auto", *flags]
+    command = [*launcher, "train_clip.py", *arguments(folder, flags)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     return subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True)
 
@@ -74,10 +83,6 @@ def wait_for_step(folder: Path, process: subprocess.Popen, step: int) -> None:
     raise AssertionError(f"step {step} was not reached")
 
 
-def finish(process: subprocess.Popen) -> None:
-    assert process.wait(timeout=240) == 0
-
-
 def outcome(folder: Path) -> tuple[bytes, list[dict]]:
     """The last checkpoint's weights, and what the metrics say that does not depend on time."""
     weights = (folder / "checkpoints" / f"step_{STEPS:06d}" / "model.safetensors").read_bytes()
@@ -90,14 +95,13 @@ def outcome(folder: Path) -> tuple[bytes, list[dict]]:
 @pytest.mark.parametrize(("kind", "ranks"), [("shards", 1), ("indexed", 2)])
 def test_killed_in_mid_step_and_resumed_equals_unbroken(kind, ranks, shards, tmp_path):
     flags = ["--workers=2"] + ([f"--data={shards}"] if kind == "shards" else [])
-    unbroken = start(tmp_path / "unbroken", flags, ranks)
-    finish(unbroken)
+    finish(tmp_path / "unbroken", flags, ranks)
     killed = start(tmp_path / "killed", flags, ranks)
     wait_for_step(tmp_path / "killed", killed, 6)
     os.killpg(killed.pid, signal.SIGKILL)
     killed.wait()
     assert newest_whole(tmp_path / "killed" / "checkpoints").name == "step_000004"
-    finish(start(tmp_path / "killed", flags, ranks))
+    finish(tmp_path / "killed", flags, ranks)
     expected, found = outcome(tmp_path / "unbroken"), outcome(tmp_path / "killed")
     assert found[0] == expected[0]
     assert found[1] == expected[1]
@@ -115,7 +119,7 @@ def test_sigterm_saves_and_exits_75_and_the_run_goes_on(tmp_path):
     assert process.wait(timeout=240) == 75
     saved = newest_whole(tmp_path / "run" / "checkpoints")
     assert 3 <= int(saved.name.removeprefix("step_")) < STEPS
-    finish(start(tmp_path / "run", ["--save-every=0", "--eval-every=0", "--workers=2"]))
+    finish(tmp_path / "run", ["--save-every=0", "--eval-every=0", "--workers=2"])
     steps = [line["step"] for line in read_metrics(tmp_path / "run")]
     assert steps == list(range(1, STEPS + 1))
 

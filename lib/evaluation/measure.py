@@ -32,7 +32,7 @@ def carry_out(options: Task) -> None:
     try:
         if options.output_dir is not None:
             _make_folder(options.output_dir)
-        outcome = _measure(options, state.device)
+        outcome = measure(options, state.device)
         if outcome is not None and options.output_dir is not None:
             _write(outcome, options.output_dir)
             print(f"\n{time.perf_counter() - started:.1f} s on {state.num_processes} x {state.device.type}")
@@ -40,7 +40,7 @@ def carry_out(options: Task) -> None:
         state.destroy_process_group()
 
 
-def _measure(options: Task, device: torch.device) -> Outcome | None:
+def measure(options: Task, device: torch.device) -> Outcome | None:
     """Measure on all ranks together; rank 0 gets the outcome, the others None."""
     match options:
         case Retrieval():
