@@ -284,11 +284,8 @@ def test_larger_forwards_in_pass_1_train_the_same(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("main", "flags"),
-    [(train_clip.main, ()), (train_siglip.main, ("--eval-every=0",))],
-    ids=["clip-best", "siglip-last"],
-)
+@pytest.mark.parametrize("flags", [(), ("--eval-every=0",)], ids=["best", "last"])
+@pytest.mark.parametrize("main", [train_clip.main, train_siglip.main], ids=["clip", "siglip"])
 def test_bf16_trains_evaluates_and_exports(main, flags, tmp_path, monkeypatch):
     flags = (*flags, "--lr=1e-4")
     plain = run(main, tmp_path / "plain", *flags)
