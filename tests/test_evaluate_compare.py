@@ -14,20 +14,24 @@ from PIL import Image
 from ranks import on_ranks
 from sklearn import metrics as sk
 from small_evaluation import SmallImages, unit
+from torch.nn.functional import normalize
 
 import evaluate
 from lib.evaluation import class_plots
 from lib.evaluation.class_figures import confusion
 from lib.evaluation.compare import differing as differing_images
+from lib.evaluation.compare import differing_captions as sheet
 from lib.evaluation.compare import plots
 from lib.evaluation.compare.classification import classification_comparison, draw_pictures, macro_f1, tables
 from lib.evaluation.compare.differing import differing
+from lib.evaluation.compare.differing_captions import differing_captions, plot_differing_captions
 from lib.evaluation.compare.plots import plot_training
 from lib.evaluation.compare.retrieval import retrieval_comparison
 from lib.evaluation.compare.statistics import bootstrap, interval, mcnemar
 from lib.evaluation.compare.task import short_names
 from lib.evaluation.compare.training import training_of
 from lib.evaluation.retrieval.metrics import retrieval_metrics, retrieval_ranks
+from lib.evaluation.retrieval.scores import Matched
 from lib.towers import TwoTowers
 
 COUNTS = {"test": dict.fromkeys(COLOURS, 6)}
@@ -237,10 +241,11 @@ def test_compare_says_of_each_model_what_zeroshot_says(models, tmp_path, capsys)
 
 @pytest.mark.slow
 def test_retrieval_models_compare_by_recall_alike_on_one_rank_and_two(models, tmp_path):
-    names = [f"{k}.png" for k in range(7)]
+    names = [f"{k}.png" for k in range(13)]
     make_images(tmp_path, *names)
     (tmp_path / "3.png").write_bytes(b"")
-    rows = [[name, f"a {colour} square, number {name}"] for name in names for colour in list(COLOURS)[:2]]
+    colours = [*COLOURS, *COLOURS]
+    rows = [[name, f"a {colour} square"] for k, name in enumerate(names) for colour in colours[k % 3 : k % 3 + 2]]
     data = make_table(tmp_path / "captions.csv", [["filename", "caption"], *rows])
     found = compare(models, data, tmp_path / "out", "--resamples=20")
     assert {"R@1", "MRR", "median_rank", "intervals"} <= set(found["models"]["one"]["image_to_text"])
@@ -252,6 +257,31 @@ def test_retrieval_models_compare_by_recall_alike_on_one_rank_and_two(models, tm
     on_two = json.loads((tmp_path / "two" / "metrics.json").read_text())
     assert found["models"]["one"] != found["models"]["two"]
     assert on_two["models"] == found["models"] and on_two["pairs"] == found["pairs"]
+    assert (tmp_path / "out" / "differing.png").is_file()
+
+
+def test_captions_on_which_models_differ_are_drawn_with_what_each_found(tmp_path, monkeypatch):
+    generator, count = torch.Generator().manual_seed(0), 40
+    captions = [f"caption {number}" for number in range(count)]
+    models, ranks = {}, []
+    for name in ("one", "two"):
+        images, texts = (normalize(torch.randn(count, 8, generator=generator), dim=-1) for _ in "it")
+        ranks.append(retrieval_ranks(images, texts, torch.arange(count))[1].numpy())
+        models[name] = Matched(images, texts, captions, torch.arange(count), lambda row: Image.new("RGB", (9, 9), row))
+    ranks = np.stack(ranks)
+    rows = differing_captions(ranks)
+    assert 1 < len(rows) <= 5 and all({rank <= 5 for rank in ranks[:, row]} == {True, False} for row in rows)
+    assert [ranks[0, row] <= 5 for row in rows] == sorted((ranks[0, row] <= 5 for row in rows), reverse=True)
+    drawn = []
+    plot = sheet.plot_text_queries
+    monkeypatch.setattr(sheet, "plot_text_queries", lambda asked, *rest: drawn.extend(asked) or plot(asked, *rest))
+    plot_differing_captions(rows, models, ranks, "a title", tmp_path / "sheet.png")
+    assert [query.text for query in drawn] == [f"{name}: caption {row}" for row in rows for name in models]
+    for query, (model, row) in zip(drawn, [(model, row) for row in rows for model in (0, 1)], strict=True):
+        assert query.rank == ranks[model, row]
+        assert any(answer.right for answer in query.found) == (query.rank <= 5)
+    assert (tmp_path / "sheet.png").stat().st_size > 5000
+    assert differing_captions(np.stack([ranks[0], ranks[0]])) == []
 
 
 def test_what_cannot_be_compared_is_told_in_one_line(models, tmp_path, capsys):

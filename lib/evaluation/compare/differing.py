@@ -20,11 +20,16 @@ def differing(labels: np.ndarray, predicted: np.ndarray) -> list[int]:
     labels: (n,); predicted: (models, n). Where there are none, of the images on which all err differently.
     """
     right = predicted == labels
-    rows = (right.any(axis=0) & ~right.all(axis=0)).nonzero()[0]
-    if len(rows) == 0:
-        rows = (predicted != predicted[0]).any(axis=0).nonzero()[0]
-    by_who_is_right = np.lexsort(~right[::-1, rows])
-    return spread(rows[by_who_is_right], SHOWN)
+    return by_who_is_right(right, SHOWN) or spread(np.flatnonzero((predicted != predicted[0]).any(axis=0)), SHOWN)
+
+
+def by_who_is_right(right: np.ndarray, count: int) -> list[int]:
+    """At most `count` of what some models have right and others do not, evenly spaced, by who is right.
+
+    right: (models, n) bool.
+    """
+    rows = np.flatnonzero(right.any(axis=0) & ~right.all(axis=0))
+    return spread(rows[np.lexsort(~right[::-1, rows])], count)
 
 
 def plot_differing(

@@ -1,6 +1,6 @@
 """Retrieval models side by side: recall with intervals, and the differences."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from itertools import combinations
 from pathlib import Path
@@ -9,10 +9,12 @@ import numpy as np
 import torch
 
 from lib.data.evaluation_set import EvaluationSet
+from lib.evaluation.compare.differing_captions import differing_captions, plot_differing_captions
 from lib.evaluation.compare.plots import plot_intervals
 from lib.evaluation.compare.statistics import bootstrap, interval
 from lib.evaluation.outcome import Outcome, Picture, Rows, data_facts, figure, skipped_table
 from lib.evaluation.retrieval.metrics import RECALL_AT, keep_readable, retrieval_ranks, summarize_ranks
+from lib.evaluation.retrieval.scores import Matched
 from lib.evaluation.subject import Subject
 
 DIRECTIONS = ("image_to_text", "text_to_image")
@@ -36,9 +38,22 @@ def compare_retrieval(
         for embedded, text_embeds in answers
     ]
     metrics = retrieval_comparison(names, ranks, caption_image.numpy(), resamples, seed)
+    kept = [texts[row] for row in captions]
+    rows = images.numpy()
+    models = {
+        name: Matched(
+            embedded.embeds[images],
+            text_embeds[captions],
+            kept,
+            caption_image,
+            lambda row: data.open_image(int(rows[row])),
+        )
+        for name, (embedded, text_embeds) in zip(names, answers, strict=True)
+    }
     facts = data_facts(data, answers[0][0]) | {"captions": str(len(captions))}
     facts["intervals"] = f"95%, by {resamples} samples of the images with all their captions"
-    draw = partial(draw_pictures, metrics=metrics)
+    to_image = np.stack([of_captions.numpy() for _, of_captions in ranks])
+    draw = partial(draw_pictures, metrics=metrics, models=models, to_image=to_image)
     return Outcome(metrics, facts, tables(metrics) | skipped_table(data, answers[0][0]), draw)
 
 
@@ -118,14 +133,23 @@ def _bounds(figures: dict, key: str) -> str:
     return f"[{low:.4f}, {high:.4f}]"
 
 
-def draw_pictures(folder: Path, metrics: dict) -> list[Picture]:
-    """Draw the recalls with their intervals into the folder."""
-    picture = Picture("Recall with 95% intervals", folder / "recall.png")
+def draw_pictures(folder: Path, metrics: dict, models: Mapping[str, Matched], to_image: np.ndarray) -> list[Picture]:
+    """Draw the recalls with their intervals, and captions on which the models differ, into the folder.
+
+    to_image: (models, m) ranks of each caption's image.
+    """
+    recall = Picture("Recall with 95% intervals", folder / "recall.png")
     panels = {}
     for direction in DIRECTIONS:
         for key in RECALLS:
             values = {name: model[direction] for name, model in metrics["models"].items()}
             title = f"{direction.replace('_', ' ')} {key}"
             panels[title] = {name: (figures[key], figures["intervals"][key]) for name, figures in values.items()}
-    plot_intervals(panels, picture.path)
-    return [picture]
+    plot_intervals(panels, recall.path)
+    differing = differing_captions(to_image)
+    if not differing:
+        return [recall]
+    title = "Captions whose picture one model shows among the first five and another does not"
+    sheet = Picture(title, folder / "differing.png")
+    plot_differing_captions(differing, models, to_image, title, sheet.path)
+    return [recall, sheet]
