@@ -64,7 +64,9 @@ def draw_curve(lines: Sequence[dict], file: Path) -> None:
     evaluations = [(line["step"], flatten(line["eval"])) for line in lines if "eval" in line]
     shares = sorted({name for _, e in evaluations for name, value in e.items() if name != "loss" and 0 <= value <= 1})
     count = 1 + bool(evaluations) + bool(shares)
-    figure, axes = plt.subplots(1, count, figsize=(6 * count + bool(shares), 4), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(
+        1, count, figsize=(6 * count + bool(shares), 4), squeeze=False, sharex=True, layout="constrained"
+    )
     training, validation = axes[0, 0], axes[0, 1] if evaluations else None
     remembered = next((line["step"] for line in steps if line.get("xbm_used")), None)
     training.plot([s["step"] for s in steps], [s["loss"] for s in steps])
