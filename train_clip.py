@@ -23,6 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         infonce,
         label_smoothing=config.label_smoothing,
         remembered_positives=config.remembered_positives,
+        through=config.xbm_gradients,
         merge_logsumexp=logsumexp_over_ranks,
     )
     dense = partial(dense_infonce, label_smoothing=config.label_smoothing)

@@ -12,7 +12,8 @@ DEFAULTS = TrainConfig(effective_batch=32768, xbm_size=32768, beta2=0.95)
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train as the command line (or `arguments`) says."""
-    config = parse_config(DEFAULTS, __doc__, arguments, of_another_script={"label_smoothing": "train_clip.py"})
+    of_clip = dict.fromkeys(("label_smoothing", "xbm_gradients"), "train_clip.py")
+    config = parse_config(DEFAULTS, __doc__, arguments, of_another_script=of_clip)
     # Only now: torch and transformers take seconds, and neither --help nor a wrong flag should wait for them.
     from lib.losses import sigmoid
     from lib.objective import Objective, dense_sigmoid

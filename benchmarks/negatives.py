@@ -4,15 +4,16 @@
 
 trains configs/flickr8k.yaml, its frozen trunks run once, with each loss, batch and memory, three seeds each, all for
 as many epochs, and prints R@5 on the validation images and the seconds of training: mean and standard deviation.
-Raw figures go to a JSON file.
+InfoNCE with a memory is trained with either of --xbm-gradients. Raw figures go to a JSON file.
 """
 
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from typing import Literal
 
 import tyro
-from training_runs import ROOT, SCRIPTS, Recipe, spread
+from training_runs import ROOT, Recipe, spread
 
 
 @dataclass(frozen=True)
@@ -27,15 +28,21 @@ class Settings(Recipe):
     """Effective batches."""
     memories: tuple[int, ...] = (0, 4096)
     """Remembered pairs."""
+    losses: tuple[Literal["clip", "siglip"], ...] = ("clip", "siglip")
+    """InfoNCE and the sigmoid loss."""
+    gradients: tuple[Literal["both", "anchors"], ...] = ("both", "anchors")
+    """As --xbm-gradients of train_clip.py."""
 
 
 def main(settings: Settings) -> None:
     """Run the grid and print its table."""
     rows = []
-    for loss, batch, memory in product(SCRIPTS, settings.batches, settings.memories):
-        flags = [f"--effective-batch={batch}", f"--xbm-size={memory}", "--eval-every=1000000", "--save-every=0"]
-        summaries = settings.runs(loss, *flags, "--cache-text", "--cache-image")
-        rows.append({"loss": loss, "batch": batch, "memory": memory, "runs": list(map(figures, summaries))})
+    for loss, batch, memory in product(settings.losses, settings.batches, settings.memories):
+        for gradients in settings.gradients if loss == "clip" and memory else ("both",):
+            flags = [f"--effective-batch={batch}", f"--xbm-size={memory}", f"--xbm-gradients={gradients}"]
+            flags += ["--eval-every=1000000", "--save-every=0", "--cache-text", "--cache-image"]
+            kind = {"loss": loss, "batch": batch, "memory": memory, "gradients": gradients}
+            rows.append(kind | {"runs": list(map(figures, settings.runs(loss, *flags)))})
     settings.write(rows)
     print("\n" + "\n".join(table(rows)))
 
@@ -48,11 +55,11 @@ def figures(summary: dict) -> dict[str, float]:
 
 def table(rows: list[dict]) -> list[str]:
     """The rows as Markdown."""
-    lines = ["| loss | batch | remembered | steps | image to text R@5 | text to image R@5 | seconds |"]
-    lines.append("|---|---|---|---|---|---|---|")
+    lines = ["| loss | batch | remembered | gradients | steps | image to text R@5 | text to image R@5 | seconds |"]
+    lines.append("|---|---|---|---|---|---|---|---|")
     for row in rows:
         runs = row["runs"]
-        cells = [row["loss"], f"{row['batch']:,}", f"{row['memory']:,}", runs[0]["steps"]]
+        cells = [row["loss"], f"{row['batch']:,}", f"{row['memory']:,}", row["gradients"], runs[0]["steps"]]
         cells += [spread(runs, "image_to_text"), spread(runs, "text_to_image"), spread(runs, "seconds").split(".")[0]]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return lines

@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lib.logit_tiles import TileSlope
 from lib.pairs import Face, LossBlock, LossShare, Pairs
 from lib.relation import Relation, RememberedPositives
 
@@ -22,6 +23,9 @@ DIMENSIONS = 64  # of the embeddings, summed at a time
 PosWeight = float | Literal["balanced"]
 """A number, or as many times as there are negatives for each positive among the fresh pairs."""
 
+
+Through = Literal["both", "anchors"]
+"""Where gradients flow while there is a memory: through anchors and candidates, or through the anchors alone, twice."""
 
 Loss = Callable[[Pairs, Pairs | None, Tensor, Tensor, slice], LossShare]
 """(fresh, remembered, logit_scale, logit_bias, rows) -> LossShare."""
@@ -89,6 +93,7 @@ def infonce(
     *,
     label_smoothing: float = 0.0,
     remembered_positives: RememberedPositives = "use",
+    through: Through = "both",
     merge_logsumexp: Callable[[Tensor], Tensor] = lambda partial: partial,
 ) -> LossShare:
     """Symmetric InfoNCE: the mean cross-entropy over image rows and over text rows, averaged.
@@ -99,19 +104,18 @@ def infonce(
     A remembered copy of the same sample is left out. The softmax does not feel `logit_bias`: its gradient is zero.
     `merge_logsumexp` turns the (N,) partial log-sum-exp of the text anchors over these rows into that over all rows
     (the identity where `rows` is the whole batch). Source: Radford et al., CLIP, 2021; van den Oord et al., 2018.
+
+    `through="anchors"`, where there is a memory: the same value, but the fresh embeddings get its gradient as anchors
+    alone, twice. As a candidate, an embedding is pulled by its own anchor and pushed by the fresh ones only, since the
+    remembered are no anchors: the larger the memory, the less is pushed. As an anchor it meets all of them.
     """
     block = LossBlock(fresh, remembered, logit_scale, None, rows, remembered_positives)
     row_lse, column_lse, of_memory = block.logsumexp()
     column_lse = merge_logsumexp(column_lse)
     block.sums.loss += row_lse.sum() + column_lse[rows].sum()
 
-    def of_both_directions(r: slice, c: slice, logits: Tensor, spare: Tensor) -> Tensor:
-        of_texts = torch.sub(logits, column_lse[c], out=spare).exp_()
-        return logits.sub_(row_lse[r, None]).exp_().add_(of_texts)
-
-    block.fresh.add(of_both_directions)
     for face in block.negatives:
-        face.add(lambda r, c, logits, spare: logits.sub_(row_lse[r, None]).exp_())
+        face.add(_softmax(row_lse))
     for part, lse in zip(of_memory, (row_lse, column_lse[rows]), strict=False):
         part.add_gradient(lse)
 
@@ -120,16 +124,43 @@ def infonce(
     wanted = partial(_Target.of_mass, label_smoothing)
     texts = wanted(positives, candidates)
     of_images = wanted(positives[rows], candidates[rows] + sum(len(face.others) for face in block.negatives))
-    images = block.fresh.anchors
-    block.fresh.subtract_target(of_images.sum(block.fresh.relation, block.fresh.others, texts))
-    block.subtract_target_of_texts(texts.sum(block.texts_relation, images, of_images))
     for face, target in zip(block.memory, (of_images, texts.of(rows)), strict=False):
         face.subtract_target(target.sum(face.relation, face.others, None))
     for face in block.negatives:
         face.subtract_target(of_images.sum(face.relation, face.others, None))
         if of_images.candidate is not None:
-            face.subtract_target_of_others(of_images.candidate @ images)
+            face.subtract_target_of_others(of_images.candidate @ block.fresh.anchors)
+    if through == "both" or not block.memory:
+        _add_fresh(block, (row_lse, column_lse), (of_images, texts))
+    else:
+        for face, lse, target in zip(block.as_anchors(), (row_lse, column_lse), (of_images, texts), strict=True):
+            face.add(_softmax(lse))
+            face.subtract_target(target.sum(face.relation, face.others, None))
+        block.double_embeddings()
     return block.share(norm=2 * len(fresh))
+
+
+def _softmax(lse: Tensor) -> TileSlope:
+    """The slope of each anchor's log-sum-exp (A,) over all its candidates."""
+    return lambda r, c, logits, spare: logits.sub_(lse[r, None]).exp_()
+
+
+def _add_fresh(block: LossBlock, lse: tuple[Tensor, Tensor], targets: "tuple[_Target, _Target]") -> None:
+    """InfoNCE among the fresh pairs, both directions in one visit: through anchors and candidates.
+
+    lse and targets: of the rows' images (B,), and of all texts (N,).
+    """
+    row_lse, column_lse = lse
+    of_images, texts = targets
+
+    def of_both_directions(r: slice, c: slice, logits: Tensor, spare: Tensor) -> Tensor:
+        of_texts = torch.sub(logits, column_lse[c], out=spare).exp_()
+        return logits.sub_(row_lse[r, None]).exp_().add_(of_texts)
+
+    fresh = block.fresh
+    fresh.add(of_both_directions)
+    fresh.subtract_target(of_images.sum(fresh.relation, fresh.others, texts))
+    block.subtract_target_of_texts(texts.sum(block.texts_relation, fresh.anchors, of_images))
 
 
 @dataclass(frozen=True)

@@ -159,6 +159,19 @@ class LossBlock:
             ):
                 self.memory.append(Face(self.sums, to_memory, anchors, others.to(dtype), d_anchors))
 
+    def as_anchors(self) -> tuple[Face, Face]:
+        """The rows' images against all fresh texts, and all fresh texts against these: gradients for anchors alone."""
+        images, texts = self.fresh.anchors, self.fresh.others
+        return (
+            Face(self.sums, self.fresh.relation, images, texts, self.d_images),
+            Face(self.sums, self.texts_relation, texts, images, self.d_texts),
+        )
+
+    def double_embeddings(self) -> None:
+        """Twice the gradients of the fresh embeddings that were gathered so far."""
+        self.d_images.mul_(2)
+        self.d_texts.mul_(2)
+
     def faces(self) -> Iterator[Face]:
         yield self.fresh
         yield from self.negatives

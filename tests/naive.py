@@ -58,8 +58,10 @@ def naive_infonce(
     *,
     label_smoothing: float = 0.0,
     remembered_positives: str = "use",
+    through: str = "both",
 ) -> Tensor:
     """One cross-entropy with a probability target per anchor."""
+    through_both = through == "both" or remembered is None
     total = torch.zeros((), dtype=fresh.image_embeds.dtype)
     negatives = list(fresh.negative_texts) if fresh.negative_texts is not None else []
     for anchors, others, old, more in (
@@ -68,8 +70,11 @@ def naive_infonce(
     ):
         for i in range(len(fresh)):
             candidates, positives = [], []
+            anchor = (
+                anchors[i] if through_both else 2 * anchors[i] - anchors[i].detach()
+            )  # the same, with twice the slope
             for j in range(len(fresh)):
-                candidates.append(others[j])
+                candidates.append(others[j] if through_both else others[j].detach())
                 positives.append(bool(fresh.group[i] == fresh.group[j]))
             for j in range(len(remembered) if remembered else 0):
                 positive = _remembered_kind(fresh, remembered, i, j, remembered_positives)
@@ -79,7 +84,7 @@ def naive_infonce(
             candidates += more
             positives += [False] * len(more)
             target = torch.tensor(positives, dtype=anchors.dtype)
-            logits = torch.stack(candidates) @ anchors[i] * scale + bias
+            logits = torch.stack(candidates) @ anchor * scale + bias
             total = total + F.cross_entropy(
                 logits[None], (target / target.sum())[None], label_smoothing=label_smoothing
             )

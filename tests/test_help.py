@@ -21,7 +21,7 @@ GROUPS = {
     "images": ["image_size", "augment", "flip"],
     "model": ["model", "image_tower", "projection_dim"],
     "fine-tuning": ["freeze", "lora"],
-    "batch": ["effective_batch", "chunk_size", "keep_graphs", "xbm_size"],
+    "batch": ["effective_batch", "chunk_size", "keep_graphs", "xbm_size", "xbm_gradients"],
     "loss": ["positives", "label_smoothing", "pos_weight", "scale_max"],
     "optimizer": ["epochs", "steps", "lr", "warmup_steps", "seed"],
     "evaluation": ["eval_every", "best_metric", "patience"],

@@ -1,6 +1,7 @@
 """The tiled losses equal a double loop over all pairs: value and every gradient, in float64."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -54,6 +55,8 @@ SCALE, BIAS = torch.tensor(7.0, dtype=torch.float64), torch.tensor(-2.0, dtype=t
 CASES = [
     (infonce, naive_infonce, {}),
     (infonce, naive_infonce, {"label_smoothing": 0.1}),
+    (infonce, naive_infonce, {"through": "anchors"}),
+    (infonce, naive_infonce, {"through": "anchors", "label_smoothing": 0.1}),
     (sigmoid, naive_sigmoid, {}),
     (sigmoid, naive_sigmoid, {"pos_weight": 3.0}),
     (sigmoid, naive_sigmoid, {"pos_weight": "balanced"}),
@@ -83,14 +86,25 @@ def test_with_negative_texts_too(loss, naive, options, memory):
     assert share.loss > 1.01 * without.loss
 
 
-@pytest.mark.parametrize("loss", [infonce, sigmoid])
+@pytest.mark.parametrize("memory", [False, True])
+def test_gradients_through_anchors_alone_are_others_where_there_is_a_memory(memory):
+    fresh = random_pairs(17, DIM, seed=1, groups=4)
+    remembered = remembered_pairs(4, fresh) if memory else None
+    both, anchors = (infonce(fresh, remembered, SCALE, BIAS, slice(0, 17), through=t) for t in ("both", "anchors"))
+    assert anchors.loss == pytest.approx(both.loss.item(), rel=1e-12)
+    assert anchors.logit_scale == pytest.approx(both.logit_scale.item(), rel=1e-12)
+    difference = (anchors.image_embeds - both.image_embeds).abs().max() / both.image_embeds.abs().max()
+    assert difference > 0.05 if memory else difference == 0
+
+
+@pytest.mark.parametrize("loss", [infonce, partial(infonce, through="anchors"), sigmoid])
 def test_shares_of_row_slices_add_up_to_the_whole_batch(loss):
     fresh = random_pairs(17, DIM, seed=1, groups=4)
     fresh = replace(fresh, negative_texts=random_pairs(9, DIM, seed=2).text_embeds)
     remembered = remembered_pairs(4, fresh)
     whole = loss(fresh, remembered, SCALE, BIAS, slice(0, 17))
     slices = [slice(0, 5), slice(5, 14), slice(14, 17)]
-    options = {"merge_logsumexp": partial_column_merger(fresh, remembered, slices)} if loss is infonce else {}
+    options = {} if loss is sigmoid else {"merge_logsumexp": partial_column_merger(fresh, remembered, slices)}
     shares = [loss(fresh, remembered, SCALE, BIAS, rows, **options) for rows in slices]
     assert_same(
         LossShare(

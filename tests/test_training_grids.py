@@ -61,9 +61,10 @@ def test_negatives_trains_every_batch_with_and_without_a_memory(towers, tmp_path
         csv.writer(file).writerows(rows)
     flags = [f"--data={tmp_path / 'captions.csv'}", "--batches", "8", "--memories", "0", "16"]
     found, printed = measured("negatives.py", tmp_path, *towers, *flags)
-    cells = [(row["loss"], row["batch"], row["memory"]) for row in found]
-    assert cells == [(loss, batch, memory) for loss in ("clip", "siglip") for batch in (8,) for memory in (0, 16)]
+    cells = [(row["loss"], row["batch"], row["memory"], row["gradients"]) for row in found]
+    clip = [("clip", 8, 0, "both"), ("clip", 8, 16, "both"), ("clip", 8, 16, "anchors")]
+    assert cells == [*clip, ("siglip", 8, 0, "both"), ("siglip", 8, 16, "both")]
     for row in found:
         (run,) = row["runs"]
         assert run["steps"] == 2 and 0 <= run["image_to_text"] <= 1 and 0 <= run["text_to_image"] <= 1
-    assert "| clip | 8 | 16 | 2 |" in printed
+    assert "| clip | 8 | 16 | anchors | 2 |" in printed

@@ -78,6 +78,8 @@ WRONG = [
     ("train_clip --label-smoothing 1", "--label-smoothing 1.0|below 1", 2),
     ("train_siglip --pos-weight inf", "--pos-weight inf|a finite number", 2),
     ("train_siglip --label-smoothing 0.1", "--label-smoothing 0.1|belongs to train_clip.py", 2),
+    ("train_siglip --xbm-gradients anchors", "--xbm-gradients anchors|belongs to train_clip.py", 2),
+    ("train_clip --xbm-size 0 --xbm-gradients anchors", "--xbm-gradients anchors|no meaning|--xbm-size", 2),
     ("train_clip --steps 2.5", "--steps|2.5|INT", 2),
     ("train_clip --warmup-steps 100", "--warmup-steps 100|the run's 1 steps|lower them", 2),
     ("train_clip --seed 99999999999999999999", "--seed 99999999999999999999|from 0 to 4294967295", 2),

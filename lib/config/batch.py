@@ -25,6 +25,9 @@ class Batch(Settings):
     """Q: remembered pairs of past steps, extra negatives for every anchor; 0: none."""
     xbm_start: int | Literal["auto"] = "auto"
     """Step from which the memory is used; auto: after warm-up, once remembered embeddings have stopped drifting."""
+    xbm_gradients: Literal["both", "anchors"] = "both"
+    """InfoNCE only, while the memory is used. both: the loss's gradients, through anchors and candidates;
+    anchors: through the anchors alone, twice: better where the memory is much larger than the batch."""
 
     def faults(self) -> list[str]:
         """As in Settings."""
@@ -32,6 +35,8 @@ class Batch(Settings):
         found += self.not_negative("keep_graphs", "xbm_size", "xbm_start")
         if self.effective_batch == 1 and not self.xbm_size:
             found.append("--effective-batch 1 without memory has no negatives; use at least 2")
+        if self.xbm_gradients == "anchors" and not self.xbm_size:
+            found.append("--xbm-gradients anchors has no meaning without a memory; leave it out, or give --xbm-size")
         return found
 
     def undivided(self, world_size: int) -> list[str]:
