@@ -99,9 +99,9 @@ def infonce(
     """Symmetric InfoNCE: the mean cross-entropy over image rows and over text rows, averaged.
 
     An anchor's candidates are all fresh and all remembered embeddings of the other tower, and an image's the negative
-    texts too; its target mass is spread
-    evenly over its group; label smoothing spreads that share over all its candidates, as torch's cross_entropy does.
-    A remembered copy of the same sample is left out. The softmax does not feel `logit_bias`: its gradient is zero.
+    texts too; its target mass is spread evenly over its group; label smoothing spreads that share over all its
+    candidates, as torch's cross_entropy does. A remembered copy of the same sample is left out. The softmax does not
+    feel `logit_bias`: its gradient is zero.
     `merge_logsumexp` turns the (N,) partial log-sum-exp of the text anchors over these rows into that over all rows
     (the identity where `rows` is the whole batch). Source: Radford et al., CLIP, 2021; van den Oord et al., 2018.
 
