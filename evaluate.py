@@ -34,5 +34,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 if __name__ == "__main__":
     with told_in_one_line():
-        status = main()
-    sys.exit(status)
+        sys.exit(main())

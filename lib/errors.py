@@ -2,8 +2,11 @@
 
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr
+
+SECONDS_FOR_RANK_0 = 5.0
 
 
 class InputError(ValueError):
@@ -42,7 +45,8 @@ def silenced(wanted: bool) -> Iterator[None]:
 def told_in_one_line() -> Iterator[None]:
     """Turn these into one line on stderr and an exit code; other errors keep their traceback.
 
-    Printing to a reader that went away, as in `--help | head`, ends the script with code 1 and no word.
+    What all ranks have met is told by rank 0, whom the others leave the time for it: launchers end all ranks as soon as
+    one has ended. Printing to a reader that went away, as in `--help | head`, ends the script with code 1 and no word.
     """
     with _ended_by_a_closed_pipe():
         try:
@@ -51,7 +55,13 @@ def told_in_one_line() -> Iterator[None]:
             word = "stopped" if isinstance(error, StoppedEarly) else "error"
             if on_rank_0() or getattr(error, "of_one_rank", False):
                 print(f"{word}: {error}", file=sys.stderr)
+            else:
+                time.sleep(SECONDS_FOR_RANK_0)
             sys.exit({InputError: 2, RunError: 1, StoppedEarly: 75}[type(error)])
+        except SystemExit as ended:  # tyro's, of a command line that it cannot read
+            if ended.code and not on_rank_0():
+                time.sleep(SECONDS_FOR_RANK_0)
+            raise
 
 
 @contextmanager

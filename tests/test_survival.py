@@ -124,6 +124,30 @@ def test_a_stop_has_an_exit_code_of_its_own(capsys):
     assert capsys.readouterr().err == "stopped: by a signal\n"
 
 
+@pytest.mark.parametrize(
+    ("rank", "ended", "told", "waits"),
+    [
+        (0, InputError("--x 1"), "error: --x 1\n", False),
+        (1, InputError("--x 1"), "", True),
+        (1, RunError("step 3"), "", True),
+        (1, RunError("step 3", of_one_rank=True), "error: step 3\n", False),
+        (1, StoppedEarly("by a signal"), "", True),
+        (1, SystemExit(2), "", True),
+        (0, SystemExit(2), "", False),
+        (1, SystemExit(0), "", False),
+    ],
+    ids=repr,
+)
+def test_ranks_leave_rank_0_the_time_to_tell(rank, ended, told, waits, monkeypatch, capsys):
+    """A launcher ends rank 0 as soon as another has ended, maybe before its word is out."""
+    waited = []
+    monkeypatch.setattr(time, "sleep", waited.append)
+    monkeypatch.setenv("RANK", str(rank))
+    with pytest.raises(SystemExit), told_in_one_line():
+        raise ended
+    assert capsys.readouterr().err == told and bool(waited) == waits
+
+
 def test_statistics_of_a_dropped_step_are_put_back():
     norm = torch.nn.BatchNorm1d(3)
     before = {name: value.clone() for name, value in norm.state_dict().items()}
