@@ -9,6 +9,7 @@ if [[ ! -f train_$loss.py ]]; then
 fi
 source launch/venv.sh
 prepare_venv requirements.txt
+installed=$SECONDS
 
 run=runs/demo_$loss
 rm -rf "$run"
@@ -22,4 +23,5 @@ cat <<MESSAGE
 loss curve          $run/loss_curve.png
 report and pictures $run/zeroshot/report.html
 model               $run/export (transformers.AutoModel.from_pretrained)
+time                $SECONDS s, of which the installation took $installed s
 MESSAGE

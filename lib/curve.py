@@ -67,16 +67,16 @@ def draw_curve(lines: Sequence[dict], file: Path) -> None:
     figure, axes = plt.subplots(
         1, count, figsize=(6 * count + bool(shares), 4), squeeze=False, sharex=True, layout="constrained"
     )
-    training, validation = axes[0, 0], axes[0, 1] if evaluations else None
+    losses = axes[0, : 1 + bool(evaluations)]
+    training = losses[0]
     remembered = next((line["step"] for line in steps if line.get("xbm_used")), None)
     training.plot([s["step"] for s in steps], [s["loss"] for s in steps])
     training.set(title="Training loss (batch)" if remembered is None else "Training loss (batch and memory)")
     if remembered is not None and remembered > steps[0]["step"]:  # more candidates: the loss jumps, nothing broke
         training.axvline(remembered, color="grey", linestyle=":", label="memory used from here on")
-    if validation is not None:
-        validation.plot([s for s, _ in evaluations], [e.get("loss") for _, e in evaluations], "o-", color="tab:orange")
-        validation.set(title="Validation loss (its pairs as one batch)")
-    losses = [each for each in (training, validation) if each is not None]
+    if evaluations:
+        losses[1].plot([s for s, _ in evaluations], [e.get("loss") for _, e in evaluations], "o-", color="tab:orange")
+        losses[1].set(title="Validation loss (its pairs as one batch)")
     if parting := find_parting(lines):
         for panel in losses:
             panel.axvline(

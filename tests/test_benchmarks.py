@@ -35,6 +35,16 @@ def test_every_script_leaves_raw_figures_of_all_ways(results):
     assert "floor" in json.loads((results / "savings.json").read_text())["ways"]
 
 
+def test_memory_is_measured_in_processes_of_their_own_and_drawn(tmp_path):
+    where = [f"--output={tmp_path / 'memory.json'}", f"--picture={tmp_path / 'memory.png'}"]
+    command = [sys.executable, "benchmarks/memory.py", "--sizes", "32", "--chunk-size=16", *where]
+    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+    (row,) = json.loads((tmp_path / "memory.json").read_text())["rows"]
+    assert row["effective_batch"] == 32 and row["cached"]["seconds"] > 0 and row["plain"]["seconds"] > 0
+    assert (tmp_path / "memory.png").stat().st_size > 5000
+
+
 def test_memory_is_measured_and_drawn(tmp_path, monkeypatch):
     """In this process, where the script takes one for each figure."""
     monkeypatch.syspath_prepend(ROOT / "benchmarks")

@@ -1,4 +1,4 @@
-"""benchmarks/negatives.py trains each cell of its grid by the scripts, and keeps the figures (positives.py alike)."""
+"""benchmarks/positives.py and negatives.py train each cell of their grids by the scripts, and keep the figures."""
 
 import csv
 import json
@@ -59,12 +59,25 @@ def test_negatives_trains_every_batch_with_and_without_a_memory(towers, tmp_path
         rows.append((f"{number}.png", f"a picture of {number}", "val" if number >= 16 else "train"))
     with open(tmp_path / "captions.csv", "w", newline="") as file:
         csv.writer(file).writerows(rows)
-    flags = [f"--data={tmp_path / 'captions.csv'}", "--batches", "8", "--memories", "0", "16"]
+    flags = [f"--data={tmp_path / 'captions.csv'}", "--batches", "4", "8", "--memories", "0", "16"]
     found, printed = measured("negatives.py", tmp_path, *towers, *flags)
     cells = [(row["loss"], row["batch"], row["memory"], row["gradients"]) for row in found]
-    clip = [("clip", 8, 0, "both"), ("clip", 8, 16, "both"), ("clip", 8, 16, "anchors")]
-    assert cells == [*clip, ("siglip", 8, 0, "both"), ("siglip", 8, 16, "both")]
+    of_loss = {"clip": [(0, "both"), (16, "both"), (16, "anchors")], "siglip": [(0, "both"), (16, "both")]}
+    assert cells == [
+        (loss, batch, *cell) for loss, found_of in of_loss.items() for batch in (4, 8) for cell in found_of
+    ]
     for row in found:
         (run,) = row["runs"]
         assert run["steps"] == 2 and 0 <= run["image_to_text"] <= 1 and 0 <= run["text_to_image"] <= 1
     assert "| clip | 8 | 16 | anchors | 2 |" in printed
+
+
+@pytest.mark.slow
+def test_positives_trains_groups_and_the_diagonal(towers, tmp_path):
+    for number in range(24):
+        picture(tmp_path / ("train" if number < 16 else "test") / ("cat", "dog")[number % 2] / f"{number}.png", number)
+    found, printed = measured("positives.py", tmp_path, *towers, f"--data={tmp_path}")
+    assert [(row["positives"], row["memory"]) for row in found[:4]] == [
+        ("pair", False), ("pair", True), ("group", False), ("group", True),
+    ]  # fmt: skip
+    assert len(found) == 8 and "| siglip | group | on |" in printed

@@ -102,8 +102,8 @@ class Subject:
         stored = StoredEmbeddings(fetcher.cache / "embeddings")
         loaded = Model.load(model, device)
         subject = cls(model=loaded, data=data, part=part, every_part=every_part, options=options, stored=stored)
-        if subject.warning and on_rank_0():
-            print(f"warning: {subject.warning}", file=sys.stderr)
+        if on_rank_0() and (warning := subject.warning):
+            print(f"warning: {warning}", file=sys.stderr)
         return subject
 
     def of(self, part: str) -> "Subject | None":
@@ -126,7 +126,7 @@ class Subject:
     def facts(self, embedded: Embedded) -> dict[str, str]:
         """What was measured, for people."""
         facts = {"model": self.model.name} | data_facts(self.data, embedded)
-        return facts | ({"warning": self.warning} if self.warning else {})
+        return facts | ({"warning": warning} if (warning := self.warning) else {})
 
     def embed_images(self) -> Embedded:
         """All images of the part, with a progress bar on rank 0; all ranks together."""

@@ -33,13 +33,7 @@ def compare_retrieval(
         return None
     valid = torch.stack([embedded.valid for embedded, _ in answers]).all(dim=0)
     images, captions, caption_image = keep_readable(valid, image_of_text)
-    ranks = [
-        retrieval_ranks(embedded.embeds[images], text_embeds[captions], caption_image)
-        for embedded, text_embeds in answers
-    ]
-    metrics = retrieval_comparison(names, ranks, caption_image.numpy(), resamples, seed)
-    kept = [texts[row] for row in captions]
-    rows = images.numpy()
+    kept, rows = [texts[row] for row in captions], images.numpy()
     models = {
         name: Matched(
             embedded.embeds[images],
@@ -50,6 +44,8 @@ def compare_retrieval(
         )
         for name, (embedded, text_embeds) in zip(names, answers, strict=True)
     }
+    ranks = [retrieval_ranks(each.image_embeds, each.text_embeds, caption_image) for each in models.values()]
+    metrics = retrieval_comparison(names, ranks, caption_image.numpy(), resamples, seed)
     facts = data_facts(data, answers[0][0]) | {"captions": str(len(captions))}
     facts["intervals"] = f"95%, by {resamples} samples of the images with all their captions"
     to_image = np.stack([of_captions.numpy() for _, of_captions in ranks])
