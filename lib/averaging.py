@@ -1,37 +1,43 @@
 """The exponential moving average of the weights as they train: evaluated and exported instead of them on request."""
 
-from collections.abc import Callable
+from itertools import chain, compress
+from operator import not_
 
 import torch
-from torch import Tensor
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from lib.towers import TwoTowers
-
-_Tensors = tuple[Tensor, ...] | list[Tensor]
 
 
 class WeightAverage(AveragedModel):
     """A copy of the towers that follows them by `decay`; its first update copies them.
 
-    Batch-norm statistics are averaged too: those of the last batches belong to other weights.
+    Batch-norm statistics are averaged too: those of the last batches belong to other weights. Positions and counters
+    are copied: the mean of equal integers, rounded down, can be one less.
     """
 
     module: TwoTowers
 
     def __init__(self, towers: TwoTowers, decay: float) -> None:
-        device = towers.logit_scale.device
-        super().__init__(towers, device, multi_avg_fn=_averaging(decay), use_buffers=True)
+        super().__init__(towers, towers.logit_scale.device, use_buffers=True)
+        self.decay = decay
+        self.n_averaged = self.n_averaged.cpu()  # torch's own update waits for the device to read this count
         self.requires_grad_(False).eval()
 
-
-def _averaging(decay: float) -> Callable[[_Tensors, _Tensors, Tensor | int], None]:
-    floating = get_ema_multi_avg_fn(decay)
-
-    def update(averaged: _Tensors, current: _Tensors, count: Tensor | int) -> None:
-        if averaged[0].is_floating_point():
-            floating(averaged, current, count)
-        else:  # positions and counters: the mean of equal integers, rounded down, can be one less
+    @torch.no_grad()
+    def update_parameters(self, model: nn.Module) -> None:
+        """Follow the weights of `model`, the towers that were given, by one step."""
+        pairs = list(zip(_tensors(self.module), _tensors(model), strict=True))
+        follows = [bool(self.n_averaged) and ours.is_floating_point() for ours, _ in pairs]
+        if any(follows):
+            averaged, current = zip(*compress(pairs, follows), strict=True)
+            torch._foreach_lerp_(averaged, current, 1 - self.decay)
+        if not all(follows):
+            averaged, current = zip(*compress(pairs, map(not_, follows)), strict=True)
             torch._foreach_copy_(averaged, current)
+        self.n_averaged += 1
 
-    return update
+
+def _tensors(model: nn.Module) -> chain[torch.Tensor]:
+    return chain(model.parameters(), model.buffers())

@@ -9,35 +9,18 @@ Letters: K chunks of C pairs on this rank, B = all pairs of this rank, N = W * B
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from lib.backends.precision import full_float32
 from lib.collectives import gather_rows, rank_and_world_size, sum_over_ranks
-from lib.copies import on_device
-from lib.first_pass import EmbeddedBatch, Recompute, Recomputed, embed_chunks, text_count
+from lib.first_pass import EmbeddedBatch, Recompute, Recomputed, embed_chunks
 from lib.losses import Loss, LossShare, Pairs
+from lib.prefetch import on_device
 from lib.replay import RandomState, batch_norm_statistics, mean_over_ranks, restore_statistics
-from lib.shared_texts import Inputs, share_texts
+from lib.step_inputs import Chunks, Inputs, StepBatch, text_count
 from lib.surrogate import Surrogate
-
-
-class TowerChunk(Protocol):
-    """One tower forward's worth of pairs (see lib.data.Chunk): group and sample_id (C,), and what the forward takes.
-
-    `inputs` names pixel_values, or image_pooled where the image trunk is frozen and its output stored; and input_ids
-    with attention_mask, or text_pooled. Pairs of one `text_id` (C,) have the same text.
-    """
-
-    @property
-    def inputs(self) -> Inputs: ...
-    @property
-    def group(self) -> Tensor: ...
-    @property
-    def sample_id(self) -> Tensor: ...
-    @property
-    def text_id(self) -> Tensor | None: ...
 
 
 @dataclass(frozen=True)
@@ -54,7 +37,7 @@ class StepResult:
 
 def cached_step(
     towers: nn.Module,
-    chunks: Sequence[TowerChunk],
+    chunks: Chunks,
     loss: Loss,
     remembered: Pairs | None,
     *,
@@ -67,42 +50,37 @@ def cached_step(
     text_recompute: Recompute = "all",
     share: bool = False,
     between_chunks: Callable[[], None] = lambda: None,
-    together: int = 1,
 ) -> StepResult:
     """Accumulate on the parameters of `towers` the gradient of `loss` over the N pairs of all ranks.
 
-    `towers` is the (possibly DDP-wrapped) TwoTowers; `chunks` are this rank's, as many on every rank. `no_sync`
-    suspends the reduction across ranks: only the last backward runs outside it, so there is one reduction per step.
-    The graphs of the first `keep_graphs` chunks are kept from pass 1 instead of being recomputed. With `share` every
-    distinct text of this rank is encoded once, which is exact while the text tower draws nothing at random.
-    `negatives` are texts that fit no image, the same on every rank: each rank encodes them all for its own images.
-    `between_chunks` is called where all ranks alike can give a step up, as often on each: for every chunk of both
-    passes but the first, while no reduction is under way. What it raises leaves gradients behind, and batch-norm
-    statistics of pass 1. Pass 1 embeds up to `together` chunks in one forward, as it stores no activations: exact
-    while neither tower draws anything at random nor has a batch norm that trains.
+    `towers` is the (possibly DDP-wrapped) TwoTowers; `chunks` are this rank's, as many on every rank, and are taken one
+    after another, each embedded before the next is asked for. `no_sync` suspends the reduction across ranks: only the
+    last backward runs outside it, so there is one reduction per step. The graphs of the first `keep_graphs` forwards
+    are kept from pass 1 instead of being recomputed; as many as chunks: all. With `share` every distinct text of this
+    rank is encoded once, which is exact while the text tower draws nothing at random. `negatives` are texts that fit no
+    image, the same on every rank: each rank encodes them all for its own images. `between_chunks` is called where all
+    ranks alike can give a step up, as often on each: for every chunk of both passes but the first, while no reduction
+    is under way. What it raises leaves gradients behind, and batch-norm statistics of pass 1.
     """
-    inputs, text_row = share_texts(chunks) if share else ([chunk.inputs for chunk in chunks], None)
-    inputs = [*negatives, *inputs]  # in front: ranks synchronize in the last backward, which has to have both towers
-    all_kept = keep_graphs >= len(chunks)
-    keep_graphs = len(inputs) if all_kept else keep_graphs
+    batch = StepBatch(chunks, negatives, share, pin=device.type == "cuda")
     again = Recomputed(image_recompute=image_recompute, text_recompute=text_recompute)
+    all_kept = keep_graphs >= len(chunks)
     embedded = embed_chunks(
         towers,
-        inputs,
+        batch.forwards(),
         device,
         again,
-        keep_graphs=keep_graphs,
-        together=together,
+        keep_graphs=None if all_kept else keep_graphs,
         no_sync=no_sync,
         between_chunks=between_chunks,
     )
     passes = embedded.passes
+    keep_graphs = len(passes) if all_kept else keep_graphs
 
     # As pass 1 left them: two passes must not update them twice.
     statistics = mean_over_ranks(batch_norm_statistics(towers))
-    fresh, gradients = _loss_over_all_ranks(
-        embedded, sum(map(text_count, negatives)), chunks, text_row, loss, remembered
-    )
+    with full_float32():
+        fresh, gradients = _loss_over_all_ranks(embedded, sum(map(text_count, negatives)), batch, loss, remembered)
     surrogate = Surrogate(passes, gradients)
 
     difference = torch.zeros((), device=device)
@@ -111,17 +89,19 @@ def cached_step(
             values = [surrogate(i, passes[i].output, final=all_kept and i == 0) for i in range(keep_graphs)]
             backward(sum(values, start=torch.zeros((), device=device)))
     after_pass_1 = RandomState.capture(device)
-    inputs_again = [each.inputs_of_pass_2(again) for each in passes[keep_graphs:]]
-    for index, of_chunk in enumerate(on_device(inputs_again, device), start=keep_graphs):
-        last = index == len(inputs) - 1
-        between_chunks()
+    recomputed = list(enumerate(passes))[keep_graphs:]
+    for (index, of_pass_1), inputs in on_device(recomputed, lambda each: each[1].inputs_of_pass_2(again), device):
+        last = index == len(passes) - 1
+        if of_pass_1.is_chunk:
+            between_chunks()
         with nullcontext() if last else no_sync():
-            passes[index].random_state.restore()  # dropout draws the masks of pass 1
-            output = towers(**of_chunk)
-            difference = torch.maximum(difference, passes[index].distance(output))
+            of_pass_1.random_state.restore()  # dropout draws the masks of pass 1
+            output = towers(**inputs)
+            difference = torch.maximum(difference, of_pass_1.distance(output))
             value = surrogate(index, output, final=last)
             if value.requires_grad:  # not so where all that the chunk has is frozen
                 backward(value)
+        del inputs, output, value
     after_pass_1.restore()
     restore_statistics(statistics)
     return StepResult(gradients.loss, replace(fresh, negative_texts=None), difference)
@@ -129,26 +109,20 @@ def cached_step(
 
 @torch.no_grad()
 def _loss_over_all_ranks(
-    embedded: EmbeddedBatch,
-    negatives: int,
-    chunks: Sequence[TowerChunk],
-    text_row: Tensor | None,
-    loss: Loss,
-    remembered: Pairs | None,
+    embedded: EmbeddedBatch, negatives: int, batch: StepBatch, loss: Loss, remembered: Pairs | None
 ) -> tuple[Pairs, LossShare]:
     """Gather all embeddings, and return them with the loss and the gradients for what this rank embedded.
 
     negatives: so many of the first texts belong to no pair.
-    text_row: (B,), which of the embedded texts each pair has; None: its own.
     """
     scale, bias = embedded.passes[0].output.logit_scale.detach(), embedded.passes[0].output.logit_bias.detach()
     images, texts, device = embedded.images, embedded.texts[negatives:], scale.device
-    text_row = None if text_row is None else text_row.to(device)
+    text_row = None if batch.text_row is None else batch.text_row.to(device, non_blocking=True)
     fresh = Pairs(
         gather_rows(images),
         gather_rows(texts if text_row is None else texts[text_row]),
-        gather_rows(torch.cat([chunk.group for chunk in chunks]).to(device)),
-        gather_rows(torch.cat([chunk.sample_id for chunk in chunks]).to(device)),
+        gather_rows(torch.cat(batch.group).to(device, non_blocking=True)),
+        gather_rows(torch.cat(batch.sample_id).to(device, non_blocking=True)),
         embedded.texts[:negatives] if negatives else None,
     )
     rank, world_size = rank_and_world_size()

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.utils._pytree import tree_map
 
 from lib.errors import InputError
 from lib.processing import Processing
@@ -68,16 +69,20 @@ def save_checkpoint(
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
     barrier()
+    # Everything is on the host before a file is opened: here a fault of the device is not taken for one of the disk.
+    own = _on_host(state.rank)
+    if rank == 0:
+        optimizer, model = _on_host(state.optimizer), _on_host(model)
+        stores = _on_host({"memory": state.memory, "weights": state.weights, "average": state.average})
     with _disk_errors():
-        torch.save(state.rank, unfinished / _rank_file(rank))
+        torch.save(own, unfinished / _rank_file(rank))
         if rank == 0:
             towers.save_pretrained(unfinished, model)
             processing.save_pretrained(unfinished)
-            torch.save(state.optimizer, unfinished / "optimizer.pt")
-            for name, tensors in (("memory", state.memory), ("weights", state.weights), ("average", state.average)):
+            torch.save(optimizer, unfinished / "optimizer.pt")
+            for name, tensors in stores.items():
                 if tensors:
-                    whole = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-                    save_file(whole, unfinished / f"{name}.safetensors")
+                    save_file(tensors, unfinished / f"{name}.safetensors")
     barrier()
     if rank == 0:
         _seal(unfinished, state.progress)
@@ -177,11 +182,20 @@ def prune(root: Path, keep: int) -> None:
 
 @contextmanager
 def _disk_errors() -> Iterator[None]:
-    """torch and safetensors say in ways of their own that a file could not be written: make an OSError of them."""
+    """torch and safetensors raise errors of their own where a file cannot be written: make an OSError of them.
+
+    Nothing within may compute or copy on a device, whose errors come late and are RuntimeErrors too.
+    """
     try:
         yield
     except (RuntimeError, SafetensorError) as error:
         raise OSError(str(error)) from error
+
+
+def _on_host(values: dict) -> dict:
+    """The same with every tensor in the host's memory."""
+    move = lambda value: value.detach().cpu().contiguous() if isinstance(value, torch.Tensor) else value  # noqa: E731
+    return tree_map(move, values)
 
 
 def _data_of_ranks(folder: Path, world_size: int) -> list[dict]:

@@ -1,10 +1,11 @@
 """Collective operations over all ranks; on one process each returns its argument unchanged."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -20,14 +21,21 @@ def rank_and_world_size() -> tuple[int, int]:
     return 0, 1
 
 
+def local_ranks() -> int:
+    """Processes of the job on this machine; all of them where the launcher does not say."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", rank_and_world_size()[1]))
+
+
 def gather_rows(rows: Tensor) -> Tensor:
     """Concatenate every rank's rows in rank order: (B, ...) -> (W * B, ...); B must be the same on all ranks."""
     _, world_size = rank_and_world_size()
     if world_size == 1:
         return rows
     gathered = rows.new_empty((world_size * rows.shape[0], *rows.shape[1:]))
-    # The list form is what every backend implements, gloo included; the pieces are views of `gathered`.
-    dist.all_gather(list(gathered.chunk(world_size)), rows.contiguous())
+    if dist.get_backend() == "nccl":  # one operation, where the list form copies every piece once more
+        dist.all_gather_into_tensor(gathered, rows.contiguous())
+    else:  # the form that every backend implements; the pieces are views of `gathered`
+        dist.all_gather(list(gathered.chunk(world_size)), rows.contiguous())
     return gathered
 
 
@@ -36,6 +44,13 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     if rank_and_world_size()[1] > 1:
         dist.all_reduce(values)
     return values
+
+
+def sum_counts(counts: Sequence[int], device: torch.device) -> list[int]:
+    """Sum whole numbers over the ranks; one rank waits for nothing."""
+    if rank_and_world_size()[1] == 1:
+        return list(counts)
+    return sum_over_ranks(torch.tensor(counts, device=device)).tolist()
 
 
 def gather_objects(value: T) -> list[T]:

@@ -1,26 +1,37 @@
 """From settings to data: where it comes from, what is done to every pair, and how many steps an epoch has."""
 
+import heapq
 import os
+import shutil
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from math import ceil
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from lib.backends import usable_cores
-from lib.collectives import rank_and_world_size
+from lib.backends import Precision, auto_workers
+from lib.backends.device import free_memory, total_memory
+from lib.checkpoint import TrainingState
+from lib.collectives import gather_objects, local_ranks
 from lib.config import TrainConfig
-from lib.data import EvaluationSet, ImagePipeline, Prepare, Source, open_sources
+from lib.data import EvaluationSet, ImagePipeline, IndexedSource, Prepare, Source, open_sources
+from lib.data.batch import Tokenize, padded_to
 from lib.data.classes.prompt_banks import load_negative_prompts
 from lib.data.remote.fetch import Fetcher, default_fetcher
 from lib.data.shards.source import count_pairs
+from lib.data.training import LARGEST_PART, PARTS_A_WORKER, SHARE, SHARED_MEMORY, workers_that_fit
 from lib.data_info.info import data_info
 from lib.errors import InputError
+from lib.plan import BatchPlan, gigabytes
 from lib.processing import Processing
-from lib.shared_texts import Inputs
+from lib.step_inputs import Inputs
 from lib.tower_outputs import Caching
 from lib.towers import TwoTowers
+
+LONG_TEXTS = 64
 
 
 def make_fetcher(config: TrainConfig) -> Fetcher:
@@ -81,7 +92,7 @@ def make_prepare(
     source: Source,
     more_texts: Sequence[str],
     cache: Path,
-    device: torch.device,
+    precision: Precision,
 ) -> Prepare:
     """What is done to every pair; frozen trunks run here, once, where their outputs are to be stored."""
     images = ImagePipeline(
@@ -94,31 +105,114 @@ def make_prepare(
         rotation=config.rotation,
         randaugment=config.randaugment,
     )
-    workers = most_workers(config, rank_and_world_size()[1]) if config.workers == "auto" else config.workers
-    caching = Caching(towers, processing, cache, device, workers)
+    caching = Caching(towers, processing, cache, precision, _workers_asked(config))
     prepare = Prepare(images, processing.tokenize)
-    return caching.fill(prepare, source, config.cache_image, config.cache_text, more_texts)
+    prepare = caching.fill(prepare, source, config.cache_image, config.cache_text, more_texts)
+    if config.compile:
+        usual = longest_text(source, prepare)[0].shape[1]
+        prepare = replace(prepare, tokenize=TwoLengths(processing.tokenize, usual, processing.max_length))
+    return prepare
 
 
-def most_workers(config: TrainConfig, world_size: int) -> int:
-    """Processes for each rank's decoding; none for the digits, which need no decoding."""
-    return 0 if config.data == ("digits",) else min(4, max(1, usable_cores() // world_size))
+@dataclass(frozen=True)
+class TwoLengths:
+    """Pads every chunk's tokens to the usual length or to the largest: a trunk is compiled for each length it meets."""
+
+    tokenize: Tokenize
+    usual: int
+    largest: int
+
+    def __call__(self, texts: list[str]) -> tuple[Tensor, Tensor]:
+        """As Tokenize."""
+        input_ids, attention_mask = self.tokenize(texts)
+        length = self.usual if input_ids.shape[1] <= self.usual else self.largest
+        return padded_to("input_ids", input_ids, length), padded_to("attention_mask", attention_mask, length)
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How this rank's data is read: the same number of workers on every rank, and on a resumed run."""
+
+    workers: int
+    part_size: int
+    """pairs that a worker sends at a time"""
+    warning: str | None = None
+    """why loading is slower than it could be, and what to do"""
+
+    @classmethod
+    def plan(cls, config: TrainConfig, state: TrainingState | None, prepare: Prepare) -> "Loading":
+        """As --workers asks, or as suits the machine; all ranks call it."""
+        if state and config.workers == "auto":  # a stream of shards goes on exactly only at the same numbers
+            return cls(state.progress["workers"], state.progress.get("part_size", LARGEST_PART))
+        stored = prepare.image_outputs is not None  # nothing to decode
+        asked = 0 if config.workers == "auto" and stored else _workers_asked(config)
+        fits = gather_objects(workers_that_fit(asked, prepare.image_bytes))
+        workers, part_size = min(workers for workers, _ in fits), min(size for _, size in fits)
+        if part_size == LARGEST_PART:
+            return cls(workers, part_size)
+        whole = PARTS_A_WORKER * asked * LARGEST_PART * prepare.image_bytes * local_ranks() / SHARE
+        reason = f"{SHARED_MEMORY}, through which they send images, has {gigabytes(_shared_memory())} free"
+        remedy = f"give it {gigabytes(int(whole))} (docker run --shm-size)"
+        if workers == asked:
+            return cls(workers, part_size, f"{workers} workers send {part_size} images at a time: {reason}; {remedy}")
+        if config.workers != "auto":
+            raise InputError(f"--workers {asked}: {reason}, which is enough for {workers}; lower it, or {remedy}")
+        return cls(workers, part_size, f"{workers} of {asked} workers on each rank: {reason}; {remedy}")
+
+
+def chunks_ahead(plan: BatchPlan, workers: int) -> int:
+    """Chunks of the next step that the host reads while one is computed: up to a step, in a quarter of free memory.
+
+    InputError where the images of one step do not fit into the machine's memory.
+    """
+    cpu, ranks = torch.device("cpu"), local_ranks()
+    a_chunk = plan.chunk_pairs * plan.image_bytes
+    if plan.chunks * a_chunk * ranks > total_memory(cpu):
+        raise InputError(
+            f"--effective-batch {plan.effective_batch}: the images of a step take "
+            f"{gigabytes(plan.chunks * a_chunk * ranks)} on this machine, which has {gigabytes(total_memory(cpu))}; "
+            "lower it"
+        )
+    if not workers:
+        return 0
+    fit = free_memory(cpu) // 4 // ranks // a_chunk
+    return min(gather_objects(max(1, min(plan.chunks, fit))))
+
+
+def _shared_memory() -> int:
+    return shutil.disk_usage(SHARED_MEMORY).free
+
+
+def _workers_asked(config: TrainConfig) -> int:
+    if config.workers != "auto":
+        return config.workers
+    return 0 if config.data == ("digits",) else auto_workers()
 
 
 def sample_inputs(source: Source, prepare: Prepare, device: torch.device) -> Inputs:
-    """What the towers' forward takes, of four pairs with texts like the data's, on the device."""
-    side = prepare.images.size
+    """What the towers' forward takes, of four pairs with texts as long as the data's longest, on the device."""
     inputs: Inputs = {}
-    if prepare.image_outputs is None:
-        inputs["pixel_values"] = torch.zeros(4, 3, side, side, dtype=torch.uint8)
-    else:
-        inputs["image_pooled"] = torch.zeros(4, prepare.image_outputs.width)
+    images = prepare.blank.expand(4, *prepare.blank.shape)
+    inputs["pixel_values" if prepare.image_outputs is None else "image_pooled"] = images
     if prepare.text_outputs is None:
-        texts = (source.sample_texts(64) or ["a text"]) * 4
-        inputs["input_ids"], inputs["attention_mask"] = prepare.tokenize(texts)
+        inputs["input_ids"], inputs["attention_mask"] = longest_text(source, prepare)
     else:
         inputs["text_pooled"] = torch.zeros(4, prepare.text_outputs.width)
     return {name: tensor.to(device) for name, tensor in inputs.items()}
+
+
+def longest_text(source: Source, prepare: Prepare) -> tuple[Tensor, Tensor]:
+    """(input_ids, attention_mask), each (4, L), of the longest texts; as many tokens as fit where not all are known.
+
+    Texts are many: those of most letters are tokenized alone.
+    """
+    if isinstance(source, IndexedSource):
+        longest = heapq.nlargest(LONG_TEXTS, source.texts, key=len)
+    else:
+        longest = ["a word " * 1000]
+    input_ids, attention_mask = prepare.tokenize(longest or ["a text"])
+    row = attention_mask.sum(1).argmax()
+    return input_ids[row].repeat(4, 1), attention_mask[row].repeat(4, 1)
 
 
 def steps_of_epochs(config: TrainConfig, source: Source) -> int:

@@ -10,22 +10,24 @@ from lib.export import export, noise_and_texts
 from lib.export.card import model_card
 from lib.export.formats import HUGGING_FACE
 from lib.lora import merge
-from lib.narration import all_counts, next_command
-from lib.prediction import Prediction, compared, told
+from lib.narration import all_counts, compared, next_command
 from lib.report import Reporter, read_metrics
 from lib.run import Run
 from lib.towers import TwoTowers
 
 
-def finish(run: Run, report: Reporter, prediction: Prediction, step: int, complete: bool, seconds: float) -> None:
-    """Curve, summary and, of a run that is complete, the export of the best checkpoint."""
+def finish(run: Run, report: Reporter, expected: dict[str, int], step: int, complete: bool, seconds: float) -> None:
+    """Curve, summary and, of a run that is complete, the export of the best checkpoint.
+
+    expected: the plan's peaks of memory.
+    """
     parting = find_parting(read_metrics(run.folder)) if run.accelerator.is_main_process else None
     summary: dict = {
         "steps": step,
         "pairs": step * run.plan.effective_batch,
         "wall_seconds": seconds,
         "peak_memory_bytes": max(gather_objects(peak_memory_bytes(run.accelerator.device))),
-        "prediction": compared(run, prediction),
+        "prediction": compared(run, expected),
         "eval": report.last_evaluation,
         "best": run.best,
         "stopped_early": complete and step < run.steps,
@@ -39,7 +41,6 @@ def finish(run: Run, report: Reporter, prediction: Prediction, step: int, comple
             "warning: the memory was never used: warm-up lasted, or remembered embeddings kept drifting (drift_image "
             "and drift_text in metrics.jsonl); --xbm-start STEP uses it from a step on, --xbm-size 0 saves its room"
         )
-    report.say(told(summary["prediction"]))
     report.curve()
     report.summary(summary)
     last = run.whole_towers() if complete else None  # of all ranks, where each holds a part

@@ -1,6 +1,6 @@
 """Pass 1 of the cached step: every chunk's embeddings, and what pass 2 needs to make the same again."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Literal, TypedDict
@@ -8,9 +8,9 @@ from typing import Literal, TypedDict
 import torch
 from torch import Tensor, nn
 
-from lib.copies import on_device
+from lib.prefetch import on_device
 from lib.replay import RandomState
-from lib.shared_texts import Inputs
+from lib.step_inputs import Forward, Inputs
 from lib.towers import TowerOutput
 
 Recompute = Literal["all", "head", "none"]
@@ -26,11 +26,13 @@ class Recomputed(TypedDict):
 
 @dataclass
 class ChunkPass:
-    """A chunk's inputs, what pass 1 made of them, and the random state that it started from."""
+    """The inputs of a forward, what pass 1 made of them, and the random state that it started from."""
 
     inputs: Inputs
+    is_chunk: bool
+    """As in Forward."""
     output: TowerOutput
-    """With its graph where that is kept; else the embeddings are rows of EmbeddedBatch."""
+    """With its graph where that is kept; else its embeddings are rows of EmbeddedBatch."""
     random_state: RandomState
     image_pooled: Tensor | None
     text_pooled: Tensor | None
@@ -62,7 +64,7 @@ class ChunkPass:
 
 @dataclass(frozen=True)
 class EmbeddedBatch:
-    """What pass 1 leaves of this rank's chunks."""
+    """What pass 1 leaves of this rank's forwards."""
 
     passes: list[ChunkPass]
     images: Tensor
@@ -73,109 +75,52 @@ class EmbeddedBatch:
 
 def embed_chunks(
     towers: nn.Module,
-    inputs: Sequence[Inputs],
+    forwards: Iterable[Forward],
     device: torch.device,
     again: Recomputed,
     *,
-    keep_graphs: int,
-    together: int,
+    keep_graphs: int | None,
     no_sync: Callable[[], AbstractContextManager],
     between_chunks: Callable[[], None],
 ) -> EmbeddedBatch:
-    """Embed every chunk, up to `together` of them in one forward; the first `keep_graphs` alone, and with their graph.
+    """Run one forward after another, each as soon as its inputs are there; the first `keep_graphs` with their graph.
 
-    `between_chunks` is called for every chunk but the first. Where all graphs are kept the last forward is outside
-    `no_sync`, as the one backward through all of them will be.
+    `keep_graphs` None: all with their graph; the last forward is then outside `no_sync`, as the one backward through
+    all of them will be. `between_chunks` is called for every chunk but the first.
     """
     passes: list[ChunkPass] = []
-    images, texts = _Rows(sum(map(image_count, inputs))), _Rows(sum(map(text_count, inputs)))
-    moved = on_device(inputs, device)
-    for block in _blocks(inputs, keep_graphs, together):
-        kept = block.start < keep_graphs
-        # DDP decides in forward whether its backward will reduce: a kept graph reduces only if no other follows.
-        last = kept and block.stop == len(inputs)
-        for index in block:  # for each chunk: ranks may have different blocks, but as many chunks
-            if index:
+    chunks = 0
+    for forward, inputs in on_device(forwards, lambda forward: forward.inputs, device):
+        kept = keep_graphs is None or len(passes) < keep_graphs
+        if forward.is_chunk:  # as many on every rank
+            if chunks:
                 between_chunks()
+            chunks += 1
         random_state = RandomState.capture(device)
-        with nullcontext() if last else no_sync(), nullcontext() if kept else torch.no_grad():
-            output: TowerOutput = towers(**_joined([next(moved) for _ in block]))
-        embeds = images.add(output.image_embeds), texts.add(output.text_embeds)
-        if kept:
-            passes.append(ChunkPass(inputs[block.start], _without_pooled(output), random_state, None, None))
-        else:
-            output = output._replace(image_embeds=embeds[0], text_embeds=embeds[1])
-            passes += _divided(output, inputs[block.start : block.stop], random_state, again)
-    return EmbeddedBatch(passes, images.everything, texts.everything)
+        # DDP decides in forward whether its backward will reduce: a kept graph reduces only if no other follows.
+        reduces = keep_graphs is None and forward.last
+        with nullcontext() if reduces else no_sync(), nullcontext() if kept else torch.no_grad():
+            output: TowerOutput = towers(**inputs)
+        # What the trunks gave is held only where pass 2 starts from it.
+        image_pooled = None if kept or again["image_recompute"] != "head" else output.image_pooled
+        text_pooled = None if kept or again["text_recompute"] != "head" else output.text_pooled
+        output = output._replace(image_pooled=None, text_pooled=None)
+        passes.append(ChunkPass(forward.inputs, forward.is_chunk, output, random_state, image_pooled, text_pooled))
+        del inputs
+    images = _together(passes, "image_embeds", kept=len(passes) if keep_graphs is None else keep_graphs)
+    texts = _together(passes, "text_embeds", kept=len(passes) if keep_graphs is None else keep_graphs)
+    return EmbeddedBatch(passes, images, texts)
 
 
-class _Rows:
-    """So many rows, filled in order: one piece of memory, and no rest of a chunk between the next one's activations."""
-
-    def __init__(self, count: int) -> None:
-        self.count, self.filled = count, 0
-        self.everything = torch.empty(0)
-
-    def add(self, rows: Tensor | None) -> Tensor | None:
-        """A copy of the next rows (C, D), where they stay."""
-        if rows is None:
-            return None
-        if not self.filled:
-            self.everything = rows.new_empty(self.count, rows.shape[1], requires_grad=False)
-        place = self.everything[self.filled : self.filled + len(rows)]
-        self.filled += len(rows)
-        return place.copy_(rows.detach())
-
-
-def _blocks(inputs: Sequence[Inputs], keep_graphs: int, together: int) -> list[range]:
-    """Which chunks pass 1 embeds in one forward: kept ones alone, of the others neighbours of the same form."""
-    forms = [{name: tensor.shape[1:] for name, tensor in each.items()} for each in inputs]
-    blocks: list[range] = []
-    for index, form in enumerate(forms):
-        joins = blocks and index > keep_graphs and len(blocks[-1]) < together and forms[index - 1] == form
-        if joins:
-            blocks[-1] = range(blocks[-1].start, index + 1)
-        else:
-            blocks.append(range(index, index + 1))
-    return blocks
-
-
-def _divided(
-    output: TowerOutput, inputs: Sequence[Inputs], random_state: RandomState, again: Recomputed
-) -> list[ChunkPass]:
-    """The chunks of one forward. What the trunks gave is held only where pass 2 starts from it."""
-    images = output.image_embeds, output.image_pooled if again["image_recompute"] == "head" else None
-    texts = output.text_embeds, output.text_pooled if again["text_recompute"] == "head" else None
-    passes, image_row, text_row = [], 0, 0
-    for of_chunk in inputs:
-        image_rows = slice(image_row, image_row := image_row + image_count(of_chunk))
-        text_rows = slice(text_row, text_row := text_row + text_count(of_chunk))
-        image_embeds, image_pooled = (None if part is None else part[image_rows] for part in images)
-        text_embeds, text_pooled = (None if part is None else part[text_rows] for part in texts)
-        own = _without_pooled(output)._replace(image_embeds=image_embeds, text_embeds=text_embeds)
-        passes.append(ChunkPass(of_chunk, own, random_state, image_pooled, text_pooled))
-    return passes
-
-
-def _without_pooled(output: TowerOutput) -> TowerOutput:
-    return output._replace(image_pooled=None, text_pooled=None)
-
-
-def _joined(chunks: Sequence[Inputs]) -> Inputs:
-    if len(chunks) == 1:
-        return chunks[0]
-    return {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
-
-
-def image_count(inputs: Inputs) -> int:
-    """Images of one forward; 0 where it has none."""
-    return _count(inputs, "pixel_values", "image_pooled")
-
-
-def text_count(inputs: Inputs) -> int:
-    """Texts of one forward; 0 where it has none."""
-    return _count(inputs, "input_ids", "text_pooled")
-
-
-def _count(inputs: Inputs, *names: str) -> int:
-    return next((len(inputs[name]) for name in names if name in inputs), 0)
+def _together(passes: list[ChunkPass], name: Literal["image_embeds", "text_embeds"], kept: int) -> Tensor:
+    """All embeddings of one tower, detached, in one tensor, of which those without a graph become views."""
+    embeds = [getattr(each.output, name) for each in passes]
+    everything = torch.cat([part.detach() for part in embeds if part is not None])
+    start = 0
+    for number, part in enumerate(embeds):
+        if part is not None:
+            if number >= kept:
+                rows = everything[start : start + len(part)]
+                passes[number].output = passes[number].output._replace(**{name: rows})
+            start += len(part)
+    return everything

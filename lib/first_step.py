@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from lib import verify
+from lib.backends.precision import full_float32
 from lib.cached_step import cached_step
 from lib.collectives import gather_rows
 from lib.data import Chunk
@@ -67,7 +68,8 @@ def _verify(run: Run, objective: Objective, chunks: list[Chunk], report: Reporte
         **run.recompute,
     )
     plain = partial(verify.plain_autograd, run.backend, few, objective.dense, pairwise, device)
-    differences = verify.compare_gradients(run.backend, cached, plain, device)
+    with full_float32():
+        differences = verify.compare_gradients(run.backend, cached, plain, device)
     restore_statistics(statistics)
     tolerance = verify.TOLERANCE[run.backend.precision.name]
     report.say(

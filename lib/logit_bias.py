@@ -25,7 +25,7 @@ def bias_from_counts(group: Tensor, remembered: int, pos_weight: PosWeight = 1.0
     share = ((counts * (counts - 1)).sum() / (size * others)).item()  # of other pairs that are positives
     met = size - 1 + 2 * remembered
     positives = 1 + met * share
-    weight = balanced_weight(group) if pos_weight == "balanced" else pos_weight
+    weight = float(balanced_weight(group)) if pos_weight == "balanced" else pos_weight
     return -math.log(max(met + 1 - positives, 1.0) / (positives * weight))
 
 

@@ -19,17 +19,32 @@ def tile_side(device: torch.device) -> int:
     return TILE if device.type == "cpu" else ACCELERATOR_TILE
 
 
+class TileBuffers:
+    """Two tiles of memory, which all blocks of one loss share: each visits its tiles alone."""
+
+    def __init__(self) -> None:
+        self._memory: Tensor | None = None
+
+    def of_shape(self, rows: int, columns: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Two tensors (rows, columns) in that memory; what they held is lost."""
+        size = rows * columns
+        if self._memory is None or self._memory.shape[1] < size:
+            self._memory = like.new_empty(2, size)
+        logits, spare = self._memory[:, :size]
+        return logits.view(rows, columns), spare.view(rows, columns)
+
+
 class LogitTiles:
     """scale * anchors others^T + bias (None: no bias), of anchors (A, D) and others (M, D), never held as a whole.
 
     Every tile is written into the same two buffers: fresh memory for each would cost more than the arithmetic in it.
     """
 
-    def __init__(self, anchors: Tensor, others: Tensor, scale: Tensor, bias: Tensor | None) -> None:
+    def __init__(
+        self, anchors: Tensor, others: Tensor, scale: Tensor, bias: Tensor | None, buffers: "TileBuffers"
+    ) -> None:
         self.anchors, self.others, self.scale, self.bias = anchors, others, scale, bias
-        self.side = tile_side(anchors.device)
-        size = min(self.side, len(anchors)) * min(self.side, len(others))
-        self._buffers = anchors.new_empty(2, size)
+        self.side, self._buffers = tile_side(anchors.device), buffers
 
     def add_logsumexp(self, of_anchors: Tensor, of_others: Tensor | None = None) -> None:
         """Merge the logits into the log-sum-exp of each anchor (A,) and, where given, of each other (M,), in place."""
@@ -82,8 +97,7 @@ class LogitTiles:
         """(columns, logits, spare) of every tile of these rows."""
         for c in _slices(len(self.others), self.side):
             others = self.others[c]
-            shape = len(scaled), len(others)
-            logits, spare = (buffer[: shape[0] * shape[1]].view(shape) for buffer in self._buffers)
+            logits, spare = self._buffers.of_shape(len(scaled), len(others), like=scaled)
             torch.mm(scaled, others.T, out=logits)
             yield c, logits if self.bias is None else logits.add_(self.bias), spare
 

@@ -51,24 +51,26 @@ def sigmoid(
     Source: Zhai et al., Sigmoid Loss for Language Image Pre-Training, 2023.
     """
     block = LossBlock(fresh, remembered, logit_scale, logit_bias, rows, remembered_positives)
-    if pos_weight == "balanced":
-        pos_weight = balanced_weight(fresh.group)
+    weight = balanced_weight(fresh.group) if pos_weight == "balanced" else None if pos_weight == 1 else pos_weight
     # softplus(-S) = softplus(S) - S: what makes a pair a positive is linear in S, and a sum over groups.
     for face in block.faces():
-        block.sums.loss += _add_softplus(face, pos_weight)
+        block.sums.loss += _add_softplus(face, weight)
         positives, _ = face.relation.counts(face.others.dtype)
         face.subtract_target(face.relation.sum_positives(face.others), positives)
     block.subtract_target_of_texts(block.texts_relation.sum_positives(block.fresh.anchors))
     return block.share(norm=len(fresh))
 
 
-def _add_softplus(face: Face, pos_weight: float) -> Tensor:
-    """Gradients of the sum of softplus(S) over the face, and of what its positives weigh more; returns that sum."""
+def _add_softplus(face: Face, pos_weight: float | Tensor | None) -> Tensor:
+    """Gradients of the sum of softplus(S) over the face, and of what its positives weigh more; returns that sum.
+
+    pos_weight: None: 1.
+    """
     losses, zero, relation = [], torch.zeros_like(face.scale), face.relation
 
     def slope(r: slice, c: slice, logits: Tensor, spare: Tensor) -> Tensor:
         softplus = torch.logaddexp(logits, zero, out=spare)
-        extra = relation.positive(r, c).to(logits.dtype).mul_(pos_weight - 1) if pos_weight != 1 else None
+        extra = None if pos_weight is None else relation.positive(r, c).to(logits.dtype).mul_(pos_weight - 1)
         if extra is not None:
             losses.append(((softplus - logits) * extra).sum())
         slopes = logits.sigmoid_()
@@ -215,7 +217,8 @@ def diagonal(loss: Loss) -> Loss:
     return only_diagonal
 
 
-def balanced_weight(group: Tensor) -> float:
-    """Negatives for each positive among all pairs of N images and N texts with these groups (N,); 1 without any."""
-    positives = int(Relation((group, group), (group, group)).counts(torch.float64)[0].sum())
-    return (len(group) ** 2 - positives) / positives or 1.0
+def balanced_weight(group: Tensor) -> Tensor:
+    """Negatives for each positive among all pairs of N images and N texts with these groups (N,): (), 1 without any."""
+    positives = Relation((group, group), (group, group)).counts(torch.float64)[0].sum()
+    negatives = len(group) ** 2 - positives
+    return torch.where(negatives > 0, negatives / positives, 1.0)

@@ -5,25 +5,32 @@ import os
 import shlex
 import sys
 
+import psutil
+import torch
+from torch import Tensor
+
 from lib.backends import peak_memory_bytes
+from lib.backends.device import peak_reserved_bytes
 from lib.checkpoint import is_whole, merge_counts
 from lib.collectives import gather_objects
 from lib.config import changed_settings, save_config
 from lib.data import Prepare
 from lib.data.sources import split_weight
+from lib.data.training import PARTS_A_WORKER
 from lib.evaluation.embed import counted
 from lib.losses import Pairs
-from lib.plan import oversize_warning, useless_memory_warning
+from lib.plan import gigabytes, oversize_warning, useless_memory_warning
 from lib.report import CONFIG, Reporter
 from lib.run import Run, Update
 from lib.trainable import trained_share
 from lib.trunk_options import keeping_activations
-from lib.xbm import Drift
+
+WORKER_BYTES = 50 * 2**20  # that a data worker holds alone, beside what it shares with the process it was forked from
 
 
-def announce(run: Run, report: Reporter) -> None:
-    """The start-up plan, and the settings as a file."""
-    config, towers = run.config, run.towers
+def announce(run: Run, report: Reporter) -> dict[str, int]:
+    """The start-up plan, and the settings as a file; returns `expected_memory`."""
+    config, towers, expected = run.config, run.towers, expected_memory(run)
     trained, total = trained_share(towers)
     name = f"{config.image_tower} and {config.text_tower}" if config.image_tower else config.model
     report.say(
@@ -35,6 +42,9 @@ def announce(run: Run, report: Reporter) -> None:
         *_validation_lines(run),
         *_stored_lines(run.prepare),
         *run.plan.lines(),
+        *_host_lines(run, expected["host_memory_bytes"]),
+        f"precision  {run.backend.precision}",
+        *_compile_lines(run),
         *_steps_lines(run),
         f"run        {run.folder}",
     )
@@ -51,6 +61,7 @@ def announce(run: Run, report: Reporter) -> None:
         "no validation data: --hold-out 0.1 keeps a tenth of the images for it, --val-data names other data"
         if config.eval_every and not run.validation
         else None,
+        run.loading.warning,
         f"left out: {counted(reason for _, reason in run.source.skipped)}" if run.source.skipped else None,
         f"left out of the validation data: {counted(reason for _, reason in run.validation.skipped)}"
         if run.validation and run.validation.skipped
@@ -72,6 +83,41 @@ def announce(run: Run, report: Reporter) -> None:
         run.accelerator.project_configuration.logging_dir = str(run.folder)
         flat = {n: v for n, v in dataclasses.asdict(config).items() if isinstance(v, int | float | str)}
         run.accelerator.init_trackers("image-text", config=flat)
+    return expected
+
+
+def expected_memory(run: Run) -> dict[str, int]:
+    """Predicted peaks of one rank: on the accelerator, and of what the process holds in the machine's memory."""
+    plan, device = run.plan, run.accelerator.device
+    host = psutil.Process().memory_info().rss + plan.pixel_bytes
+    if device.type == "cpu":
+        host += plan.device_bytes - sum(parameter.nbytes for parameter in run.towers.parameters())
+    return {"peak_memory_bytes": host if device.type == "cpu" else plan.device_bytes, "host_memory_bytes": host}
+
+
+def compared(run: Run, expected: dict[str, int]) -> dict[str, dict[str, float]]:
+    """{name: {"predicted", "measured", "off"}}, off being measured / predicted - 1; the highest of all ranks."""
+    devices = {"peak_memory_bytes": run.accelerator.device, "host_memory_bytes": torch.device("cpu")}
+    measured = {name: max(gather_objects(peak_memory_bytes(device))) for name, device in devices.items()}
+    return {
+        name: {"predicted": expected[name], "measured": value, "off": value / expected[name] - 1}
+        for name, value in measured.items()
+    }
+
+
+def _host_lines(run: Run, host_bytes: int) -> list[str]:
+    """The host's memory, and which processes decode."""
+    plan, loading = run.plan, run.loading
+    ahead = f" and {plan.chunks_ahead:,} read ahead" if plan.chunks_ahead else ""
+    images = f"{gigabytes(plan.pixel_bytes)} of images ({plan.chunks:,} chunks of a step{ahead})"
+    if not loading.workers:
+        return [f"host       about {gigabytes(host_bytes)} for each rank, {images} included"]
+    of_workers = loading.workers * (WORKER_BYTES + PARTS_A_WORKER * loading.part_size * plan.image_bytes)
+    decode = "1 worker process decodes" if loading.workers == 1 else f"{loading.workers} worker processes decode"
+    return [
+        f"host       about {gigabytes(host_bytes + of_workers)} for each rank, {images} included; {decode} in "
+        f"{gigabytes(of_workers)} of it"
+    ]
 
 
 def next_command(run: Run) -> str:
@@ -100,6 +146,15 @@ def _steps_lines(run: Run) -> list[str]:
         f"steps      {run.steps:,} (from {run.first_step:,})",
         *([f"changed    {', '.join(changed)}"] if changed else []),
     ]
+
+
+def _compile_lines(run: Run) -> list[str]:
+    """How the trunks run, or what would make them faster."""
+    if run.config.compile:
+        return [f"compile    both trunks, by {run.config.compile_backend}, in the first step: it takes minutes longer"]
+    if run.accelerator.device.type == "cpu" or run.backend.shards_weights:
+        return []
+    return ["compile    no: --compile makes steps faster once the first has compiled the trunks, for a minute or two"]
 
 
 def _text_lines(run: Run) -> list[str]:
@@ -140,34 +195,47 @@ def _stored_lines(prepare: Prepare) -> list[str]:
     return lines
 
 
-def step_metrics(run: Run, step: int, update: Update, seconds: float, data_seconds: float) -> dict:
-    """A line of metrics.jsonl."""
-    pairs = step * run.plan.effective_batch
-    return {
+def step_metrics(run: Run, step: int, update: Update, drift: Tensor | None, remembered: Pairs | None) -> dict:
+    """A line of metrics.jsonl, but for its times; `drift` is what `CrossBatchMemory.drift` gave.
+
+    All numbers of the device are read together: each reading waits for it.
+    """
+    on_device = {
+        "logit_scale": run.towers.logit_scale.detach().exp(),
+        "logit_bias": run.towers.logit_bias.detach(),
+        "replay_difference": update.result.replay_difference,
+    }
+    if run.memory.size:
+        on_device["xbm_age"] = run.memory.mean_age(step)
+        nothing = torch.full((3,), float("nan"), device=update.result.loss.device)
+        names = "drift_image", "drift_text", "drift_samples"
+        on_device |= dict(zip(names, nothing if drift is None else drift, strict=True))
+    numbers = dict(zip(on_device, torch.stack([value.float() for value in on_device.values()]).tolist(), strict=True))
+    metrics = {
         "step": step,
-        "epoch": pairs / run.source.size if run.source.size else None,
-        "loss": update.result.loss.item(),
+        "epoch": step * run.plan.effective_batch / run.source.size if run.source.size else None,
+        "loss": update.loss,
         "lr": update.lr,
-        "logit_scale": run.towers.logit_scale.exp().item(),
-        "logit_bias": run.towers.logit_bias.item(),
         "grad_norm": update.grad_norm,
+        **numbers,
         **({} if update.applied else {"skipped": "not finite"}),
+        "peak_memory_bytes": peak_memory_bytes(run.accelerator.device),
+    }
+    if (reserved := peak_reserved_bytes(run.accelerator.device)) is not None:
+        metrics["peak_reserved_bytes"] = reserved
+    if run.memory.size:
+        metrics["xbm_used"] = 0 if remembered is None else len(remembered)
+        metrics["xbm_filled"] = len(run.memory)
+        metrics["drift_samples"] = 0 if drift is None else int(numbers["drift_samples"])
+    return metrics
+
+
+def step_timing(run: Run, seconds: float, data_seconds: float) -> dict:
+    """The times of a line of metrics.jsonl; data_seconds: waiting for chunks, a part of `seconds`."""
+    return {
         "pairs_per_second": run.plan.effective_batch / seconds,
         "step_seconds": seconds,
         "data_seconds": data_seconds,
-        "peak_memory_bytes": peak_memory_bytes(run.accelerator.device),
-        "replay_difference": update.result.replay_difference.item(),
-    }
-
-
-def memory_metrics(run: Run, step: int, remembered: Pairs | None, drift: Drift) -> dict:
-    return {
-        "xbm_used": 0 if remembered is None else len(remembered),
-        "xbm_filled": len(run.memory),
-        "xbm_age": run.memory.mean_age(step),
-        "drift_image": drift.image,
-        "drift_text": drift.text,
-        "drift_samples": drift.samples,
     }
 
 

@@ -35,9 +35,8 @@ def dense_sigmoid(
     """The pairwise sigmoid loss with all N x N logits at once."""
     logits = logit_scale * image_embeds @ text_embeds.T + logit_bias
     positive = group[:, None] == group
-    if pos_weight == "balanced":
-        pos_weight = balanced_weight(group)
-    losses = torch.where(positive, -pos_weight * F.logsigmoid(logits), -F.logsigmoid(-logits))
+    weight = balanced_weight(group) if pos_weight == "balanced" else pos_weight
+    losses = torch.where(positive, -weight * F.logsigmoid(logits), -F.logsigmoid(-logits))
     return losses.sum() / len(group)
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lib.logit_tiles import LogitTiles, TileSlope
+from lib.logit_tiles import LogitTiles, TileBuffers, TileSlope
 from lib.relation import Relation, RememberedPositives
 
 NOBODY = torch.iinfo(torch.int64).min
@@ -60,7 +60,7 @@ class Face(LogitTiles):
         d_anchors: Tensor,
         d_others: Tensor | None = None,
     ) -> None:
-        super().__init__(anchors, others, sums.scale, sums.bias)
+        super().__init__(anchors, others, sums.scale, sums.bias, sums.tiles)
         self.sums, self.relation, self.d_anchors, self.d_others = sums, relation, d_anchors, d_others
 
     def add(self, slope: TileSlope) -> None:
@@ -109,11 +109,12 @@ class SoftmaxPart:
 
 
 class _Sums:
-    """The loss and the gradients of scale and bias, as the faces of a block add to them."""
+    """The loss and the gradients of scale and bias, as the faces of a block add to them, and the tiles they work in."""
 
     def __init__(self, scale: Tensor, bias: Tensor | None) -> None:
         self.scale, self.bias = scale, bias
         self.loss, self.d_scale, self.d_bias = (torch.zeros_like(scale) for _ in range(3))
+        self.tiles = TileBuffers()
 
 
 class LossBlock:

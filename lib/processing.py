@@ -170,6 +170,8 @@ def make_processing(
         positions -= text_config.pad_token_id + 1
     max_length = min(tokenizer.model_max_length, positions, MAX_TEXT_LENGTH)
     tokenizer.model_max_length = max_length
+    if not is_siglip:  # rows of several lengths are put together, and CLIP's texts run without a mask
+        tokenizer.padding_side = "right"
     return Processing(
         tokenizer=tokenizer,
         max_length=max_length,

@@ -36,7 +36,7 @@ class Relation:
             found = self._of_sample.found.any()
             if remembered == "ignore":
                 found = found | self._of_group.found.any()
-            self.some_left_out = bool(found)  # the one synchronization with the device
+            self.some_left_out = bool(found)  # waits for the device, once a step and only with a memory
 
     def sum_positives(self, values: Tensor) -> Tensor:
         """For each anchor the sum over its positives: (M, D) -> (A, D)."""
@@ -74,17 +74,20 @@ class Relation:
 
 
 class _EqualKeys:
-    """Sums over the others whose key equals an anchor's: (A,) and (M,) int64 keys, joined by sorting."""
+    """Sums over the others whose key equals an anchor's: (A,) and (M,) int64 keys, joined by sorting.
+
+    A key's place is where it first stands among the sorted keys. (`unique` would wait for the device to count them.)
+    """
 
     def __init__(self, keys: Tensor, other_keys: Tensor) -> None:
-        ordered, self.place_of_other = torch.unique(other_keys, return_inverse=True)
-        self.distinct = len(ordered)
-        self.place = torch.searchsorted(ordered, keys).clamp_(max=self.distinct - 1)
+        ordered = other_keys.sort().values
+        self.place_of_other = torch.searchsorted(ordered, other_keys)
+        self.place = torch.searchsorted(ordered, keys).clamp_(max=len(ordered) - 1)
         self.found = ordered[self.place] == keys
 
     def sums(self, values: Tensor) -> Tensor:
         """(M, D) -> (A, D)"""
-        sums = values.new_zeros(self.distinct, values.shape[1]).index_add_(0, self.place_of_other, values)
+        sums = torch.zeros_like(values).index_add_(0, self.place_of_other, values)
         return sums[self.place].mul_(self.found[:, None])
 
 

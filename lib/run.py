@@ -15,15 +15,15 @@ from lib.cached_step import StepResult
 from lib.checkpoint import TrainingState
 from lib.config import TrainConfig
 from lib.data import EvaluationSet, Prepare, Source, TrainingData
+from lib.data_setup import Loading
 from lib.errors import RunError
 from lib.first_pass import Recompute, Recomputed
 from lib.lora import merged_weights
 from lib.optim import move_schedule
 from lib.plan import BatchPlan
-from lib.probe import Costs
 from lib.processing import Processing
 from lib.replay import RandomState
-from lib.shared_texts import Inputs
+from lib.step_inputs import Inputs
 from lib.towers import TwoTowers
 from lib.xbm import CrossBatchMemory, MemorySwitch
 
@@ -33,6 +33,7 @@ class Update:
     """One optimizer step: what the cached step found, the norm of the gradients, and the rate that was used."""
 
     result: StepResult
+    loss: float
     grad_norm: float
     lr: float
     applied: bool = True
@@ -58,21 +59,17 @@ class Run:
     schedule: LambdaLR
     average: WeightAverage | None
     plan: BatchPlan
-    costs: Costs
-    """What a pair takes in the towers."""
+    loading: Loading
     data: TrainingData
     memory: CrossBatchMemory
     switch: MemorySwitch
     steps: int
-    workers: int
     pretrained: bool
     """The towers did not start from random weights."""
     share_texts: bool
     """Each distinct text of a step is encoded once."""
     negatives: list[Inputs]
     """Texts that fit no image, in chunks, encoded at every step."""
-    together: int
-    """Chunks that pass 1 embeds in one forward."""
     first_step: int = 0
     """Steps that were done before this process began."""
     best: dict = field(default_factory=dict)
@@ -109,7 +106,11 @@ class Run:
     @property
     def recompute(self) -> Recomputed:
         """What of each tower pass 2 has to run again."""
-        return recompute_of(self.towers)
+        towers = self.towers
+        return {
+            "image_recompute": _recompute(towers.image_frozen, towers.image_trunk_frozen),
+            "text_recompute": _recompute(towers.text_frozen, towers.text_trunk_frozen),
+        }
 
     def save(self, step: int) -> Path:
         """Write the checkpoint of a finished step, and prune old ones."""
@@ -121,7 +122,8 @@ class Run:
                 "step": step,
                 "family": self.family,
                 "world_size": self.plan.world_size,
-                "workers": self.workers,
+                "workers": self.loading.workers,
+                "part_size": self.loading.part_size,
                 "chunk_size": self.plan.chunk_size,
                 "keep_graphs": self.plan.keep_graphs,
                 "settings": settings_of_the_weights(self.config),
@@ -191,14 +193,6 @@ class Run:
         random = state.rank["random"]
         if random:
             RandomState(random["cpu"], random["accelerator"], self.accelerator.device).restore()
-
-
-def recompute_of(towers: TwoTowers) -> Recomputed:
-    """What of each tower pass 2 has to run again, as the cached step takes it."""
-    return {
-        "image_recompute": _recompute(towers.image_frozen, towers.image_trunk_frozen),
-        "text_recompute": _recompute(towers.text_frozen, towers.text_trunk_frozen),
-    }
 
 
 def settings_of_the_weights(config: TrainConfig) -> dict:

@@ -1,6 +1,6 @@
 """From settings to a run: data, towers, plan, optimizer and memory, or one clear error before the first batch."""
 
-import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -9,27 +9,26 @@ from accelerate import Accelerator
 from lib import checkpoint
 from lib.averaging import WeightAverage
 from lib.backends import Backend
+from lib.backends.device import device_faults_reported
 from lib.checkpoint import TrainingState
-from lib.collectives import gather_objects
 from lib.config import TrainConfig, flag
-from lib.data import Prepare, TrainingData
+from lib.data import TrainingData
 from lib.data_setup import (
+    Loading,
+    chunks_ahead,
     make_fetcher,
     make_prepare,
-    most_workers,
     negative_texts,
     open_data,
     sample_inputs,
     steps_of_epochs,
 )
 from lib.errors import InputError
+from lib.fitting import Fitting
 from lib.model_setup import make_optimizer, make_towers
 from lib.optim import build_schedule
-from lib.plan import BatchPlan
 from lib.run import Run, settings_of_the_weights
 from lib.towers import Family
-from lib.trial import Trial
-from lib.trunk_options import compile_trunks
 from lib.xbm import CrossBatchMemory, MemorySwitch
 
 
@@ -49,18 +48,21 @@ def make_run(config: TrainConfig, family: Family, backend: Backend, folder: Path
     torch.manual_seed(config.seed + 1 + accelerator.process_index)  # ranks draw their own dropout masks
 
     negatives = negative_texts(config, source)
-    prepare = make_prepare(config, towers, processing, source, negatives, fetcher.cache, accelerator.device)
-    trial = Trial(config, backend, towers, sample_inputs(source, prepare, accelerator.device))
-    plan = trial.plan(prepare.image_bytes, state)
-    costs = trial.costs(plan)  # before the backend deals the weights out
-    workers = _workers(config, state, plan, prepare)
+    prepare = make_prepare(config, towers, processing, source, negatives, fetcher.cache, backend.precision)
+    fitting = Fitting(config, backend, towers, sample_inputs(source, prepare, accelerator.device), resume_from)
+    share_texts = fitting.shares_texts()
+    plan = fitting.plan(prepare.image_bytes, state)  # before the backend deals the weights out
+    loading = Loading.plan(config, state, prepare)
+    plan = replace(plan, chunks_ahead=chunks_ahead(plan, loading.workers))
     steps = config.steps or steps_of_epochs(config, source)
     warmup = steps // 10 if config.warmup_steps == "auto" else config.warmup_steps
     if warmup > steps:
         raise InputError(f"--warmup-steps {warmup} are more than the run's {steps} steps; lower them, or add --steps")
-    optimizer = make_optimizer(config, towers, fused=backend.loss_scale is None)
-    average = WeightAverage(towers, config.ema) if config.ema else None
-    wrapped = backend.prepare(towers, optimizer, config.grad_clip)
+    with device_faults_reported(plan.chunk_pairs, lambda: resume_from):
+        optimizer = make_optimizer(config, towers, fused=backend.loss_scale is None)
+        average = WeightAverage(towers, config.ema) if config.ema else None
+        wrapped = backend.prepare(towers, optimizer, config.grad_clip)
+        memory = CrossBatchMemory(config.xbm_size, towers.embed_dim, accelerator.device)
     schedule = build_schedule(optimizer, config.schedule, warmup, steps)  # after: it knows the final groups
     run = Run(
         config=config,
@@ -76,7 +78,7 @@ def make_run(config: TrainConfig, family: Family, backend: Backend, folder: Path
         optimizer=optimizer,
         schedule=schedule,
         plan=plan,
-        costs=costs,
+        loading=loading,
         data=TrainingData(
             source,
             prepare,
@@ -84,26 +86,26 @@ def make_run(config: TrainConfig, family: Family, backend: Backend, folder: Path
             chunk_size=plan.chunk_size,
             rank=accelerator.process_index,
             world_size=accelerator.num_processes,
-            workers=workers,
+            workers=loading.workers,
             seed=config.seed,
+            chunks_ahead=plan.chunks_ahead,
+            part_size=loading.part_size,
             shuffle_buffer=config.shuffle_buffer,
             pin_memory=accelerator.device.type == "cuda",
         ),
-        memory=CrossBatchMemory(config.xbm_size, towers.embed_dim, accelerator.device),
+        memory=memory,
         switch=MemorySwitch(config.xbm_start, warmup),
         average=average,
         steps=steps,
-        workers=workers,
         pretrained=pretrained,
-        share_texts=trial.shares_texts(),
+        share_texts=share_texts,
         negatives=[
-            prepare.texts(list(negatives[start : start + plan.chunk_size]))
-            for start in range(0, len(negatives), plan.chunk_size)
+            {name: tensor.to(accelerator.device) for name, tensor in prepare.texts(list(some)).items()}
+            for some in (
+                negatives[start : start + plan.chunk_size] for start in range(0, len(negatives), plan.chunk_size)
+            )
         ],
-        together=trial.chunks_together(plan),
     )
-    if config.compile:  # last: what is measured before runs on a few pairs, for which nothing need be compiled
-        compile_trunks(towers, config.compile_backend, accelerator.device)
     if state:
         run.restore(state)
     return run
@@ -143,17 +145,3 @@ def _check_same_run(config: TrainConfig, family: str, progress: dict) -> None:
                 f"{flag(name)} {value} is not that of the checkpoint ({saved[name]}); resume with the same, or start "
                 "anew from its weights with --model CHECKPOINT_FOLDER"
             )
-
-
-def _workers(config: TrainConfig, state: TrainingState | None, plan: BatchPlan, prepare: Prepare) -> int:
-    if config.workers != "auto":
-        return config.workers
-    if state:  # a stream of shards goes on exactly only at the same number
-        return state.progress["workers"]
-    if prepare.image_outputs is not None:  # nothing to decode
-        return 0
-    workers = most_workers(config, plan.world_size)
-    if workers and Path("/dev/shm").is_dir():  # chunks travel through it; a container may have little
-        chunk_bytes = plan.chunk_size * plan.image_bytes
-        workers = min(workers, shutil.disk_usage("/dev/shm").free // (2 * plan.world_size * chunk_bytes))
-    return min(gather_objects(workers))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from lib.collectives import sum_over_ranks
+from lib.collectives import sum_counts
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 SECONDS_BETWEEN_LOOKS = 2.0  # a look is one small reduction: often enough for a 30-second grace, too rare to cost
@@ -53,7 +53,7 @@ class StopSignal:
         self._looks_due += 1
         if self._looks_due >= self._every:
             self._looks_due = 0
-            if sum_over_ranks(torch.tensor(int(self.received), device=self._device)).item():
+            if sum_counts([int(self.received)], self._device)[0]:
                 raise StepGivenUp
 
     def pace(self, seconds: float, chunks: int) -> None:

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from lib.backends.precision import Precision
 from lib.collectives import gather_objects, rank_and_world_size
 from lib.data import IndexedSource, Prepare, Source
 from lib.data.order import stable_hash
@@ -51,7 +52,8 @@ class Caching:
     processing: Processing
     cache: Path
     """Folder; the outputs go to a folder of their own in it."""
-    device: torch.device
+    precision: Precision
+    """The towers' device, and what they compute in there; what is stored is float32."""
     workers: int
     """Processes that decode images."""
     batch_size: int = 256
@@ -83,9 +85,8 @@ class Caching:
                 input_ids, attention_mask = self.processing.tokenize(batch)
                 yield {"input_ids": input_ids, "attention_mask": attention_mask}, [""] * len(batch)
 
-        name = fingerprint(
-            _FORMAT, "text", _structure(self.towers.text), self.towers.text.trunk, self.processing.text_identity(), keys
-        )
+        tower = self.towers.text
+        name = self._name("text", _structure(tower), tower.trunk, self.processing.text_identity(), keys)
         return self._stored(f"text-{name}", keys, batches, "text")
 
     def _images(self, source: Source, prepare: Prepare) -> StoredOutputs:
@@ -103,7 +104,7 @@ class Caching:
                 images.open,
                 prepare.images,
                 used[rows.start : rows.stop].tolist(),
-                device=self.device,
+                device=self.precision.device,
                 batch_size=self.batch_size,
                 workers=self.workers,
             )
@@ -112,10 +113,12 @@ class Caching:
 
         form = (self.processing.image_mean, self.processing.image_std, prepare.images)
         contents = images.identity(used)
-        name = fingerprint(
-            _FORMAT, "image", _structure(self.towers.image), self.towers.image.trunk, form, keys, contents
-        )
+        tower = self.towers.image
+        name = self._name("image", _structure(tower), tower.trunk, form, keys, contents)
         return self._stored(f"image-{name}", keys, batches, "image")
+
+    def _name(self, *parts: object) -> str:
+        return fingerprint(_FORMAT, *self.precision.identity(), *parts)
 
     def _stored(self, name: str, keys: np.ndarray, batches: Batches, tower: str) -> StoredOutputs:
         """What the folder of that name holds, once all of it has been computed; each rank computes whole blocks."""
@@ -136,7 +139,7 @@ class Caching:
             blocks = [range(start, min(start + BLOCK, len(keys))) for start in range(0, len(keys), BLOCK)]
             unreadable: dict[int, str] = {}
             # Every rank has the same blocks and takes its own; no collective until all are done.
-            with evaluating(self.towers), _bar(tower, len(keys), rank) as bar:
+            with evaluating(self.towers), self.precision.autocast(), _bar(tower, len(keys), rank) as bar:
                 for number, rows in list(enumerate(blocks))[rank::world_size]:
                     unreadable |= self._block(folder / _block_name(number), keys, rows, batches, tower, bar)
             found = gather_objects(unreadable)
@@ -155,8 +158,9 @@ class Caching:
             return {int(key): reason for key, reason in json.loads(notes.read_text()).items()}
         pooled: list[Tensor] = []
         reasons: list[str] = []
+        device = self.precision.device
         for inputs, reasons_of_batch in batches(rows):
-            output = self.towers(**{name: tensor.to(self.device) for name, tensor in inputs.items()})
+            output = self.towers(**{name: tensor.to(device, non_blocking=True) for name, tensor in inputs.items()})
             pooled.append((output.image_pooled if tower == "image" else output.text_pooled).float().cpu())
             reasons += reasons_of_batch
             bar.update(len(reasons_of_batch))

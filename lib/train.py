@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from lib import backends
+from lib.backends.device import device_faults_reported
 from lib.cached_step import cached_step
 from lib.checkpoint import newest_whole
-from lib.collectives import gather_objects, rank_and_world_size, sum_over_ranks
+from lib.collectives import gather_objects, rank_and_world_size, sum_counts, sum_over_ranks
 from lib.config import TrainConfig
-from lib.data import Chunk
+from lib.data import Chunk, StepChunks
 from lib.data_setup import show_data
 from lib.errors import InputError, RunError, StoppedEarly
 from lib.evaluation.best import BestMetric
@@ -23,20 +24,19 @@ from lib.finish import finish
 from lib.first_step import prepare_first_step
 from lib.folder import claimed_folder, full_disk_told
 from lib.losses import Loss, Pairs, diagonal
-from lib.narration import all_counts, announce, memory_metrics, step_metrics
+from lib.narration import all_counts, announce, step_metrics, step_timing
 from lib.objective import Objective
 from lib.optim import scheduled_scale
-from lib.prediction import predict
 from lib.report import SKIPPED, SUMMARY, Reporter
 from lib.run import Run, Update
 from lib.setup import make_run
+from lib.step_inputs import Chunks
 from lib.stop import StepGivenUp, StopSignal
 from lib.towers import TwoTowers
 from lib.undo import BeforeStep
 from lib.watchdog import Watchdog
 from lib.xbm import Drift
 
-NO_DRIFT = Drift(float("nan"), float("nan"), 0)
 MOST_OVERFLOWS = 50  # fp16 updates skipped in a row: by then the gradient scale is far below any useful one
 
 
@@ -45,7 +45,7 @@ def train(config: TrainConfig, objective: Objective) -> None:
     if config.data_info:
         show_data(config)
         return
-    backend = backends.start(config.tracker)
+    backend = backends.start(config.tracker, config.precision, config.deterministic)
     with claimed_folder(config, objective.family, backend.accelerator) as folder, Watchdog():
         _train(make_run(config, objective.family, backend, folder), objective)
 
@@ -55,9 +55,7 @@ def _train(run: Run, objective: Objective) -> None:
     loss = diagonal(objective.loss) if config.positives == "pair" else objective.loss
     best = BestMetric.resolve(config.best_metric, run.validation if config.eval_every else None)
     report = Reporter(run.folder, run.accelerator, run.steps, run.first_step)
-    announce(run, report)
-    prediction = predict(run, loss)
-    report.say(*prediction.lines())
+    expected = announce(run, report)
     over = _is_over(run, run.first_step)
     if over and (run.folder / SUMMARY).exists():
         report.say(_nothing_left(run))
@@ -66,9 +64,12 @@ def _train(run: Run, objective: Objective) -> None:
     standing = partial(newest_whole, run.checkpoints)
     # The batches are closed whatever happens: at its end the process waits for the data workers, who wait for it.
     data = closing(run.data.steps(run.first_step, run.first_step if over else run.steps))
-    with full_disk_told(standing), StopSignal(run.accelerator.device, standing) as stop, data as batches:
+    faults = full_disk_told(standing), device_faults_reported(run.plan.chunk_pairs, standing)
+    stop = StopSignal(run.accelerator.device, standing)
+    # The bar is ended before a fault is printed, or both would share a line.
+    with faults[0], faults[1], closing(report), stop, data as batches:
         step = _loop(run, objective, loss, best, batches, stop, report)
-        finish(run, report, prediction, step, _is_over(run, step), time.perf_counter() - started)
+        finish(run, report, expected, step, _is_over(run, step), time.perf_counter() - started)
     if stop.obeyed and step < run.steps:
         saved = standing()
         then = f"goes on from {saved}" if saved else "there is no checkpoint, it starts anew"
@@ -80,19 +81,20 @@ def _loop(
     objective: Objective,
     loss: Loss,
     best: BestMetric,
-    batches: Iterator[list[Chunk]],
+    batches: Iterator[StepChunks],
     stop: StopSignal,
     report: Reporter,
 ) -> int:
     """Data to step, and what is due after it; returns the last step that was done."""
     config, step = run.config, run.first_step
     before = BeforeStep.of(run)
-    while (timed := _next_batch(batches, step + 1)) is not None:
-        chunks, data_seconds = timed
+    began = time.perf_counter()
+    for batch in batches:
         step += 1
-        began = time.perf_counter()
+        chunks: Chunks = (data := TimedChunks(batch, step))
         if step == run.first_step + 1:
-            prepare_first_step(run, objective, chunks, report)
+            chunks = first_chunks = list(data)
+            prepare_first_step(run, objective, first_chunks, report)
         if config.scale_schedule:
             with run.backend.editing(run.towers.logit_scale):
                 run.towers.set_scale_and_bias(scheduled_scale(config.scale_schedule, step, run.steps), None)
@@ -104,10 +106,9 @@ def _loop(
             _give_up(run, before, step)
             stop.obeyed = True
             break
-        drift = _remember(run, update.result.fresh, step, report) if update.applied else NO_DRIFT
-        seconds = time.perf_counter() - began + data_seconds
-        memory = memory_metrics(run, step, remembered, drift) if run.memory.size else {}
-        report.step(step_metrics(run, step, update, seconds, data_seconds) | memory)
+        metrics = _remember(run, update, remembered, step, report)
+        seconds = time.perf_counter() - began
+        report.step(metrics | step_timing(run, seconds, data.seconds))
         if run.validation and _due(step, config.eval_every, run.steps):
             _evaluate(run, loss, best, step, report)
         stopping = _agree(run, stop, step, seconds, report)
@@ -123,8 +124,32 @@ def _loop(
             stop.obeyed = True
             break
         before = BeforeStep.of(run)
-        del timed, chunks  # or two steps' images would be held while the next is waited for
+        began = time.perf_counter()
     return step
+
+
+class TimedChunks:
+    """A step's chunks, and the seconds that were spent waiting for them; a fault of the data names the step."""
+
+    def __init__(self, chunks: StepChunks, step: int) -> None:
+        self.seconds, self._chunks, self._step = 0.0, chunks, step
+
+    def __len__(self) -> int:
+        return len(self._chunks)
+
+    def __iter__(self) -> Iterator[Chunk]:
+        chunks = iter(self._chunks)
+        while True:
+            began = time.perf_counter()
+            try:
+                chunk = next(chunks, None)
+            except InputError as error:
+                rank = rank_and_world_size()[0]
+                raise RunError(f"step {self._step}, rank {rank}: {error}", of_one_rank=True) from error
+            self.seconds += time.perf_counter() - began
+            if chunk is None:
+                return
+            yield chunk
 
 
 def _is_over(run: Run, step: int) -> bool:
@@ -155,7 +180,7 @@ def _give_up(run: Run, before: BeforeStep, step: int) -> None:
 def _optimizer_step(
     run: Run,
     loss: Loss,
-    chunks: list[Chunk],
+    chunks: Chunks,
     remembered: Pairs | None,
     step: int,
     before: BeforeStep,
@@ -175,13 +200,13 @@ def _optimizer_step(
             keep_graphs=run.plan.keep_graphs,
             negatives=run.negatives,
             share=run.share_texts,
-            together=run.together,
             between_chunks=stop.look,
             **run.recompute,
         )
-    grad_norm = backend.clip_gradients(run.config.grad_clip)
+    norm = backend.clip_gradients(run.config.grad_clip)
+    loss_value, grad_norm = torch.stack([result.loss, norm.to(result.loss)]).tolist()  # the device is waited for here
     lr = max(group["lr"] for group in run.optimizer.param_groups)
-    if math.isfinite(result.loss.item()) and math.isfinite(grad_norm):
+    if math.isfinite(loss_value) and math.isfinite(grad_norm):
         run.nonfinite = run.overflows = 0
         backend.step()
         run.schedule.step()
@@ -190,30 +215,36 @@ def _optimizer_step(
                 run.towers.clamp_logit_scale(run.config.scale_max)
         if run.average:
             run.average.update_parameters(run.towers)
-        return Update(result, grad_norm, lr)
+        return Update(result, loss_value, grad_norm, lr)
     backend.drop_gradients()
-    if backend.loss_scale and math.isfinite(result.loss.item()):  # fp16: the next step has a smaller scale; no fault
+    if backend.loss_scale and math.isfinite(loss_value):  # fp16: the next step has a smaller scale; no fault
         run.overflows += 1
         if run.overflows > MOST_OVERFLOWS:
-            raise RunError(_diverged(run, step, result.loss.item(), grad_norm))
-        return Update(result, grad_norm, lr)
+            raise RunError(_diverged(run, step, loss_value, grad_norm))
+        return Update(result, loss_value, grad_norm, lr)
     run.nonfinite += 1
     if run.config.on_nonfinite == "stop" or run.nonfinite > run.config.nonfinite_limit:
-        raise RunError(_diverged(run, step, result.loss.item(), grad_norm))
+        raise RunError(_diverged(run, step, loss_value, grad_norm))
     before.restore_statistics()
-    return Update(result, grad_norm, lr, applied=False)
+    return Update(result, loss_value, grad_norm, lr, applied=False)
 
 
-def _remember(run: Run, fresh: Pairs, step: int, report: Reporter) -> Drift:
-    """Read the drift of recurring samples, then put this step's embeddings into the memory."""
-    drift, was_full = run.memory.drift(fresh), len(run.memory) == run.memory.size
-    run.memory.enqueue(fresh, step)
-    if run.memory.size:
+def _remember(run: Run, update: Update, remembered: Pairs | None, step: int, report: Reporter) -> dict:
+    """Put this step's embeddings into the memory, switch it on when due, and return the step's metrics."""
+    memory, was_full = run.memory, len(run.memory) == run.memory.size
+    drift = None
+    if memory.size and update.applied:
+        drift = memory.drift(update.result.fresh)
+        memory.enqueue(update.result.fresh, step)
+    metrics = step_metrics(run, step, update, drift, remembered)
+    if drift is not None:
         before = run.switch.on
-        run.switch.update(step, drift, was_full)
+        run.switch.update(
+            step, Drift(metrics["drift_image"], metrics["drift_text"], metrics["drift_samples"]), was_full
+        )
         if run.switch.on and not before:
             report.say(f"step {step + 1}: the memory is used from here on")
-    return drift
+    return metrics
 
 
 def _evaluate(run: Run, loss: Loss, best: BestMetric, step: int, report: Reporter) -> None:
@@ -226,8 +257,8 @@ def _evaluate(run: Run, loss: Loss, best: BestMetric, step: int, report: Reporte
             run.processing,
             partial(_validation_loss, run.evaluated, loss),
             device=run.accelerator.device,
-            batch_size=min(256, run.plan.chunk_size * 2),
-            workers=run.workers,
+            batch_size=min(256, run.plan.chunk_pairs * 2),
+            workers=run.loading.workers,
         )
     report.evaluation(step, metrics)
     value = best.value(metrics)
@@ -258,8 +289,7 @@ def _agree(run: Run, stop: StopSignal, step: int, seconds: float, report: Report
     found_early = len(run.source.skipped) if run.accelerator.is_main_process else 0
     bad, read = sum(counts.skipped.values()) - found_early, counts.read - found_early
     numbers = [int(stop.received), len(new_skips), bad, read, round(1000 * seconds)]
-    sums = sum_over_ranks(torch.tensor(numbers, device=run.accelerator.device))
-    told, fresh_skips, bad, read, milliseconds = sums.tolist()
+    told, fresh_skips, bad, read, milliseconds = sum_counts(numbers, run.accelerator.device)
     stop.pace(milliseconds / 1000 / run.plan.world_size, 2 * run.plan.chunks - run.plan.keep_graphs)
     if fresh_skips:
         report.skipped(step, [skip for of_rank in gather_objects(new_skips) for skip in of_rank])
@@ -271,17 +301,6 @@ def _agree(run: Run, stop: StopSignal, step: int, seconds: float, report: Report
             f"listed in {run.folder / SKIPPED}: mend them or raise --max-bad"
         )
     return told > 0
-
-
-def _next_batch(batches: Iterator[list[Chunk]], step: int) -> tuple[list[Chunk], float] | None:
-    """The next step's chunks and the seconds spent waiting for them."""
-    began = time.perf_counter()
-    try:
-        chunks = next(batches, None)
-    except InputError as error:
-        rank = rank_and_world_size()[0]
-        raise RunError(f"step {step}, rank {rank}: {error}", of_one_rank=True) from error
-    return None if chunks is None else (chunks, time.perf_counter() - began)
 
 
 def _due(step: int, every: int, last: int) -> bool:

@@ -70,27 +70,33 @@ class CrossBatchMemory:
         rows = slice(0, self.filled)  # slots fill from 0 on, so the filled ones are always the first
         return Pairs(self.image_embeds[rows], self.text_embeds[rows], self.group[rows], self.sample_id[rows])
 
-    def mean_age(self, step: int) -> float:
-        """Mean age of the remembered pairs at this step, in steps."""
-        return float((step - self.step[: self.filled]).float().mean()) if self.filled else float("nan")
+    def mean_age(self, step: int) -> Tensor:
+        """Mean age of the remembered pairs at this step, in steps: (), nan while there are none."""
+        return (step - self.step[: self.filled]).float().mean()
 
     @torch.no_grad()
-    def drift(self, fresh: Pairs) -> Drift:
-        """Compare fresh pairs with the newest remembered copy of the same sample."""
+    def drift(self, fresh: Pairs) -> Tensor:
+        """Compare fresh pairs with the newest remembered copy of the same sample: (3,), the numbers of a `Drift`.
+
+        They stay on the device: who reads them waits for it.
+        """
         if self.filled == 0:
-            return Drift(float("nan"), float("nan"), 0)
+            return torch.tensor([float("nan"), float("nan"), 0.0]).to(fresh.sample_id.device, non_blocking=True)
         # Sorted by sample, and by age within a sample: the last of equal ids is the newest copy.
         by_age = self.step[: self.filled].argsort(stable=True)
         order = by_age[self.sample_id[by_age].argsort(stable=True)]
         ids = self.sample_id[order]
         place = (torch.searchsorted(ids, fresh.sample_id, right=True) - 1).clamp_(min=0)
-        found = ids[place] == fresh.sample_id
-        old = order[place[found]]
-        if len(old) == 0:
-            return Drift(float("nan"), float("nan"), 0)
-        image = (fresh.image_embeds[found] * self.image_embeds[old]).sum(1).mean()
-        text = (fresh.text_embeds[found] * self.text_embeds[old]).sum(1).mean()
-        return Drift(1 - image.item(), 1 - text.item(), len(old))
+        found, old = ids[place] == fresh.sample_id, order[place]
+        samples = found.sum()
+        drifts = [
+            1 - (new * remembered[old]).sum(1).mul(found).sum() / samples
+            for new, remembered in (
+                (fresh.image_embeds, self.image_embeds),
+                (fresh.text_embeds, self.text_embeds),
+            )
+        ]
+        return torch.stack([*drifts, samples])
 
     def state_dict(self) -> dict[str, Tensor]:
         """Tensors only, pointer and fill level included, so that safetensors can hold it."""

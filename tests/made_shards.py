@@ -2,7 +2,7 @@
 
 import io
 import tarfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -89,11 +89,14 @@ class Watched(TrainingData):
 
     first_pass: list[int]
 
-    def _hand_out(self, step: list) -> None:
-        super()._hand_out(step)
-        for prepared in step:
-            # A stream's pairs of a pass come before those of the next.
-            self.first_pass += prepared.chunk.sample_id[: prepared.tally.used].tolist()
+    def _handed_out(self, filled):
+        return super()._handed_out(map(self._noted, filled))
+
+    def _noted(self, filled):
+        # A stream's pairs of a pass come before those of the next; here a chunk is what one worker sent.
+        (progress,) = filled.progress
+        self.first_pass += filled.chunk.sample_id[: progress.tally.used].tolist()
+        return filled
 
 
 def training_data(
@@ -105,6 +108,7 @@ def training_data(
         Prepare(ImagePipeline(8, augment=augment), characters),
         effective_batch=EFFECTIVE_BATCH,
         chunk_size=chunk_size,
+        part_size=chunk_size,
         rank=rank,
         world_size=world_size,
         workers=workers,
@@ -119,7 +123,13 @@ def all_ranks(source, world_size: int, **settings) -> list[Watched]:
     return [training_data(source, rank, world_size, **settings) for rank in range(world_size)]
 
 
-def rows(step: list) -> list[tuple]:
+def first_step(data: TrainingData, first: int = 0) -> list:
+    """The chunks of one step; their images are of no use after it."""
+    walk = data.steps(first, first + 1)
+    return [replace(chunk, pixel_values=chunk.pixel_values.clone()) for chunk in next(walk)]
+
+
+def rows(step) -> list[tuple]:
     """A step's pairs, each with every bit that a tower sees."""
     return [
         (

@@ -210,30 +210,6 @@ def test_frozen_parts_run_once_and_gradients_stay_exact(monkeypatch, freeze, rec
     assert largest_error(result, by_plain_autograd(case, 1, freeze=freeze)) <= 1e-10
 
 
-@pytest.mark.parametrize("kept", ["none", "some", "all"])
-@pytest.mark.parametrize("loss", LOSSES)
-def test_chunks_embedded_together_in_pass_1_give_the_same_gradients(monkeypatch, loss, kept):
-    """Two at a time of three chunks, in fewer forwards."""
-    case = (loss, *CASE[1:4], kept)
-    towers = prepared_towers(0.0)
-    monkeypatch.setattr("test_cached_step.prepared_towers", lambda dropout, freeze: towers)
-    result = by_cached_step(case, dropout=0.0, together=2)
-    assert towers.forwards["image"] == {"none": 2 + 3, "some": 2 + 2, "all": 3}[kept]
-    monkeypatch.undo()
-    assert largest_error(result, by_plain_autograd(case, 1, dropout=0.0)) <= 1e-10
-
-
-def test_negative_control_chunks_embedded_together_under_dropout():
-    assert largest_error(by_cached_step(CASE, together=2), by_plain_autograd(CASE, 1)) > 0.05
-
-
-@pytest.mark.parametrize("together", [1, 3])
-def test_frozen_trunks_output_survives_embedding_together(together):
-    freeze = ("image_trunk",)
-    result = by_cached_step(CASE, dropout=0.0, freeze=freeze, image_recompute="head", together=together)
-    assert largest_error(result, by_plain_autograd(CASE, 1, dropout=0.0, freeze=freeze)) <= 1e-10
-
-
 def test_batch_norm_statistics_are_updated_once():
     towers, twin = ToyTowers(0.0, batch_norm=True), ToyTowers(0.0, batch_norm=True)
     chunks = toy_chunks(COUNT, 4, None)

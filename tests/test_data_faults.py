@@ -9,7 +9,7 @@ from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from made_shards import Remote, all_ranks, captioned, make_tar, tar_bytes, totals, training_data
+from made_shards import Remote, all_ranks, captioned, first_step, make_tar, tar_bytes, totals, training_data
 from PIL import Image
 
 from lib.data import open_evaluation, open_sources
@@ -189,7 +189,7 @@ def test_a_shard_that_goes_down_between_runs_costs_its_waiting_samples_and_one_e
         make_tar(tmp_path / f"{number}.tar", captioned(range(6)))
     source, _ = open_sources(str(tmp_path / "?.tar"), None, None)
     first = training_data(source, shuffle_buffer=100)  # all samples wait in the buffer
-    next(first.steps(0, 1))
+    first_step(first)
     down = Remote(tmp_path, 0, log=tmp_path / "log", down=("1.tar",))
     second = training_data(replace(source, fetcher=down), shuffle_buffer=100)
     second.load_state_dict(first.state_dict())

@@ -6,14 +6,14 @@ from itertools import chain
 
 import numpy as np
 import pytest
-from made_shards import all_ranks, captioned, make_tar, plain, rows, through_a_file, totals, training_data
+from made_shards import all_ranks, captioned, first_step, make_tar, plain, rows, through_a_file, totals, training_data
 from PIL import Image
 
 from lib.data import BadImage, open_sources
 from lib.data.order import salted, stable_hash
 from lib.data.pairs import IndexedSource, MixedSource, Source, prompted_source
 from lib.data.shards.source import count_pairs
-from lib.data.streams import chunks
+from lib.data.streams import parts as stream_parts
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def three(tmp_path) -> MixedSource:
 @pytest.fixture
 def first_passes(tmp_path, monkeypatch):
     """Reads the ids that streams, workers' included, gave out of the first pass of any part since the last call."""
-    log, original = tmp_path / "first_passes", chunks._Stream.pair
+    log, original = tmp_path / "first_passes", stream_parts._Stream.pair
 
     def pair(stream, tally):
         before = tally.used
@@ -71,7 +71,7 @@ def first_passes(tmp_path, monkeypatch):
         log.unlink()
         return ids
 
-    monkeypatch.setattr(chunks._Stream, "pair", pair)
+    monkeypatch.setattr(stream_parts._Stream, "pair", pair)
     return read
 
 
@@ -153,7 +153,7 @@ def test_equal_keys_of_two_parts_are_different_samples_and_equal_classes_the_sam
     shards, _ = open_sources(str(tmp_path / "a.tar"), None, None)
     for part, classes in ((shards, False), (indexed(6), True)):
         source = mixed(part, part, weights=(0.5, 0.5))
-        steps = list(training_data(source, augment="none").steps(0, 6))
+        steps = [list(step) for step in training_data(source, augment="none").steps(0, 6)]
         ids = {int(chunk.sample_id[row]) for step in steps for chunk in step for row in range(len(chunk))}
         groups = {int(chunk.group[row]) for step in steps for chunk in step for row in range(len(chunk))}
         assert len(ids) == 12 and len(groups) == (3 if classes else 12)
@@ -174,5 +174,5 @@ def test_sources_are_mixed_by_the_weights_that_are_given(tmp_path):
     make_tar(tmp_path / "a.tar", captioned(range(6)))
     source, validation = open_sources([f"{tmp_path / 'a.tar'}::3", "digits::1"], None, None)
     assert source.weights == (0.75, 0.25) and validation.classes[0] == "zero"
-    (chunk,) = next(training_data(source, chunk_size=12).steps(0, 1))
+    (chunk,) = first_step(training_data(source, chunk_size=12))
     assert len(chunk) == 12

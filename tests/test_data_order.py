@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-from made_shards import characters, rows
+from made_shards import characters, first_step, rows
 from PIL import Image
 
 from lib.data import BadImage, ImagePipeline, Prepare, TrainingData, open_sources
@@ -42,12 +42,25 @@ def source(size: int = 37, bad: frozenset[int] = frozenset()) -> IndexedSource:
     return prompted_source(images, np.arange(size) % 3, ("ant", "bee", "cow"), templates, "noise", "test")
 
 
-def training_data(pairs: IndexedSource, rank=0, world_size=1, workers=0, chunk_size=7, seed=3, batch=EFFECTIVE_BATCH):
+def training_data(
+    pairs: IndexedSource,
+    rank=0,
+    world_size=1,
+    workers=0,
+    chunk_size=7,
+    part_size=5,
+    seed=3,
+    batch=EFFECTIVE_BATCH,
+    ahead=1,
+    tokenize=characters,
+):
     return TrainingData(
         pairs,
-        Prepare(PIPELINE, characters),
+        Prepare(PIPELINE, tokenize),
         effective_batch=batch,
         chunk_size=chunk_size,
+        part_size=part_size,
+        chunks_ahead=ahead,
         rank=rank,
         world_size=world_size,
         workers=workers,
@@ -66,11 +79,15 @@ def steps(first=0, last=4, world_size=1, pairs=None, **settings) -> list[list[tu
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-@pytest.mark.parametrize("chunk_size, workers", [(1, 0), (5, 0), (6, 0), (100, 0), (5, 1), (5, 2)])
-def test_a_step_holds_the_same_pairs_however_it_is_made(world_size, chunk_size, workers):
+@pytest.mark.parametrize(
+    "chunk_size, part_size, workers",
+    [(1, 5, 0), (5, 5, 0), (6, 4, 0), (100, 64, 0), (4, 7, 0), (5, 3, 1), (5, 64, 2), (7, 2, 2)],
+)
+def test_a_step_holds_the_same_pairs_however_it_is_made(world_size, chunk_size, part_size, workers):
     pairs = source(bad=frozenset({3, 8}))
-    naive = steps(pairs=pairs, chunk_size=EFFECTIVE_BATCH)
-    assert steps(pairs=pairs, world_size=world_size, chunk_size=chunk_size, workers=workers) == naive
+    naive = steps(pairs=pairs, chunk_size=EFFECTIVE_BATCH, part_size=EFFECTIVE_BATCH)
+    made = steps(pairs=pairs, world_size=world_size, chunk_size=chunk_size, part_size=part_size, workers=workers)
+    assert made == naive
     assert all(len(step) == EFFECTIVE_BATCH for step in naive)
 
 
@@ -86,9 +103,9 @@ def test_every_pass_holds_every_pair_once_in_an_order_of_its_own():
     assert len(set(map(tuple, passes))) == len(passes)
 
 
-def test_chunks_are_full_but_for_the_last_of_a_step():
-    for world_size, sizes in ((1, [7, 7, 7, 3]), (2, [7, 5]), (4, [6])):
-        step = next(training_data(source(), 0, world_size).steps(0, 1))
+def test_the_chunks_of_a_step_are_as_equal_as_can_be():
+    for world_size, chunk_size, sizes in ((1, 7, [6] * 4), (1, 10, [8] * 3), (1, 5, [4, 5, 5, 5, 5]), (4, 7, [6])):
+        step = first_step(training_data(source(), 0, world_size, chunk_size=chunk_size))
         assert [len(chunk) for chunk in step] == sizes
         assert step[0].pixel_values.dtype == torch.uint8
         assert {step[0].input_ids.dtype, step[0].group.dtype, step[0].sample_id.dtype} == {torch.int64}
@@ -132,7 +149,7 @@ def test_counts_are_of_distinct_pairs_and_add_up(world_size, workers):
 def test_only_what_was_handed_out_is_counted():
     data = training_data(source(), workers=2)
     walk = data.steps(0, 3)
-    next(walk)
+    list(next(walk))
     assert data.counts.read == EFFECTIVE_BATCH and data.state_dict()["step"] == 1
     walk.close()
 
@@ -155,23 +172,14 @@ def refuse(texts: list[str]):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_errors_of_workers_arrive_and_nothing_is_left_running(workers):
     children = len(multiprocessing.active_children())
-    data = TrainingData(
-        source(),
-        Prepare(PIPELINE, refuse),
-        effective_batch=4,
-        chunk_size=2,
-        rank=0,
-        world_size=1,
-        workers=workers,
-        seed=0,
-    )
+    data = training_data(source(), workers=workers, batch=4, chunk_size=2, tokenize=refuse)
     with pytest.raises(RuntimeError, match="no tokenizer"):
-        next(data.steps(0, 2))
+        first_step(data)
     walk = training_data(source(), workers=workers).steps(0, 100)
     next(walk)
-    assert workers == len([thread for thread in threading.enumerate() if thread.name == "chunks ahead"])
+    assert workers == len([thread for thread in threading.enumerate() if thread.name == "read ahead"])
     walk.close()
-    assert not [thread for thread in threading.enumerate() if thread.name == "chunks ahead"]
+    assert not [thread for thread in threading.enumerate() if thread.name == "read ahead"]
     assert len(multiprocessing.active_children()) == children
 
 
@@ -241,7 +249,7 @@ def test_digits_are_prepared_at_the_size_asked_for():
         workers=0,
         seed=0,
     )
-    (chunk,) = next(data.steps(0, 1))
+    (chunk,) = first_step(data)
     assert chunk.pixel_values.shape == (64, 3, 28, 28)
     assert pairs.size + len(held_out) == 1797 and not set(pairs.images.keys) & set(held_out.image_keys)
 

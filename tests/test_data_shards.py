@@ -14,6 +14,7 @@ from made_shards import (
     Remote,
     all_ranks,
     captioned,
+    first_step,
     make_shards,
     make_tar,
     plain,
@@ -31,7 +32,8 @@ from lib.data.shards.annotations import shard_names
 from lib.data.shards.index import ShardEntry, ShardIndex, write_index
 from lib.data.shards.source import count_pairs
 from lib.data.shards.tars import ALL, Damage, index_samples, read_samples
-from lib.data.streams import chunks, shard_stream
+from lib.data.streams import parts as stream_parts
+from lib.data.streams import shard_stream
 from lib.data.streams.dealing import Dealing, Part
 from lib.data.streams.positions import ShardPosition
 from lib.data.streams.shard_stream import ShardStream
@@ -99,7 +101,7 @@ def test_each_good_sample_is_used_once_a_pass_and_no_rank_waits(tmp_path, world_
     source = source if counted else uncounted(source)
     parts = all_ranks(source, world_size, workers=workers, augment="none")
     for part in parts:
-        steps = list(part.steps(0, 12))
+        steps = [list(step) for step in part.steps(0, 12)]
         assert [sum(map(len, step)) for step in steps] == [12 // world_size] * 12
         assert max(len(chunk) for step in steps for chunk in step) <= 5
     good = [stable_hash(f"part-{shard}.tar/{n:04d}") for shard in range(5) for n in range(12) if n not in (1, 2, 3)]
@@ -145,7 +147,7 @@ def test_a_resumed_stream_opens_and_decodes_nothing_that_was_finished(tmp_path, 
     monkeypatch.setattr(shard_stream, "decode_image", lambda *given: decoded.append(1) or original(*given))
     resumed = training_data(source)
     resumed.load_state_dict(state)
-    after = rows(next(resumed.steps(3, 4)))
+    after = rows(first_step(resumed, 3))
     assert not {row[0] for row in before} & {row[0] for row in after}
     assert len(opened & remote.opened()) <= 2  # that of the cursor, and another that waits in the buffer
     assert len(decoded) <= 12 + 2  # the pairs of the step, and broken images among them
@@ -260,7 +262,7 @@ def test_a_shard_with_more_samples_than_its_index_says_loses_none(tmp_path):
 
 
 def test_shards_without_a_usable_pair_are_an_error_and_no_endless_loop(tmp_path, monkeypatch):
-    monkeypatch.setattr(chunks, "_MOST_BAD_IN_A_ROW", 300)
+    monkeypatch.setattr(stream_parts, "_MOST_BAD_IN_A_ROW", 300)
     members = {f"{number}.{suffix}": b"nothing" for number in range(9) for suffix in ("jpg", "txt")}
     make_tar(tmp_path / "bad.tar", members)
     source, _ = open_sources(str(tmp_path / "bad.tar"), None, None)

@@ -10,6 +10,7 @@ import torch
 from made_classes import COLOURS, make_squares, save_model
 
 import evaluate
+from lib.backends import Precision
 from lib.data.classes.digits import CLASSES
 from lib.data.sources import open_evaluation
 from lib.evaluation import classifiers
@@ -65,7 +66,7 @@ def test_entropy_rises_to_its_maximum_with_temperature(model, squares, tmp_path)
     by_temperature = [metrics[f"{temperature:g}"]["mean_entropy"] for temperature in sorted(temperatures)]
     assert by_temperature == sorted(by_temperature)
     assert 0.95 * math.log(32) < by_temperature[-1] <= math.log(32)
-    loaded = Model.load(str(model), torch.device("cpu"))
+    loaded = Model.load(str(model), Precision("fp32", torch.device("cpu")))
     images = embed_images(
         loaded.towers, open_evaluation(str(squares), "test", None), loaded.pipeline, device="cpu"
     ).embeds

@@ -14,6 +14,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 
 import evaluate
+from lib.backends import Precision
 from lib.collectives import rank_and_world_size
 from lib.data.sources import open_evaluation
 from lib.evaluation import classifiers
@@ -93,7 +94,7 @@ def test_figures_equal_scikit_learn_called_by_hand(model, squares, tmp_path):
 
 
 def embedded_by_hand(model: Path, data: Path, split: str) -> Part:
-    loaded = Model.load(str(model), torch.device("cpu"))
+    loaded = Model.load(str(model), Precision("fp32", torch.device("cpu")))
     images = open_evaluation(str(data), split, None)
     return Part(embed_images(loaded.towers, images, loaded.pipeline, device="cpu").embeds.numpy(), images.labels)
 

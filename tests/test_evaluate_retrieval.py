@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import evaluate
+from lib.backends import Precision
 from lib.data import open_evaluation
 from lib.evaluation.embed import Embedded, embed_images, embed_texts
 from lib.evaluation.options import Examined, Running
@@ -344,7 +345,7 @@ def test_pairs_make_every_other_caption_wrong(model, table, plain, tmp_path, cap
     metrics, page = run(model, table, tmp_path, "--pairs")
     assert "pairs: 24, each its own target; an image is in up to 3 of them" in capsys.readouterr().out
     data, device = open_evaluation(str(table), "auto", None), torch.device("cpu")
-    loaded = Model.load(str(model), device)
+    loaded = Model.load(str(model), Precision("fp32", device))
     images = embed_images(loaded.towers, data, loaded.pipeline, device=device).embeds[data.caption_image]
     texts = embed_texts(loaded.towers, data.captions, loaded.processing.tokenize, device=device)
     to_text, to_image = naive_ranks(images, texts, int.__eq__), naive_ranks(texts, images, int.__eq__)

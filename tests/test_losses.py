@@ -194,7 +194,7 @@ def test_one_visit_gives_log_sum_exp_and_mean_by_softmax_at_any_range_of_logits(
     others = (others if order == "drawn" else others[by_cosine]).repeat_interleave(3, dim=0)
     left_out = torch.rand(9, len(others), generator=generator) < 0.3
     left_out[4] = True
-    tiles = logit_tiles.LogitTiles(anchors, others, torch.tensor(100.0), None)
+    tiles = logit_tiles.LogitTiles(anchors, others, torch.tensor(100.0), None, logit_tiles.TileBuffers())
     lse, mean = tiles.softmax_mean(lambda r, c: left_out[r, c])
     logits = (100 * anchors.double() @ others.double().T).masked_fill(left_out, -torch.inf)
     torch.testing.assert_close(lse.double(), logits.logsumexp(1), rtol=1e-5, atol=1e-5)

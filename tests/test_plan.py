@@ -6,16 +6,10 @@ import pytest
 import torch
 from naive import random_pairs
 
+from lib.fitting import MARGIN, graphs_that_fit, measure_activations
 from lib.logit_bias import bias_from_counts, solved_bias
 from lib.losses import sigmoid
-from lib.plan import (
-    BatchPlan,
-    graphs_that_fit,
-    largest_chunk,
-    measure_activations,
-    oversize_warning,
-    useless_memory_warning,
-)
+from lib.plan import BatchPlan, oversize_warning, useless_memory_warning
 from lib.towers import build_preset
 from lib.trainable import set_trainable
 
@@ -23,7 +17,7 @@ from lib.trainable import set_trainable
 def plan(**changes) -> BatchPlan:
     settings = {
         "effective_batch": 1000, "world_size": 2, "chunk_size": 64, "keep_graphs": 0, "xbm_size": 300,
-        "embed_dim": 16, "image_bytes": 3072, "activation_bytes": 1000, "state_bytes": 10,
+        "embed_dim": 16, "image_bytes": 3072, "graph_bytes": 1000, "chunk_bytes": 1500, "state_bytes": 10,
     }  # fmt: skip
     return BatchPlan(**settings | changes)
 
@@ -34,13 +28,18 @@ def four_pairs(processing) -> dict[str, torch.Tensor]:
     return {"pixel_values": pixel_values, "input_ids": input_ids, "attention_mask": attention_mask}
 
 
-def test_chunks_cover_the_rank_and_the_last_may_be_smaller():
-    assert (plan().per_rank, plan().chunks) == (500, 8)
+def test_chunks_cover_the_rank_and_are_alike():
+    assert (plan().per_rank, plan().chunks, plan().chunk_pairs) == (500, 8, 63)
     assert plan(chunk_size=500).chunks == 1
 
 
+def test_host_memory_is_that_of_a_step_and_of_what_is_read_ahead():
+    assert plan().pixel_bytes == 8 * 63 * 3072
+    assert plan(chunks_ahead=3).pixel_bytes == 11 * 63 * 3072
+
+
 def test_more_of_anything_needs_more_memory():
-    for change in ({"keep_graphs": 3}, {"xbm_size": 9000}, {"chunk_size": 128}, {"effective_batch": 5000}):
+    for change in ({"keep_graphs": 3}, {"xbm_size": 9000}, {"chunk_bytes": 1501}, {"effective_batch": 5000}):
         assert plan(**change).device_bytes > plan().device_bytes, change
 
 
@@ -79,21 +78,13 @@ def test_measuring_moves_neither_weights_nor_random_state():
     assert all(torch.equal(weights[n], p) and p.grad is None for n, p in towers.named_parameters())
 
 
-def test_auto_chunks_shrink_with_the_activations():
-    assert largest_chunk(2**20, 10_000) == 256
-    assert largest_chunk(2**21, 10_000) == 128
-    assert largest_chunk(1, 100) == 64  # no more than the rank has
-    assert largest_chunk(2**40, 100) == 1
-
-
-def test_auto_keeps_the_graphs_that_fit_beside_the_plan(monkeypatch):
-    few = plan(activation_bytes=2**20)  # 64 MiB a chunk, 8 chunks
+def test_auto_keeps_the_graphs_that_fit_beside_the_plan():
+    few = plan(graph_bytes=64 * 2**20)  # of 8 chunks
     for device, beside in (("cpu", few.device_bytes + 2 * few.pixel_bytes), ("cuda", few.device_bytes)):
         share = 0.5 if device == "cpu" else 1
-        for free, kept in ((0, 0), (beside, 0), (beside + 3.1 * few.chunk_size * 2**20 / share, 3), (2**40, 8)):
-            monkeypatch.setattr("lib.plan.free_memory", lambda _, free=free: int(free))
-            monkeypatch.setattr("lib.plan.DEVICE_SHARE", 1.0)
-            assert graphs_that_fit(few, torch.device(device), 1) == kept, (device, free)
+        for free, kept in ((0, 0), (beside, 0), (beside + 3.1 * 64 * 2**20 / share, 3), (2**40, 8)):
+            free = free if device == "cpu" else free / MARGIN
+            assert graphs_that_fit(few, int(free), torch.device(device)) == kept, (device, free)
 
 
 def test_a_batch_above_the_data_set_is_told_with_what_to_use_instead():

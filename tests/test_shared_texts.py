@@ -17,7 +17,7 @@ from lib.collectives import logsumexp_over_ranks, rank_and_world_size
 from lib.data import Chunk
 from lib.losses import Pairs, infonce, sigmoid
 from lib.report import read_metrics
-from lib.shared_texts import TEXT_INPUTS, same_every_time, share_texts
+from lib.step_inputs import TEXT_INPUTS, StepBatch, same_every_time
 
 CPU, COUNT, DIM = torch.device("cpu"), 12, 6
 LOSSES = {
@@ -105,15 +105,6 @@ def test_gradients_equal_encoding_every_pair(loss, size, texts, keep_graphs):
     assert difference == 0
 
 
-def test_chunks_of_one_form_may_be_embedded_together(monkeypatch):
-    """Those without texts, and those with: gradients as when each is embedded alone."""
-    monkeypatch.setattr("test_shared_texts.towers_with_image_dropout", lambda _: ToyTowers(0.0))
-    alone, *_ = shared("infonce", 2, 3, 1)
-    monkeypatch.setattr("test_shared_texts.cached_step", partial(cached_step, together=3))
-    together, *_ = shared("infonce", 2, 3, 1)
-    assert largest_error(together, alone) <= 1e-10
-
-
 @pytest.mark.parametrize("keep_graphs", [0, 2, 6])
 def test_a_step_can_be_given_up_as_often_whatever_the_texts(monkeypatch, keep_graphs):
     """Ranks agree there by a reduction: one that asked less often than another would wait for ever."""
@@ -121,7 +112,7 @@ def test_a_step_can_be_given_up_as_often_whatever_the_texts(monkeypatch, keep_gr
     counts = set()
     for texts in (1, 3, 5, COUNT):
         asked: list[int] = []
-        counted = partial(cached_step, together=3, between_chunks=partial(asked.append, 1))
+        counted = partial(cached_step, between_chunks=partial(asked.append, 1))
         with monkeypatch.context() as patch:
             patch.setattr("test_shared_texts.cached_step", counted)
             shared("infonce", 2, texts, keep_graphs)
@@ -158,7 +149,8 @@ def test_texts_of_several_lengths_are_the_same_texts():
     padded = torch.cat([long.input_ids, torch.full((6, 2), 7)], dim=1)
     mask = torch.cat([long.attention_mask, torch.zeros(6, 2, dtype=torch.int64)], dim=1)
     long = replace(long, input_ids=padded, attention_mask=mask, text_id=long.text_id + 50)
-    inputs, text_row = share_texts([short, long])
+    batch = StepBatch([short, long], (), share=True, pin=False)
+    inputs, text_row = [forward.inputs for forward in batch.forwards()], batch.text_row
     texts = torch.cat([each["input_ids"] for each in inputs if "input_ids" in each])
     masks = torch.cat([each["attention_mask"] for each in inputs if "input_ids" in each])
     for place, pair in enumerate([*short.input_ids, *long.input_ids[:, :4]]):
@@ -166,11 +158,21 @@ def test_texts_of_several_lengths_are_the_same_texts():
         assert masks[text_row[place]].tolist() == [1, 1, 1, 1, 0, 0]
 
 
-def test_different_texts_are_left_as_they_are():
-    chunks = [replace(chunk, text_id=torch.arange(4) + 4 * n) for n, chunk in enumerate(toy_chunks(COUNT, 4, None))]
-    inputs, text_row = share_texts(chunks)
-    assert text_row is None
-    assert all(torch.equal(a["input_ids"], b.input_ids) for a, b in zip(inputs, chunks, strict=True))
+def test_images_do_not_wait_for_the_texts_of_later_chunks():
+    """Each chunk's images are a forward before the next chunk is asked for; the last forward has both towers."""
+    asked = []
+
+    class Slow(list):
+        def __iter__(self):
+            for number, chunk in enumerate(super().__iter__()):
+                asked.append(number)
+                yield chunk
+
+    batch = StepBatch(Slow(prompted_chunks(3, 5)), (), share=True, pin=False)
+    given = [(list(forward.inputs), forward.last, len(asked)) for forward in batch.forwards()]
+    assert given[:3] == [(["pixel_values"], False, 1), (["pixel_values"], False, 2), (["pixel_values"], False, 3)]
+    assert given[3] == (["input_ids", "attention_mask"], False, 4)
+    assert given[4] == (["pixel_values", "input_ids", "attention_mask"], True, 4) and len(given) == 5
 
 
 @pytest.mark.parametrize("cached", [False, True])

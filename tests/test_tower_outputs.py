@@ -15,6 +15,7 @@ from ranks import on_ranks
 
 import train_clip
 from lib import tower_outputs
+from lib.backends import Precision
 from lib.data import BadImage, ImagePipeline, Prepare, TrainingData, open_sources
 from lib.data.outputs import StoredOutputs
 from lib.data.pack.__main__ import main as pack
@@ -68,7 +69,7 @@ def fill(cache: Path, data: str, seed: int = 0, images: ImagePipeline = PIPELINE
     """Both outputs stored, for a source made of the table."""
     own, processing = towers_of(seed, texts)
     source, _ = open_sources(data, None, None)
-    caching = Caching(towers or own, processing, cache, CPU, workers=0, batch_size=3)
+    caching = Caching(towers or own, processing, cache, Precision("fp32", CPU), workers=0, batch_size=3)
     return caching.fill(Prepare(images, processing.tokenize), source, True, True), source, own
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 from accelerate.state import AcceleratorState
+from made_shards import first_step
 from PIL import Image
 from ranks import on_ranks
 from safetensors.torch import load_file
@@ -187,7 +188,7 @@ def test_a_softmax_clip_gets_its_bias_solved_from_the_first_batch(tmp_path):
         source, Prepare(ImagePipeline(32, "crop"), Processing.from_pretrained(clip / "export").tokenize),
         effective_batch=64, chunk_size=64, rank=0, world_size=1, workers=0, seed=0,
     )  # fmt: skip
-    (chunk,) = next(data.steps(0, 1))
+    (chunk,) = first_step(data)
     with torch.no_grad():
         output = towers(chunk.pixel_values, chunk.input_ids, chunk.attention_mask)
     logits = output.logit_scale * output.image_embeds @ output.text_embeds.T + output.logit_bias
@@ -272,25 +273,6 @@ def test_the_plan_names_negatives_texts_and_recurrence(tmp_path, capsys):
     assert "2,047 fresh and 512 remembered negatives" in plan
     assert "40 distinct texts" in plan
     assert "1.4 times the data set" in plan and "--effective-batch 256 --xbm-size 1792" in plan
-
-
-def test_larger_forwards_in_pass_1_train_the_same(tmp_path, monkeypatch):
-    """As on an accelerator, where small chunks are embedded together."""
-    flags = ("--chunk-size=8", "--eval-every=0", "--save-every=0", "--verify-gradients")
-    alone = steps_of(run(train_siglip.main, tmp_path / "alone", *flags))
-    AcceleratorState._reset_state(reset_partial_state=True)
-    forwards = []
-    embed = TwoTowers.forward
-
-    def counted(self, *inputs, **named):
-        forwards.append(len([*inputs, *named.values()][0]))
-        return embed(self, *inputs, **named)
-
-    monkeypatch.setattr("lib.trial.pass_1_pairs", lambda device: 32)
-    monkeypatch.setattr(TwoTowers, "forward", counted)
-    together = steps_of(run(train_siglip.main, tmp_path / "together", *flags))
-    assert 32 in forwards and 8 in forwards
-    assert [step["loss"] for step in together] == pytest.approx([step["loss"] for step in alone], rel=1e-5)
 
 
 @pytest.mark.slow

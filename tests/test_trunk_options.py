@@ -5,7 +5,7 @@ import torch
 from small_runs import losses, pair, same, save_encoders, saved, train
 
 from lib.errors import InputError
-from lib.plan import measure_activations
+from lib.fitting import measure_activations
 from lib.towers import TwoTowers, load_towers
 from lib.trainable import set_trainable
 from lib.trunk_options import checkpoint_activations, keeping_activations

@@ -70,18 +70,22 @@ def test_drift_compares_with_the_newest_copy_of_the_same_sample():
     memory.enqueue(random_pairs(5, DIM, seed=8, first_id=50), 0)
     memory.enqueue(old, 1)
     memory.enqueue(newer, 2)
-    drift = memory.drift(now)
-    assert drift.samples == 6
-    assert drift.image == pytest.approx(1 - (now.image_embeds * newer.image_embeds).sum(1).mean().item())
-    assert drift.text == pytest.approx(1 - (now.text_embeds * newer.text_embeds).sum(1).mean().item())
-    assert memory.drift(newer).image == pytest.approx(0, abs=1e-12)
+    image, text, samples = memory.drift(now).tolist()
+    assert samples == 6
+    assert image == pytest.approx(1 - (now.image_embeds * newer.image_embeds).sum(1).mean().item())
+    assert text == pytest.approx(1 - (now.text_embeds * newer.text_embeds).sum(1).mean().item())
+    assert memory.drift(newer)[0].item() == pytest.approx(0, abs=1e-12)
+    half = random_pairs(6, DIM, seed=3, first_id=3)  # samples 3 to 8, of which the first three are remembered
+    cosines = (half.image_embeds[:3] * newer.image_embeds[3:]).sum(1)
+    assert memory.drift(half).tolist()[::2] == pytest.approx([1 - cosines.mean().item(), 3])
 
 
 def test_without_recurring_samples_there_is_no_drift_reading():
     memory = CrossBatchMemory(20, DIM)
-    memory.enqueue(random_pairs(5, DIM, seed=1), 0)
-    drift = memory.drift(random_pairs(5, DIM, seed=2, first_id=99))
-    assert drift.samples == 0 and math.isnan(drift.image) and math.isnan(drift.text)
+    for _ in range(2):
+        image, text, samples = memory.drift(random_pairs(5, DIM, seed=2, first_id=99)).tolist()
+        assert samples == 0 and math.isnan(image) and math.isnan(text)
+        memory.enqueue(random_pairs(5, DIM, seed=1), 0)
 
 
 def test_age_is_counted_in_steps():

@@ -1,8 +1,26 @@
-"""What this process has of the machine: cores, and memory that was used."""
+"""What this process has of the machine: cores, memory that is free or was used, and errors of memory."""
 
+import errno
 import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
+import joblib
+import psutil
 import torch
+
+from lib.collectives import local_ranks
+from lib.errors import RunError
+
+_NO_MEMORY = re.compile(
+    r"out of memory|CUBLAS_STATUS_ALLOC_FAILED|CUDNN_STATUS_ALLOC_FAILED|DEVICE_ALLOCATION_FAILED"
+    r"|HOST_ALLOCATION_FAILED|can't allocate memory|cannot allocate memory",
+    re.IGNORECASE,
+)
+_NO_SUCH_KERNEL = "does not have a deterministic implementation"
+_AMOUNT = re.compile(r"[Tt]ried to allocate ([\d.]+ [KMGT]?i?B|\d+ bytes)")
 
 
 def peak_memory_bytes(device: torch.device) -> int:
@@ -15,14 +33,83 @@ def peak_memory_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def use_all_cores(processes: int) -> None:
+def peak_reserved_bytes(device: torch.device) -> int | None:
+    """Peak memory that torch's allocator took from the accelerator, in use or not; None on a CPU."""
+    return torch.cuda.max_memory_reserved(device) if device.type == "cuda" else None
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes free on the device now (on a CPU: available in the machine)."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available
+
+
+def total_memory(device: torch.device) -> int:
+    """Bytes that the device has, in use or not (on a CPU: of the machine)."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    return psutil.virtual_memory().total
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed: torch's, that of cuBLAS or cuDNN for their work space, or the host's."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error)) is not None
+
+
+@contextmanager
+def device_faults_reported(chunk_pairs: int, standing: Callable[[], Path | None]) -> Iterator[None]:
+    """Turn a failed allocation into a RunError that names the amount, the chunk and what to do.
+
+    The same for a kernel that --deterministic forbids. standing: the checkpoint to resume from, if there is one.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError, OSError) as error:
+        if _NO_SUCH_KERNEL in str(error):
+            kernel = str(error).split(_NO_SUCH_KERNEL)[0].strip()
+            raise RunError(
+                f"--deterministic: {kernel} has no reproducible kernel on this device; leave it out"
+            ) from error
+        if not is_out_of_memory(error):
+            raise
+        amount = _AMOUNT.search(str(error))
+        asked = f"{amount[1]} more were asked for" if amount else "an allocation failed"
+        smaller = f"use --chunk-size {chunk_pairs // 2}" if chunk_pairs > 1 else "use --gradient-checkpointing"
+        checkpoint = standing()
+        resume = f"the last good checkpoint is {checkpoint}" if checkpoint else "no checkpoint had been written"
+        raise RunError(
+            f"out of memory with chunks of {chunk_pairs} pairs ({asked}): {smaller}; {resume}", of_one_rank=True
+        ) from error
+
+
+@contextmanager
+def fork_rng(device: torch.device) -> Iterator[None]:
+    """Leave the generators of the CPU and of this device as they were; without a list torch warns of many GPUs."""
+    if device.type == "cpu":
+        with torch.random.fork_rng(devices=[]):
+            yield
+    else:
+        with torch.random.fork_rng(devices=[device], device_type=device.type):
+            yield
+
+
+def use_all_cores() -> None:
     """accelerate launch and torchrun set OMP_NUM_THREADS=1 where nobody chose: then share the cores over the ranks."""
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
     if launched and os.environ.get("OMP_NUM_THREADS", "1") == "1":
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
-        torch.set_num_threads(max(1, usable_cores() // local))
+        torch.set_num_threads(max(1, usable_cores() // local_ranks()))
 
 
 def usable_cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Cores that this process may use, within its affinity and its container's CPU quota."""
+    return joblib.cpu_count()
+
+
+def auto_workers() -> int:
+    """Processes that decode for one rank: its share of the usable cores but one, which launches the kernels."""
+    return max(1, usable_cores() // local_ranks() - 1)

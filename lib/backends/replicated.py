@@ -64,14 +64,13 @@ class Backend:
         """Accumulate the gradients of a scalar, multiplied with the loss scale until they are clipped."""
         (value * self.loss_scale.value if self.loss_scale else value).backward()
 
-    def clip_gradients(self, largest: float) -> float:
-        """Clip to this norm (0: only measure); returns the norm over all ranks before clipping, the same on each."""
+    def clip_gradients(self, largest: float) -> Tensor:
+        """Clip to this norm (0: only measure); returns the norm over all ranks before clipping, equal on each: ()."""
         gradients = [p.grad for p in self.towers.parameters() if p.grad is not None]
         if self.loss_scale:
             for gradient in gradients:
                 gradient.div_(self.loss_scale.value)
-        norm = self._clip(gradients, largest or math.inf)
-        return norm.item()
+        return self._clip(gradients, largest or math.inf)
 
     def _clip(self, gradients: list[Tensor], largest: float) -> Tensor:
         norm = get_total_norm(gradients)

@@ -2,18 +2,20 @@
 
 import os
 import warnings
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.utils import DistributedType, ProjectConfiguration, is_wandb_available
 
 from lib.backends.device import use_all_cores
-from lib.backends.precision import PRECISIONS, Precision, PrecisionName
+from lib.backends.precision import Precision, choose_precision, set_up_kernels
 from lib.backends.replicated import Backend
 from lib.backends.zero import ZeroBackend
 from lib.backends.zero_settings import zero_settings
 from lib.collectives import meeting
+from lib.config.settings import PrecisionFlag
 from lib.errors import InputError
 
 _SUPPORTED = (
@@ -25,34 +27,32 @@ _SUPPORTED = (
 )
 _CONFIGS = "accelerate_configs/single_gpu.yaml, ddp.yaml, fsdp2.yaml, zero1.yaml, zero2.yaml, zero3.yaml"
 
+# Rank 0 exports alone, fills stores or waits for another job's lock, while the others wait in a collective. The
+# watchdog ends the job when a rank is lost; the default timeouts (NCCL 10 minutes, gloo 30) would end it while all
+# ranks are well.
+_LONGEST_WAIT = timedelta(hours=24)
 
-def start(tracker: str) -> Backend:
-    """Set up devices and ranks; refuses what would train wrongly in silence."""
+
+def start(tracker: str, precision: PrecisionFlag = "auto", deterministic: bool = False) -> Backend:
+    """Set up devices, ranks and kernels; refuses what would train wrongly in silence."""
     if tracker == "wandb" and not is_wandb_available():
         raise InputError("--tracker wandb needs the wandb package; pip install wandb, or use tensorboard")
-    mixed_precision = _mixed_precision(os.environ.get("ACCELERATE_MIXED_PRECISION", "no"))
     # Accelerate is left to start the ranks as for DDP: the sharding, its settings and autocast are this package's.
     zero, fsdp = _asked("ACCELERATE_USE_DEEPSPEED"), _asked("ACCELERATE_USE_FSDP")
     with meeting():
         accelerator = _accelerator(tracker)
     _check(accelerator)
     if accelerator.device.type == "cpu":
-        use_all_cores(accelerator.num_processes)
-    precision = Precision(mixed_precision, accelerator.device)
+        use_all_cores()
+    set_up_kernels(accelerator.device, deterministic)
+    chosen = choose_precision(precision, accelerator.device)
     if zero:
         if not dist.is_initialized():
             raise InputError("ZeRO has to be started by accelerate launch or torchrun, on one GPU too")
-        return ZeroBackend(accelerator, precision, zero_settings(accelerator.device))
+        return ZeroBackend(accelerator, chosen, zero_settings(accelerator.device))
     if fsdp and dist.is_initialized():
-        return _fsdp2(accelerator, precision)
-    return Backend(accelerator, precision)
-
-
-def _mixed_precision(asked: str) -> PrecisionName:
-    for name in PRECISIONS:
-        if asked == name:
-            return name
-    raise InputError(f"--mixed_precision {asked} is not supported; use bf16, fp16 or no")
+        return _fsdp2(accelerator, chosen)
+    return Backend(accelerator, chosen)
 
 
 def _asked(name: str) -> bool:
@@ -69,7 +69,10 @@ def _accelerator(tracker: str) -> Accelerator:
         # Asked for before the ranks have agreed on the run's folder; the report puts the real one in place.
         project_config=ProjectConfiguration(logging_dir="."),
         # Batch-norm statistics are averaged once per step by the cached step, not broadcast at every chunk.
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+            InitProcessGroupKwargs(timeout=_LONGEST_WAIT),
+        ],
     )
 
 

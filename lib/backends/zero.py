@@ -87,16 +87,16 @@ class ZeroBackend(Backend):
             self.engine.optimizer.override_loss_scale(self.loss_scale.value)
         self.engine.backward(value)
 
-    def clip_gradients(self, largest: float) -> float:
+    def clip_gradients(self, largest: float) -> Tensor:
         """Only measures: the engine clips in its update."""
         optimizer = self.engine.optimizer
         if optimizer.has_overflow():  # asked first: some versions write -1 for a norm that is not finite
-            return math.inf
+            return torch.tensor(math.inf)
         if self.stage == 3:
             norm = torch.stack([torch.as_tensor(of_group).float() for of_group in optimizer._get_norm_groups()]).norm()
         else:
             norm = optimizer.scaled_global_norm()
-        return float(norm) / (self.loss_scale.value if self.loss_scale else 1.0)
+        return torch.as_tensor(norm) / (self.loss_scale.value if self.loss_scale else 1.0)
 
     def step(self) -> None:
         self.engine.step()

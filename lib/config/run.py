@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from lib.config.settings import Settings
+from lib.config.settings import PrecisionFlag, Settings
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,14 @@ class Run(Settings):
     """Newest checkpoints to keep, besides the best; 0: all."""
     tracker: Literal["none", "tensorboard", "wandb"] = "none"
     """Experiment tracker, through Accelerate."""
+    precision: PrecisionFlag = "auto"
+    """What the towers compute in; weights, losses and sums stay float32. auto: bf16 where the accelerator has it, fp16
+    on older CUDA cards, fp32 on a CPU; what accelerate launch --mixed_precision says holds instead of auto."""
+    deterministic: bool = False
+    """On CUDA, use reproducible kernels only, so that a resumed run is bit-identical there too; slower.
+    On a CPU runs are bit-identical without it."""
     compile: bool = False
-    """Compile the trunks with torch.compile: the first steps take longer, the others less."""
+    """Compile the trunks with torch.compile: the first step takes a minute or more longer, the others less time."""
     compile_backend: Literal["inductor", "aot_eager"] = "inductor"
     """inductor generates code (on a CPU it needs a C++ compiler); aot_eager only traces, to find faults."""
 

@@ -4,9 +4,11 @@ import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 LARGEST_SEED = 2**32 - 1  # what NumPy, scikit-learn and PyTorch all take
 MOST_WORKERS = 256  # on each rank: more are a slip of the finger, and so many processes bring a machine down
+PrecisionFlag = Literal["auto", "bf16", "fp16", "fp32"]
 
 
 def flag(name: str) -> str:

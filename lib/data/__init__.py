@@ -7,7 +7,7 @@ from lib.data.pairs import IndexedSource, Skip, Source
 from lib.data.pipeline import ImagePipeline
 from lib.data.prepare import Prepare
 from lib.data.sources import open_evaluation, open_sources
-from lib.data.training import Counts, TrainingData
+from lib.data.training import Counts, StepChunks, TrainingData
 
 __all__ = [
     "BadImage",
@@ -19,6 +19,7 @@ __all__ = [
     "Prepare",
     "Skip",
     "Source",
+    "StepChunks",
     "TrainingData",
     "decode_image",
     "open_evaluation",

@@ -1,6 +1,6 @@
 """Owns the unit that travels from the data to the towers: one chunk of pairs."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -8,6 +8,28 @@ from torch import Tensor
 
 Tokenize = Callable[[list[str]], tuple[Tensor, Tensor]]
 """Texts to (input_ids, attention_mask), both (C, L) int64."""
+
+
+def joined_rows(name: str, parts: Sequence[Tensor]) -> Tensor:
+    """Concatenate rows of the tensor of that name. Shorter rows of tokens are padded: by their last token, masked.
+
+    A row that is the longest of its part ends with the end token, and no tower looks beyond that.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    if name not in ("input_ids", "attention_mask"):
+        return torch.cat(list(parts))
+    longest = max(part.shape[1] for part in parts)
+    return torch.cat([padded_to(name, part, longest) for part in parts])
+
+
+def padded_to(name: str, tokens: Tensor, length: int) -> Tensor:
+    """input_ids or attention_mask (C, L) as (C, length), at least as long; see `joined_rows`."""
+    missing = length - tokens.shape[1]
+    if not missing:
+        return tokens
+    end = torch.zeros_like(tokens[:, -1:]) if name == "attention_mask" else tokens[:, -1:]
+    return torch.cat([tokens, end.expand(-1, missing)], dim=1)
 
 
 @dataclass(frozen=True)
@@ -47,13 +69,22 @@ class Chunk:
         """The same chunk on another device."""
         return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
-    def clone(self) -> "Chunk":
-        """A copy with memory of its own."""
-        return self._each(torch.clone)
+    @property
+    def images(self) -> Tensor:
+        """Pixels, or the stored outputs that stand for them: (C, ...)."""
+        images = self.image_pooled if self.pixel_values is None else self.pixel_values
+        assert images is not None, "a pair has an image"
+        return images
 
-    def pin_memory(self) -> "Chunk":
-        """A copy in page-locked memory (called by torch's DataLoader)."""
-        return self._each(torch.Tensor.pin_memory)
+    def moved(self, images: Tensor) -> "Chunk":
+        """A copy of the pairs in memory of its own, their images copied into this tensor."""
+        images.copy_(self.images)
+        return self._each(lambda tensor: images if tensor is self.images else tensor.clone())
+
+    def pin_texts(self) -> "Chunk":
+        """The same pairs with everything but their images in page-locked memory."""
+        tensors = {name: tensor for name, tensor in self._tensors().items() if tensor is not self.images}
+        return replace(self, **{name: tensor.pin_memory() for name, tensor in tensors.items()})
 
     def rows(self, start: int, stop: int) -> "Chunk":
         """Some of the pairs."""
@@ -65,3 +96,13 @@ class Chunk:
     def _tensors(self) -> dict[str, Tensor]:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: tensor for name, tensor in values.items() if tensor is not None}
+
+
+def joined(chunks: Sequence[Chunk], images: Tensor) -> Chunk:
+    """The pairs of some chunks as one, whose images lie in this tensor already."""
+    tensors = [chunk._tensors() for chunk in chunks]
+    rows = {
+        name: images if tensor is chunks[0].images else joined_rows(name, [each[name] for each in tensors])
+        for name, tensor in tensors[0].items()
+    }
+    return replace(chunks[0], **rows)

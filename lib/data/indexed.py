@@ -8,7 +8,7 @@ from torch.utils.data import Dataset
 
 from lib.data.batch import Chunk
 from lib.data.images import BadImage
-from lib.data.order import ChunkPlan, draw, locate, permutation, salted, substitutes
+from lib.data.order import Parts, draw, locate, permutation, salted, substitutes
 from lib.data.pairs import IndexedSource, Skip
 from lib.data.prepare import Pair, Prepare
 from lib.data.streams.positions import IndexedPosition, StreamPosition
@@ -17,36 +17,42 @@ from lib.errors import InputError
 
 @dataclass
 class Tally:
-    """What became of the samples met for the first time while one chunk was made."""
+    """What became of the samples met for the first time while some pairs were made."""
 
     used: int = 0
     skips: list[Skip] = field(default_factory=list)
 
 
-class Prepared(NamedTuple):
-    """A chunk and what must be known when it is handed out."""
+class Progress(NamedTuple):
+    """What must be known when pairs are handed out."""
 
-    chunk: Chunk
     tally: Tally
     stream: int = 0
-    """of streams: which of this rank's it was read from"""
+    """of streams: which of this rank's they were read from"""
     position: StreamPosition | None = None
-    """of streams: where that one stands after this chunk"""
+    """of streams: where that one stands after these pairs"""
 
 
-class IndexedChunks(Dataset):
-    """Item `number` is that chunk of the endless order, whichever worker makes it."""
+class Prepared(NamedTuple):
+    """Pairs as a worker sends them."""
 
-    def __init__(self, source: IndexedSource, prepare: Prepare, plan: ChunkPlan, seed: int):
-        self.source, self.prepare, self.plan, self.seed = source, prepare, plan, seed
+    pairs: Chunk
+    progress: Progress
+
+
+class IndexedParts(Dataset):
+    """Item `number` is that part of the endless order, whichever worker makes it."""
+
+    def __init__(self, source: IndexedSource, prepare: Prepare, parts: Parts, seed: int):
+        self.source, self.prepare, self.parts, self.seed = source, prepare, parts, seed
 
     def __getitem__(self, number: int) -> Prepared | InputError:
         tally = Tally()
         try:
-            pairs = [self._pair(position, tally) for position in self.plan.positions(number)]
+            pairs = [self._pair(position, tally) for position in self.parts.positions(number)]
         except InputError as error:
             return error  # raised in a worker it would arrive wrapped in a traceback
-        return Prepared(self.prepare.chunk(pairs), tally)
+        return Prepared(self.prepare.stack(pairs), Progress(tally))
 
     def _pair(self, position: int, tally: Tally) -> Pair:
         epoch, index = locate(position, self.source.size, self.seed)

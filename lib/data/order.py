@@ -54,19 +54,24 @@ def substitutes(size: int, seed: int, epoch: int, index: int) -> Iterator[int]:
 
 
 @dataclass(frozen=True)
-class ChunkPlan:
-    """How a step's N pairs are laid out: rank r has places r B to (r + 1) B - 1, in chunks of at most C."""
+class Parts:
+    """How a step's N pairs are divided: rank r has places r B to (r + 1) B - 1, in parts of at most `largest` pairs.
+
+    A step's parts are as equal as can be: streams of fixed parts then give out as many pairs as each other, and a
+    compiled tower meets one or two sizes. Parts are numbered from the first of step 0.
+    """
 
     effective_batch: int
-    chunk_size: int
+    """N"""
+    largest: int
     rank: int
     world_size: int
 
     def __post_init__(self) -> None:
         if self.effective_batch < 1 or self.effective_batch % self.world_size:
             raise ValueError(f"effective batch {self.effective_batch} does not divide over {self.world_size} ranks")
-        if self.chunk_size < 1:
-            raise ValueError(f"chunk size {self.chunk_size} must be at least 1")
+        if self.largest < 1:
+            raise ValueError(f"parts of {self.largest} pairs must have at least 1")
 
     @property
     def per_rank(self) -> int:
@@ -74,23 +79,19 @@ class ChunkPlan:
         return self.effective_batch // self.world_size
 
     @property
-    def chunks_per_step(self) -> int:
-        return -(-self.per_rank // self.chunk_size)
-
-    def size(self, number: int) -> int:
-        """Pairs in chunk `number`, counted from the first of step 0; the last of a step has the rest."""
-        return min(self.chunk_size, self.per_rank - number % self.chunks_per_step * self.chunk_size)
-
-    def even_size(self, number: int) -> int:
-        """Pairs in chunk `number` where a step's chunks are as equal as can be.
-
-        A stream makes the chunks of fixed places: it gives out as many pairs as the others only if these are alike.
-        """
-        chunk = number % self.chunks_per_step
-        return (chunk + 1) * self.per_rank // self.chunks_per_step - chunk * self.per_rank // self.chunks_per_step
+    def per_step(self) -> int:
+        """Parts of a step."""
+        return -(-self.per_rank // self.largest)
 
     def positions(self, number: int) -> range:
-        """The places of chunk `number` in the endless order of all ranks."""
-        step, chunk = divmod(number, self.chunks_per_step)
-        start = step * self.effective_batch + self.rank * self.per_rank + chunk * self.chunk_size
-        return range(start, start + self.size(number))
+        """The places of part `number` in the endless order of all ranks."""
+        step, part = divmod(number, self.per_step)
+        first = step * self.effective_batch + self.rank * self.per_rank
+        return range(first + self._start(part), first + self._start(part + 1))
+
+    def size(self, number: int) -> int:
+        """Pairs in part `number`."""
+        return len(self.positions(number))
+
+    def _start(self, part: int) -> int:
+        return part * self.per_rank // self.per_step

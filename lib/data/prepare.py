@@ -41,9 +41,16 @@ class Prepare:
     """of a frozen text trunk, by the hash of the text: nothing is tokenized then"""
 
     @property
+    def blank(self) -> Tensor:
+        """An image as it travels in a chunk: zeros (3, H, W) uint8, or (H,) float32 where outputs are stored."""
+        if self.image_outputs is None:
+            return torch.zeros(3, self.images.size, self.images.size, dtype=torch.uint8)
+        return torch.zeros(self.image_outputs.width)
+
+    @property
     def image_bytes(self) -> int:
         """Bytes of one image as it travels in a chunk."""
-        return 3 * self.images.size**2 if self.image_outputs is None else 4 * self.image_outputs.width
+        return self.blank.nbytes
 
     def pair(self, open_image: OpenImage, image_id: int, text: str, group: int, sample_id: int, seed: int) -> Pair:
         """Prepare one pair; raises BadImage.
@@ -56,8 +63,8 @@ class Prepare:
             image = _stored(self.image_outputs, "--cache-image", [image_id])[0]
         return Pair(image, text, group, sample_id)
 
-    def chunk(self, pairs: list[Pair]) -> Chunk:
-        """Stack pairs into a chunk, their texts tokenized."""
+    def stack(self, pairs: list[Pair]) -> Chunk:
+        """Stack pairs, their texts tokenized."""
         images = torch.stack([pair.image for pair in pairs])
         stored = self.image_outputs is not None
         return Chunk(

@@ -8,26 +8,35 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field
-from typing import TypeVar
+from functools import cached_property
+from pathlib import Path
+from threading import Event
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch.utils.data import DataLoader
 
-from lib.data.ahead import ahead
-from lib.data.batch import Chunk
-from lib.data.indexed import IndexedChunks, Prepared
-from lib.data.order import ChunkPlan, stable_hash
+from lib.collectives import local_ranks
+from lib.data.ahead import ImageBuffer, ReadAhead
+from lib.data.batch import Chunk, joined
+from lib.data.indexed import IndexedParts, Prepared, Progress
+from lib.data.order import Parts, stable_hash
 from lib.data.pairs import IndexedSource, Skip, Source, parts_of
 from lib.data.prepare import Prepare
-from lib.data.streams.chunks import StreamChunks
 from lib.data.streams.layouts import Start, dealings, excluded_in, fresh_start, layout, take_over
+from lib.data.streams.parts import StreamParts
 from lib.data.streams.positions import loaded, saved
 from lib.errors import InputError
 
 _PR_SET_PDEATHSIG = 1
-_BYTES_AHEAD = 2**31
-"""Pixels of the next step that may wait on this rank while the current one is computed."""
+LARGEST_PART = 64
+"""Pairs that a worker sends at a time: parts lie in shared memory, of which containers have little."""
+SMALLEST_PART = 8
+SHARED_MEMORY, SHARE = Path("/dev/shm"), 0.8  # other processes use it too
+PARTS_A_WORKER = 2
+"""Parts that each worker may have waiting in shared memory."""
 
 T = TypeVar("T")
 
@@ -48,12 +57,38 @@ class Counts:
         self.skipped = dict(Counter(self.skipped) + Counter(skip.reason for skip in skips))
 
 
+class _Filled(NamedTuple):
+    """A chunk, and what is to be noted of the parts that it is the first to take pairs of."""
+
+    chunk: Chunk
+    progress: list[Progress]
+
+
+class StepChunks:
+    """This rank's chunks of one step, each as soon as it is ready; their images stay where they are until the next
+    step is asked for."""
+
+    def __init__(self, count: int, chunks: Iterator[Chunk], ready: int) -> None:
+        self._count, self._chunks = count, chunks
+        self.ready = ready
+        """Chunks that were there already when the step was asked for."""
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[Chunk]:
+        return self._chunks
+
+
 class TrainingData:
     """This rank's part of every step's pairs, decoded and tokenized by worker processes.
 
     A step's pairs of an indexed source depend on its number, the seed and `effective_batch` alone, not on
     ranks, workers or chunk size. Shards and mixtures are endless streams, one for each worker of each rank.
+    chunks_ahead: of the next step, read while the current one is computed; only with workers.
+    part_size: most pairs that a worker sends at a time.
     shuffle_buffer: undecoded samples of shards that each stream keeps, to give out in random order.
+    pin_memory: put the chunks into page-locked memory, for a GPU.
     """
 
     def __init__(
@@ -67,12 +102,16 @@ class TrainingData:
         world_size: int,
         workers: int,
         seed: int,
+        chunks_ahead: int = 1,
+        part_size: int = LARGEST_PART,
         shuffle_buffer: int = 1000,
         pin_memory: bool = False,
     ):
         self._source, self._prepare = source, prepare
-        self._plan = ChunkPlan(effective_batch, chunk_size, rank, world_size)
+        self._chunks = Parts(effective_batch, chunk_size, rank, world_size)
+        self._parts = Parts(effective_batch, part_size, rank, world_size)
         self._workers, self._seed, self._pin_memory = workers, seed, pin_memory
+        self._chunks_ahead = chunks_ahead if workers else 0
         self._step = 0
         self._shuffle_buffer = shuffle_buffer
         self._begin(fresh_start(source))
@@ -83,25 +122,44 @@ class TrainingData:
             for part in parts_of(source):
                 self._count(0, [Skip(part.where, key, reason) for key, reason in part.skipped])
 
-    def steps(self, first: int, last: int) -> Generator[list[Chunk], None, None]:
+    def steps(self, first: int, last: int) -> Generator[StepChunks, None, None]:
         """This rank's chunks of steps `first` to `last` - 1: B pairs a step, in chunks of at most C.
 
+        The images of a step are overwritten once the next is asked for: copies of them to a device must have arrived.
         Streams go on where they stopped or where `load_state_dict` put them, which must be step `first`.
-        Raises InputError where nothing can be read.
+        Raises InputError where nothing can be read, also from the chunks of a step.
         """
-        step: list[Prepared] = []
-        prepared_chunks: Iterator[Prepared | InputError] = iter(self._loader(first, last))
-        if self._workers:
-            # Only with workers: without, the thread would augment, drawing from the main thread's generator.
-            prepared_chunks = ahead(map(self._own, prepared_chunks), self._chunks_ahead())
-        for prepared in prepared_chunks:
-            if isinstance(prepared, InputError):
-                raise prepared
-            step.append(prepared)
-            if len(step) == self._plan.chunks_per_step:
-                self._hand_out(step)
-                yield [prepared.chunk for prepared in step]
-                step = []
+        a_step = self._chunks.per_step
+        slots, rows = a_step + self._chunks_ahead, max(map(self._chunks.size, range(a_step)))
+        numbers, parts, closed = range(first * a_step, last * a_step), self._loader(first, last), Event()
+        with ExitStack() as stack:
+            buffer = stack.enter_context(closing(ImageBuffer(slots, rows, self._prepare.blank, self._pin_memory)))
+            filled = stack.enter_context(closing(self._filled(numbers, iter(parts), buffer, closed)))
+            if not self._workers:  # a thread would augment, drawing from the main thread's generator
+                for _ in range(first, last):
+                    yield from self._one_step(filled, 0)
+                return
+            ahead = stack.enter_context(closing(ReadAhead(filled, slots, closed)))
+            for _ in range(first, last):
+                yield from self._one_step(ahead, min(a_step, ahead.ready))
+                ahead.give_back(a_step)
+
+    def _one_step(self, filled: Iterator[_Filled], ready: int) -> Iterator[StepChunks]:
+        """The step, whose chunks are all taken when the next is asked for."""
+        chunks = self._handed_out(filled)
+        yield StepChunks(self._chunks.per_step, chunks, ready)
+        for _ in chunks:
+            pass
+
+    def _handed_out(self, filled: Iterator[_Filled]) -> Iterator[Chunk]:
+        for number in range(self._chunks.per_step):
+            chunk, begun = next(filled)
+            for tally, stream, position in begun:
+                if position is not None:
+                    self._positions[stream] = position
+                self._count(tally.used, tally.skips)
+            self._step += number == self._chunks.per_step - 1
+            yield chunk
 
     def new_skips(self) -> list[Skip]:
         """(where, key, reason) of the pairs found unusable since the last call."""
@@ -112,7 +170,7 @@ class TrainingData:
         """Where this rank stands after the steps handed out, and its counts."""
         state = {"step": self._step, "counts": asdict(self.counts)}
         if isinstance(self._source, IndexedSource):
-            return state | {"data": _identity(self._source)}
+            return state | {"data": self._identity}
         positions = [saved(position) for position in self._positions]
         excluded = [{epoch: sorted(shards) for epoch, shards in part.items()} for part in self._excluded]
         return state | {"layout": self._layout(), "positions": positions, "excluded": excluded}
@@ -128,7 +186,7 @@ class TrainingData:
         self._new_skips = []
         self.counts = Counts(**state["counts"])
         if isinstance(self._source, IndexedSource):
-            if state.get("data", _identity(self._source)) != _identity(self._source) and self._plan.rank == 0:
+            if state.get("data", self._identity) != self._identity and self._parts.rank == 0:
                 warnings.warn(
                     "--data is not what it was at the checkpoint: the order of its pairs is another one from here on, "
                     "so that some come again and some later",
@@ -141,7 +199,7 @@ class TrainingData:
             return
         states = all_ranks() if all_ranks else [state]
         self._begin(take_over(self._source, self._seed, states) if "layout" in state else fresh_start(self._source))
-        if self._plan.rank == 0:
+        if self._parts.rank == 0:
             done = sum(len(shards) for part in self._excluded for shards in part.values())
             warnings.warn(
                 "the data, ranks or workers are not those of the checkpoint: training goes on with the pass, without "
@@ -155,33 +213,53 @@ class TrainingData:
         self._excluded = start.excluded
 
     def _layout(self) -> dict:
-        return layout(self._source, self._plan.world_size, self._workers)
-
-    def _hand_out(self, step: list[Prepared]) -> None:
-        self._step += 1
-        for prepared in step:
-            if prepared.position is not None:
-                self._positions[prepared.stream] = prepared.position
-            self._count(prepared.tally.used, prepared.tally.skips)
+        return layout(self._source, self._parts.world_size, self._workers)
 
     def _count(self, used: int, skips: list[Skip]) -> None:
         self.counts.add(used, skips)
         self._new_skips += skips
 
+    def _filled(
+        self, numbers: range, parts: Iterator[Prepared | InputError], buffer: ImageBuffer, closed: Event
+    ) -> Generator[_Filled, None, None]:
+        """The chunks of these numbers, cut from the parts as these come, their images in the buffer's next slots."""
+        pairs: Chunk | None = None
+        try:
+            for number in numbers:
+                images, count, pieces, progress = buffer[number][: self._chunks.size(number)], 0, [], []
+                while count < len(images):
+                    if closed.is_set():
+                        return
+                    if not pairs:
+                        prepared = next(parts)
+                        if isinstance(prepared, InputError):
+                            raise prepared
+                        pairs = prepared.pairs
+                        progress.append(prepared.progress)
+                    missing = len(images) - count
+                    piece, pairs = pairs.rows(0, missing), pairs.rows(missing, len(pairs))
+                    # Out of shared memory at once: there is little of it, and every tensor in it holds a file open.
+                    pieces.append(piece.moved(images[count : count + len(piece)]))
+                    count += len(piece)
+                chunk = joined(pieces, images)
+                yield _Filled(chunk.pin_texts() if self._pin_memory else chunk, progress)
+        finally:
+            del parts  # ends the workers; an error's traceback would hold them
+
     def _loader(self, first: int, last: int) -> DataLoader:
-        numbers = range(first * self._plan.chunks_per_step, last * self._plan.chunks_per_step)
-        common = (self._prepare, self._plan, self._seed)
-        dataset: StreamChunks | IndexedChunks
+        numbers = range(first * self._parts.per_step, last * self._parts.per_step)
+        common = (self._prepare, self._parts, self._seed)
+        dataset: StreamParts | IndexedParts
         sampler: range | None
         if isinstance(self._source, IndexedSource):
             self._step = first
-            dataset, sampler = IndexedChunks(self._source, *common), numbers
+            dataset, sampler = IndexedParts(self._source, *common), numbers
         else:
             if first != self._step:
                 raise ValueError(f"streams stand at step {self._step}, not {first}: load that step's state")
             dealt = dealings(self._source, self._seed, self._layout()["streams"], self._excluded)
             positions = list(self._positions)
-            dataset = StreamChunks(self._source, *common, dealt, self._shuffle_buffer, positions, numbers)
+            dataset = StreamParts(self._source, *common, dealt, self._shuffle_buffer, positions, numbers)
             sampler = None
         return DataLoader(
             dataset,
@@ -189,44 +267,34 @@ class TrainingData:
             sampler=sampler,
             collate_fn=_unchanged,
             num_workers=self._workers,
-            prefetch_factor=self._prefetch_factor(),
+            prefetch_factor=PARTS_A_WORKER if self._workers else None,
             worker_init_fn=start_worker,
-            pin_memory=self._pin_memory,
             # Without its own, every loader would draw a number from the generator that dropout draws from.
             generator=torch.Generator(),
         )
 
-    def _own(self, prepared: Prepared | InputError) -> Prepared | InputError:
-        """Move a chunk out of shared memory, which containers have little of and which holds files open."""
-        if isinstance(prepared, InputError) or self._pin_memory:
-            return prepared
-        return prepared._replace(chunk=prepared.chunk.clone())
-
-    def _chunk_bytes(self) -> int:
-        return self._plan.size(0) * self._prepare.image_bytes
-
-    def _chunks_ahead(self) -> int:
-        return max(1, min(self._plan.chunks_per_step, _BYTES_AHEAD // self._chunk_bytes()))
-
-    def _prefetch_factor(self) -> int | None:
-        """Chunks that each worker may have waiting in shared memory."""
-        if not self._workers:
-            return None
-        if not os.path.isdir("/dev/shm"):
-            return 2
-        needed, free = self._workers * self._chunk_bytes(), shutil.disk_usage("/dev/shm").free
-        if needed > free:
-            flags = f"--workers {self._workers} with --chunk-size {self._plan.chunk_size}"
-            raise InputError(
-                f"{flags} needs {needed >> 20} MiB of shared memory, /dev/shm has {free >> 20} MiB free; "
-                "lower either, or enlarge it (docker run --shm-size)"
-            )
-        return 2 if 3 * needed < free else 1
+    @cached_property
+    def _identity(self) -> int:
+        """A hash of which pairs there are, in their order; once, as it takes half a second for 590,000 pairs."""
+        source = self._source
+        assert isinstance(source, IndexedSource)
+        return stable_hash(
+            source.size, source.image_id[source.image].tobytes().hex(), source.first_text.tobytes().hex()
+        )
 
 
-def _identity(source: IndexedSource) -> int:
-    """A hash of which pairs there are, in their order."""
-    return stable_hash(source.size, source.image_id[source.image].tobytes().hex(), source.first_text.tobytes().hex())
+def workers_that_fit(workers: int, image_bytes: int) -> tuple[int, int]:
+    """(workers, part_size) for the shared memory that is free, through which workers send their images.
+
+    Parts become smaller first, and workers fewer only below `SMALLEST_PART` pairs; 0 workers where none fits.
+    """
+    if not workers or not SHARED_MEMORY.is_dir():
+        return workers, LARGEST_PART
+    shared = int(SHARE * shutil.disk_usage(SHARED_MEMORY).free) // local_ranks()
+    largest = shared // (PARTS_A_WORKER * workers * image_bytes)
+    if largest >= SMALLEST_PART:
+        return workers, min(LARGEST_PART, largest)
+    return shared // (PARTS_A_WORKER * SMALLEST_PART * image_bytes), SMALLEST_PART
 
 
 def _unchanged(prepared: T) -> T:

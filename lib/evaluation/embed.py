@@ -17,7 +17,7 @@ from lib.data.batch import Tokenize
 from lib.data.evaluation_set import EvaluationSet
 from lib.data.images import BadImage, Extent
 from lib.data.pipeline import ImagePipeline
-from lib.data.training import start_worker
+from lib.data.training import PARTS_A_WORKER, start_worker, workers_that_fit
 from lib.errors import InputError
 
 OpenImage = Callable[[int, Extent], Image.Image]
@@ -99,7 +99,7 @@ def embed_texts(
     with evaluating(towers), _bar("texts", len(mine), progress) as bar:
         for start in range(0, len(mine), batch_size):
             batch = mine[start : start + batch_size]
-            input_ids, attention_mask = (tokens.to(device) for tokens in tokenize(batch))
+            input_ids, attention_mask = (tokens.to(device, non_blocking=True) for tokens in tokenize(batch))
             pieces.append(towers(input_ids=input_ids, attention_mask=attention_mask).text_embeds)
             bar.update(len(batch))
     embeds = _gather(pieces, len(distinct))
@@ -131,17 +131,35 @@ def image_loader(
     device: torch.device | str,
     batch_size: int,
     workers: int,
-) -> DataLoader:
-    """Batches of the given rows, in order: pixels uint8 (n, 3, H, W), and n reasons, empty for what was read."""
-    return DataLoader(
+) -> Iterator[tuple[Tensor, list[str]]]:
+    """Batches of the given rows, in order: pixels uint8 (n, 3, H, W), and n reasons, empty for what was read.
+
+    As in training, workers send few images at a time and are fewer where there is little shared memory.
+    """
+    workers, part_size = workers_that_fit(workers, 3 * pipeline.size**2)
+    loader = DataLoader(
         _Images(open_image, pipeline, rows),
-        batch_size=batch_size,
+        batch_size=min(part_size, batch_size),
         num_workers=workers,
+        prefetch_factor=PARTS_A_WORKER if workers else None,
         worker_init_fn=start_worker,
-        pin_memory=torch.device(device).type == "cuda",
         # A loader draws its seed from the global generator by default; a validation must not move that.
         generator=torch.Generator(),
     )
+    pin = torch.device(device).type == "cuda"
+    pixels, reasons = torch.empty(0, 3, pipeline.size, pipeline.size, dtype=torch.uint8), list[str]()
+    # Cut to the same batches whatever the workers sent: all ranks run equally many forwards, as FSDP needs.
+    for part, part_reasons in loader:
+        pixels, reasons = torch.cat([pixels, part]), reasons + list(part_reasons)
+        while len(pixels) >= batch_size:
+            yield _pinned(pixels[:batch_size], pin), reasons[:batch_size]
+            pixels, reasons = pixels[batch_size:], reasons[batch_size:]
+    if len(pixels):
+        yield _pinned(pixels, pin), reasons
+
+
+def _pinned(pixels: Tensor, wanted: bool) -> Tensor:
+    return pixels.pin_memory() if wanted else pixels
 
 
 class _Images(Dataset):

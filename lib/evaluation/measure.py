@@ -3,13 +3,17 @@
 import json
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
 
+from lib.backends.device import is_out_of_memory
+from lib.backends.precision import set_up_kernels
 from lib.collectives import meeting
-from lib.errors import InputError
+from lib.errors import InputError, RunError
 from lib.evaluation.agnostic.task import agnostic
 from lib.evaluation.compare.task import compare
 from lib.evaluation.html import aligned, write_report
@@ -32,12 +36,25 @@ def carry_out(options: Task) -> None:
     try:
         if options.output_dir is not None:
             _make_folder(options.output_dir)
-        outcome = measure(options, state.device)
+        set_up_kernels(state.device, deterministic=False)
+        with _out_of_memory_reported(options):
+            outcome = measure(options, state.device)
         if outcome is not None and options.output_dir is not None:
             _write(outcome, options.output_dir)
             print(f"\n{time.perf_counter() - started:.1f} s on {state.num_processes} x {state.device.type}")
     finally:
         state.destroy_process_group()
+
+
+@contextmanager
+def _out_of_memory_reported(options: Task) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error) or isinstance(options, Table):
+            raise
+        size = options.run.batch_size
+        raise RunError(f"out of memory ({error}); use --batch-size {max(1, size // 2)} instead of {size}") from error
 
 
 def measure(options: Task, device: torch.device) -> Outcome | None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from lib.config.settings import LARGEST_SEED, MOST_WORKERS, Settings
+from lib.config.settings import LARGEST_SEED, MOST_WORKERS, PrecisionFlag, Settings
 from lib.errors import InputError
 
 
@@ -39,8 +39,11 @@ class Running(Settings):
     """Folder for metrics.json, the pictures and report.html."""
     batch_size: int = 256
     """Images or texts in one forward of one rank."""
-    workers: int = 2
-    """Processes of each rank that decode images; 0: the rank does it itself."""
+    workers: int | Literal["auto"] = "auto"
+    """Processes of each rank that decode images; auto: all of its cores but one, none for the digits."""
+    precision: PrecisionFlag = "auto"
+    """What the towers compute in; embeddings are float32. auto: bf16 where the accelerator has it, fp16 on older CUDA
+    cards, fp32 on a CPU; what accelerate launch --mixed_precision says holds instead of auto."""
     cache_dir: Path | None = None
     """Folder for remote shards and for embeddings; None: contrastive-training in ~/.cache."""
     seed: int = 0
@@ -52,7 +55,7 @@ class Running(Settings):
 
     def _out_of_range(self) -> Iterator[str]:
         for flag, value, most in (("--workers", self.workers, MOST_WORKERS), ("--seed", self.seed, LARGEST_SEED)):
-            if not 0 <= value <= most:
+            if value != "auto" and not 0 <= value <= most:
                 yield f"{flag} {value} must be at {f'most {most}' if value > most else 'least 0'}"
 
 

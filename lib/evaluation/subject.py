@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from lib.backends import Precision, auto_workers, choose_precision
 from lib.collectives import rank_and_world_size
 from lib.data.evaluation_set import EvaluationSet
 from lib.data.pipeline import ImagePipeline
@@ -43,16 +44,16 @@ class Model:
     """the folder of the weights, or the hub id"""
     towers: TwoTowers
     processing: Processing
-    device: torch.device
+    precision: Precision
 
     @classmethod
-    def load(cls, name: str, device: torch.device) -> "Model":
-        """Load a run, checkpoint or export folder, or a CLIP or SigLIP model by hub id or folder."""
+    def load(cls, name: str, precision: Precision) -> "Model":
+        """Load a run, checkpoint or export folder, or a CLIP or SigLIP model by hub id or folder, on a device."""
         folder = model_folder(name)
         towers = TwoTowers.from_pretrained(folder)
         with reading("--model", name):
             processing = Processing.from_pretrained(folder)
-        return cls(folder, towers.to(device), processing, device)
+        return cls(folder, towers.to(precision.device), processing, precision)
 
     @property
     def pipeline(self) -> ImagePipeline:
@@ -61,10 +62,11 @@ class Model:
 
     @cached_property
     def identity(self) -> str:
-        """Changes when the weights do, the structure, or what is done to images and texts."""
+        """Changes when the weights do, the structure, the precision, or what is done to images and texts."""
         form = self.processing.image_mean, self.processing.image_std, self.pipeline
-        towers = self.towers
-        return fingerprint(_FORMAT, towers.description, repr(towers), towers, form, self.processing.text_identity())
+        towers, precision = self.towers, self.precision.identity()
+        texts = self.processing.text_identity()
+        return fingerprint(_FORMAT, *precision, towers.description, repr(towers), towers, form, texts)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +102,7 @@ class Subject:
         data = _limited(every_part.of_split(part), options.data.limit)
         _check_kind(data, needs)
         stored = StoredEmbeddings(fetcher.cache / "embeddings")
-        loaded = Model.load(model, device)
+        loaded = Model.load(model, choose_precision(options.run.precision, device))
         subject = cls(model=loaded, data=data, part=part, every_part=every_part, options=options, stored=stored)
         if on_rank_0() and (warning := subject.warning):
             print(f"warning: {warning}", file=sys.stderr)
@@ -125,8 +127,15 @@ class Subject:
 
     def facts(self, embedded: Embedded) -> dict[str, str]:
         """What was measured, for people."""
-        facts = {"model": self.model.name} | data_facts(self.data, embedded)
+        facts = {"model": self.model.name, "precision": self.model.precision.name} | data_facts(self.data, embedded)
         return facts | ({"warning": warning} if (warning := self.warning) else {})
+
+    @property
+    def _workers(self) -> int:
+        asked = self.options.run.workers
+        if asked != "auto":
+            return asked
+        return 0 if self.options.data.data == "digits" else auto_workers()
 
     def embed_images(self) -> Embedded:
         """All images of the part, with a progress bar on rank 0; all ranks together."""
@@ -134,15 +143,16 @@ class Subject:
         name = f"image-{fingerprint(self.model.identity, keys, contents)}"
         found = self.stored.find(name)
         if found is None:
-            found = embed_images(
-                self.model.towers,
-                self.data,
-                self.model.pipeline,
-                device=self.model.device,
-                batch_size=self.options.run.batch_size,
-                workers=self.options.run.workers,
-                progress=True,
-            )
+            with self.model.precision.autocast():
+                found = embed_images(
+                    self.model.towers,
+                    self.data,
+                    self.model.pipeline,
+                    device=self.model.precision.device,
+                    batch_size=self.options.run.batch_size,
+                    workers=self._workers,
+                    progress=True,
+                )
             self.stored.keep(name, found)
         return found
 
@@ -152,14 +162,15 @@ class Subject:
         name = f"text-{fingerprint(self.model.identity, distinct)}"
         found = self.stored.find(name)
         if found is None:
-            embeds = embed_texts(
-                self.model.towers,
-                distinct,
-                self.model.processing.tokenize,
-                device=self.model.device,
-                batch_size=self.options.run.batch_size,
-                progress=True,
-            )
+            with self.model.precision.autocast():
+                embeds = embed_texts(
+                    self.model.towers,
+                    distinct,
+                    self.model.processing.tokenize,
+                    device=self.model.precision.device,
+                    batch_size=self.options.run.batch_size,
+                    progress=True,
+                )
             found = of_texts(embeds)
             self.stored.keep(name, found)
         row_of = {text: row for row, text in enumerate(distinct)}

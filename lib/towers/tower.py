@@ -32,6 +32,8 @@ class ImageTower(nn.Module):
         super().__init__()
         self.trunk, self.head, self.pooling = trunk, head, pooling
         self.interpolate, self.patch_size = interpolate, patch_size
+        self.convolutional = sum(isinstance(module, nn.Conv2d) for module in trunk.modules()) > 1
+        """More than the one convolution that cuts patches."""
 
     def pooled(self, pixel_values: Tensor) -> Tensor:
         """Normalized pixels (C, 3, H, W) -> the trunk's pooled output (C, H)."""
@@ -68,17 +70,21 @@ class TextTower(nn.Module):
 
     pooling: "pooler" is the encoder's own pooled output, "cls" its first token, "mean" the mean over the
         tokens that are not padding.
-    masked: whether the encoder is told which tokens are padding; SigLIP's is trained without.
+    masked: whether padding is told to the encoder; SigLIP's is trained without. CLIP's own is not told here: it pools
+        the end token under a causal mask, where padding on the right changes nothing, and a mask would cost it torch's
+        causal attention kernel and two waits for the device.
     """
 
     def __init__(self, trunk: nn.Module, head: nn.Module, pooling: Pooling, masked: bool):
         super().__init__()
         self.trunk, self.head = trunk, head
         self.pooling, self.masked = pooling, masked
+        model_type = getattr(getattr(trunk, "config", None), "model_type", None)
+        self.tells_padding = masked and model_type != "clip_text_model"
 
     def pooled(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
         """input_ids, attention_mask (C, L) -> the trunk's pooled output (C, H)."""
-        output = self.trunk(input_ids=input_ids, attention_mask=attention_mask if self.masked else None)
+        output = self.trunk(input_ids=input_ids, attention_mask=attention_mask if self.tells_padding else None)
         if self.pooling == "pooler":
             return output.pooler_output
         tokens = output.last_hidden_state

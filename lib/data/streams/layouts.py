@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from lib.data.pairs import IndexedSource, Source, parts_of
 from lib.data.shards.source import ShardSource
-from lib.data.streams.chunks import part_seed
 from lib.data.streams.dealing import Dealing
+from lib.data.streams.parts import part_seed
 from lib.data.streams.positions import IndexedPosition, ShardPosition, StreamPosition, loaded
 
 Excluded = dict[int, frozenset[int]]

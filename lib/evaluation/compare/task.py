@@ -60,7 +60,7 @@ def _subjects(first: Subject, models: tuple[str, ...]) -> Iterator[Subject]:
     """Each model in its turn over the same data: no two of the others are in memory together."""
     yield first
     for model in models[1:]:
-        yield replace(first, model=Model.load(model, first.model.device))
+        yield replace(first, model=Model.load(model, first.model.precision))
 
 
 def _renamed(data: EvaluationSet, file: Path | None) -> EvaluationSet:

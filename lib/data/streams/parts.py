@@ -1,4 +1,4 @@
-"""Owns the chunks that are read from endless streams, one for each worker of each rank: shards and mixtures."""
+"""Owns the pairs that are read from endless streams, one for each worker of each rank: shards and mixtures."""
 
 from bisect import bisect
 from collections.abc import Iterator
@@ -7,8 +7,8 @@ from itertools import accumulate
 from torch.utils.data import IterableDataset, get_worker_info
 
 from lib.data.images import BadImage
-from lib.data.indexed import IndexedStream, Prepared, Tally
-from lib.data.order import ChunkPlan, draw
+from lib.data.indexed import IndexedStream, Prepared, Progress, Tally
+from lib.data.order import Parts, draw
 from lib.data.pairs import IndexedSource, MixedSource, Source, parts_of
 from lib.data.prepare import Pair, Prepare
 from lib.data.shards.source import ShardSource
@@ -21,11 +21,11 @@ _MOST_BAD_IN_A_ROW = 20_000
 _UNREACHABLE = 1_000  # as bad as so many bad pairs: each is waited for
 
 
-class StreamChunks(IterableDataset):
-    """The chunks `numbers`, each from the stream that its number names, whatever the first one is.
+class StreamParts(IterableDataset):
+    """The parts `numbers`, each from the stream that its number names, whatever the first one is.
 
-    With K workers a rank has K streams, and chunk n comes from stream n mod K: torch's DataLoader takes
-    chunks from its workers in turn, so worker w of a loader that starts at chunk n serves stream
+    With K workers a rank has K streams, and part n comes from stream n mod K: torch's DataLoader takes
+    parts from its workers in turn, so worker w of a loader that starts at part n serves stream
     (n + w) mod K.
     """
 
@@ -33,14 +33,14 @@ class StreamChunks(IterableDataset):
         self,
         source: Source,
         prepare: Prepare,
-        plan: ChunkPlan,
+        parts: Parts,
         seed: int,
         dealings: list[Dealing | None],
         buffer_size: int,
         positions: list[StreamPosition],
         numbers: range,
     ):
-        self.source, self.prepare, self.plan, self.seed = source, prepare, plan, seed
+        self.source, self.prepare, self.parts, self.seed = source, prepare, parts, seed
         self.dealings, self.buffer_size = dealings, buffer_size
         self.positions, self.numbers = positions, numbers
 
@@ -52,13 +52,13 @@ class StreamChunks(IterableDataset):
             stream = self._stream(own, workers)
             for number in self.numbers[offset::workers]:
                 tally = Tally()
-                pairs = [stream.pair(tally) for _ in range(self.plan.even_size(number))]
-                yield Prepared(self.prepare.chunk(pairs), tally, own, stream.position)
+                pairs = [stream.pair(tally) for _ in range(self.parts.size(number))]
+                yield Prepared(self.prepare.stack(pairs), Progress(tally, own, stream.position))
         except InputError as error:
             yield error  # raised in a worker it would arrive wrapped in a traceback
 
     def _stream(self, own: int, workers: int) -> "_Stream":
-        stream, streams = self.plan.rank * workers + own, self.plan.world_size * workers
+        stream, streams = self.parts.rank * workers + own, self.parts.world_size * workers
         readers: list[_Reader] = []
         weights = self.source.weights if isinstance(self.source, MixedSource) else None
         position = self.positions[own]
