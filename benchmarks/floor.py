@@ -6,7 +6,7 @@ from subjects import Autocast
 
 from lib.cached_step import cached_step
 from lib.data import Chunk
-from lib.losses import infonce
+from lib.losses import Pairs, infonce
 from lib.objective import dense_infonce
 
 
@@ -19,5 +19,5 @@ def plain(towers: Autocast, chunks: Sequence[Chunk]) -> None:
         (loss / len(chunks)).backward()
 
 
-def ours(towers: Autocast, chunks: Sequence[Chunk], keep_graphs: int = 0, together: int = 1) -> None:
-    cached_step(towers, chunks, infonce, None, device=towers.device, keep_graphs=keep_graphs, together=together)
+def ours(towers: Autocast, chunks: Sequence[Chunk], keep_graphs: int = 0, remembered: Pairs | None = None) -> None:
+    cached_step(towers, chunks, infonce, remembered, device=towers.device, keep_graphs=keep_graphs)

@@ -7,6 +7,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 
@@ -17,56 +18,91 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 sys.path.insert(0, str(ROOT))  # for lib
 
+from lib.backends.device import is_out_of_memory  # noqa: E402
+
 Way = Callable[[], None]
 
 
 def take_turns(ways: dict[str, Way], repeats: int, device: torch.device) -> dict[str, dict]:
     """Median seconds and peak bytes of each way; they take turns, so that what else the machine does meets all alike.
 
-    Before, each runs once for what a first call allocates and compiles, and once for its memory; with a single repeat,
-    once for its memory alone.
+    Before, each runs once for what a first call allocates and compiles. A way that runs out of memory has
+    "out_of_memory" instead, and the others go on.
     """
-    if repeats == 1:
-        return {name: _once(way, device) for name, way in ways.items()}
-    for way in ways.values():
-        way()
-    results = {name: {"peak_bytes": peak_bytes(way, device), "all_seconds": []} for name, way in ways.items()}
-    for _ in range(repeats):
+    results: dict[str, dict] = {name: {"all_seconds": []} for name in ways}
+    for turn in range(repeats + 1):
         for name, way in ways.items():
-            results[name]["all_seconds"].append(seconds(way, device))
+            result = results[name]
+            if "out_of_memory" in result:
+                continue
+            try:
+                found = once(way, device) if turn else first(way, device, warm=repeats > 1)
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                results[name] = {"out_of_memory": str(error).split(" GPU ")[0]}
+                continue
+            result["all_seconds"] += [found.pop("seconds")] if turn else []
+            result |= found
     for result in results.values():
-        result["seconds"] = statistics.median(result["all_seconds"])
+        if "all_seconds" in result:
+            result["seconds"] = statistics.median(result["all_seconds"])
     return results
 
 
-def _once(way: Way, device: torch.device) -> dict:
-    memory, taken = peak_bytes(way, device), seconds(way, device)
-    return {"peak_bytes": memory, "all_seconds": [taken], "seconds": taken}
+def first(way: Way, device: torch.device, warm: bool) -> dict:
+    """Call the way before it is timed; on a CPU its memory takes a call of its own, which a profiler slows."""
+    gc.collect()
+    if warm:
+        way()
+    return {"peak_bytes": _peak_on_cpu(way)} if device.type == "cpu" else {}
 
 
-def seconds(way: Way, device: torch.device) -> float:
-    """Wall time of one call."""
-    _wait(device)
-    began = time.perf_counter()
-    way()
-    _wait(device)
-    return time.perf_counter() - began
+def once(way: Way, device: torch.device) -> dict:
+    """Seconds of one call; on a GPU by CUDA events, with the memory of the same call.
 
-
-def peak_bytes(way: Way, device: torch.device) -> int:
-    """Most memory that torch has allocated during one call, above what was held before: on a GPU there, else in RAM."""
+    peak_bytes: the most that torch allocated meanwhile, above what was held before; peak_allocated_bytes and
+    peak_reserved_bytes: in all, and with what its allocator kept.
+    """
     gc.collect()
     if device.type == "cuda":
-        _wait(device)
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        way()
-        return torch.cuda.max_memory_allocated(device) - before
+        return _once_on_cuda(way, device)
+    began = time.perf_counter()
+    way()
+    return {"seconds": time.perf_counter() - began}
+
+
+def _once_on_cuda(way: Way, device: torch.device) -> dict:
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    began.record()
+    way()
+    ended.record()
+    ended.synchronize()
+    return {
+        "seconds": began.elapsed_time(ended) / 1000,
+        "peak_bytes": torch.cuda.max_memory_allocated(device) - before,
+        "peak_allocated_bytes": torch.cuda.max_memory_allocated(device),
+        "peak_reserved_bytes": torch.cuda.max_memory_reserved(device),
+    }
+
+
+def _peak_on_cpu(way: Way) -> int:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         way()
     events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
     held = accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
     return max(held, default=0)
+
+
+def matrix_rate(device: torch.device) -> float:
+    """Floating-point operations a second of a large matrix product: bfloat16 on an accelerator, float32 on a CPU."""
+    side, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (2048, torch.float32)
+    left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    result = take_turns({"product": partial(torch.mm, left, right)}, 5, device)
+    return 2 * side**3 / min(result["product"]["all_seconds"])
 
 
 def write(file: Path, device: torch.device, content: dict) -> None:
@@ -84,8 +120,3 @@ def machine(device: torch.device) -> str:
 
 def megabytes(count: int) -> str:
     return f"{count / 2**20:,.0f} MiB"
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

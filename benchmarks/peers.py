@@ -2,13 +2,12 @@
 
 open_clip: its `--accum-freq` algorithm (open_clip_train/train.py) with its own ClipLoss.
 sentence_transformers: its CachedMultipleNegativesRankingLoss in both directions, which is the same InfoNCE.
+Each is imported where it is used: one may be there without the other.
 """
 
 from collections.abc import Sequence
 
 import torch
-from open_clip import ClipLoss
-from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
 from subjects import Autocast
 from torch import Tensor, nn
 
@@ -17,6 +16,8 @@ from lib.data import Chunk
 
 def open_clip_step(towers: Autocast, chunks: Sequence[Chunk]) -> None:
     """Features of all chunks; then each chunk again, with the loss over all features and one of them with a graph."""
+    from open_clip import ClipLoss
+
     loss = ClipLoss()
     on_device = [chunk.to(towers.device).inputs for chunk in chunks]  # it keeps the whole batch there
     with torch.no_grad():
@@ -31,6 +32,11 @@ def open_clip_step(towers: Autocast, chunks: Sequence[Chunk]) -> None:
 
 def sentence_transformers_step(towers: Autocast, chunks: Sequence[Chunk]) -> None:
     """Its scale is a constant, so that gets no gradient."""
+    try:
+        from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
+    except ImportError:  # before version 6
+        from sentence_transformers.losses import CachedMultipleNegativesRankingLoss
+
     loss = CachedMultipleNegativesRankingLoss(
         nn.Sequential(_AsSentences(towers)),
         scale=towers.towers.logit_scale.exp().item(),

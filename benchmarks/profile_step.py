@@ -16,7 +16,6 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from lib.cached_step import cached_step
 from lib.losses import LossShare, infonce
-from lib.plan import pass_1_pairs
 
 PARTS = ("towers, pass 1", "towers, pass 2 forward", "towers, pass 2 backward", "loss", "optimizer")
 
@@ -40,7 +39,7 @@ def main(settings: Settings) -> None:
     towers = _Told(make_towers(settings.subject, device), device)
     chunks = chunked(make_batch(settings.subject, settings.size), settings.chunk_size)
     optimizer = AdamW(towers.parameters(), lr=1e-4, fused=True)
-    step = partial(one_step, towers, chunks, optimizer, max(1, pass_1_pairs(device) // settings.chunk_size))
+    step = partial(one_step, towers, chunks, optimizer)
     step()
     cuda = [ProfilerActivity.CUDA] if device.type == "cuda" else []
     with profile(activities=[ProfilerActivity.CPU, *cuda]) as recorded, record_function("step"):
@@ -59,8 +58,8 @@ def main(settings: Settings) -> None:
         print(f"{share:6.1%}  {part}")
 
 
-def one_step(towers: "_Told", chunks: list, optimizer: AdamW, together: int) -> None:
-    cached_step(towers, chunks, told_loss, None, device=towers.device, backward=told_backward, together=together)
+def one_step(towers: "_Told", chunks: list, optimizer: AdamW) -> None:
+    cached_step(towers, chunks, told_loss, None, device=towers.device, backward=told_backward)
     with record_function("optimizer"):
         optimizer.step()
         optimizer.zero_grad()

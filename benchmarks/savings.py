@@ -17,7 +17,6 @@ from subjects import Autocast, chunked, make_batch, make_towers
 from lib.cached_step import cached_step
 from lib.data import Chunk
 from lib.losses import Pairs, infonce
-from lib.plan import ACCELERATOR_PASS_1_PAIRS
 
 
 @dataclass(frozen=True)
@@ -45,12 +44,11 @@ def main(settings: Settings) -> None:
     chunks = chunked(batch, settings.chunk_size)
     old = other_samples(7 * settings.size, towers.towers.embed_dim, device)
     gradients = partial(ours, towers, chunks)
-    together, count = max(1, ACCELERATOR_PASS_1_PAIRS // settings.chunk_size), len(chunks)
+    count = len(chunks)
     ways = {
         "floor": partial(plain, towers, chunks),
         "floor, image trunk frozen": partial(plain, frozen, chunks),
         "chunk by chunk": gradients,
-        f"pass 1 in forwards of {together * settings.chunk_size}": partial(gradients, together=together),
         "half of the graphs kept": partial(gradients, keep_graphs=count // 2),
         "all graphs kept": partial(gradients, keep_graphs=count),
         "15 distinct texts, encoded once": partial(ours, towers, prompted(chunks, 15), share=True),

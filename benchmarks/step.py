@@ -2,8 +2,7 @@
 
 python benchmarks/step.py [--subject small --sizes 512 1024 2048 4096 8192 --chunk-sizes 64] writes
 benchmarks/results/step_SUBJECT.json. The ways are those of benchmarks/floor.py and peers.py; ours comes as training
-runs it and with the graphs that --keep-graphs auto keeps; on an accelerator, where training's pass 1 takes larger
-forwards, also chunk by chunk in both passes.
+runs it and with the graphs that --keep-graphs auto keeps. gpu.py measures steps on a GPU.
 """
 
 from collections.abc import Callable
@@ -14,13 +13,16 @@ from pathlib import Path
 import torch
 import tyro
 from floor import ours, plain
-from measured import RESULTS, megabytes, take_turns, write
+from measured import RESULTS, matrix_rate, megabytes, take_turns, write
 from peers import open_clip_step, sentence_transformers_step
 from subjects import SUBJECTS, Autocast, chunked, flops_of_a_pair, make_batch, make_towers
 from torch.optim import AdamW
 
+from lib.backends.device import free_memory
+from lib.fitting import graphs_that_fit, measure_activations
 from lib.logit_tiles import tile_side
-from lib.plan import BatchPlan, graphs_that_fit, measure_activations, pass_1_pairs
+from lib.plan import BatchPlan
+from lib.towers import TwoTowers
 from lib.trunk_options import compile_trunks
 
 
@@ -51,13 +53,14 @@ def main(settings: Settings) -> None:
         raise SystemExit(f"--subject {settings.subject} is not one of {', '.join(SUBJECTS)}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     towers = Autocast(make_towers(settings.subject, device), device)
-    if settings.compile:
+    a_pair = activations(settings.subject, towers)
+    if settings.compile:  # after: a forward of few pairs would make torch compile for all sizes
         compile_trunks(towers.towers, "inductor", device)
     rate, flops = matrix_rate(device), flops_of_a_pair(settings.subject)
     rows = []
     for chunk_size in settings.chunk_sizes:
         for size in settings.sizes:
-            row = measure(settings, towers, size, min(chunk_size, size), device)
+            row = measure(settings, towers, a_pair, size, min(chunk_size, size), device)
             row["share_of_matrix_rate"] = flops * size / row["ways"]["ours"]["seconds"] / rate
             rows.append(row)
             print(told(row), flush=True)
@@ -68,18 +71,13 @@ def main(settings: Settings) -> None:
     write(output, device, content | {"matrix_flops_per_second": rate, "flops_per_pair": flops, "rows": rows})
 
 
-def measure(settings: Settings, towers: Autocast, size: int, chunk_size: int, device: torch.device) -> dict:
-    """All ways at one batch and chunk."""
+def measure(
+    settings: Settings, towers: Autocast, a_pair: int, size: int, chunk_size: int, device: torch.device
+) -> dict:
+    """All ways at one batch and chunk; a_pair: bytes of one pair's activations."""
     chunks = chunked(make_batch(settings.subject, size), chunk_size)
-    kept = graphs_kept(settings.subject, towers, size, chunk_size, device)
-    together = max(1, pass_1_pairs(device) // chunk_size)
-    gradients = {
-        "plain": plain,
-        "ours": partial(ours, together=together),
-        "ours_kept": partial(ours, together=together, keep_graphs=kept),
-    }
-    if together > 1:
-        gradients["chunk_by_chunk"] = ours
+    kept = graphs_kept(towers.towers, a_pair, size, chunk_size, chunks[0].images[0].nbytes)
+    gradients = {"plain": plain, "ours": ours, "ours_kept": partial(ours, keep_graphs=kept)}
     if size <= settings.largest_peer:
         gradients["sentence_transformers"] = sentence_transformers_step
     if size <= settings.largest_open_clip:
@@ -104,26 +102,30 @@ def one_step(gradients: Callable, towers: Autocast, chunks: list, optimizer: Ada
     optimizer.zero_grad()
 
 
-def graphs_kept(subject: str, towers: Autocast, size: int, chunk_size: int, device: torch.device) -> int:
-    """What --keep-graphs auto chooses."""
-    batch = make_batch(subject, 4).to(device)
-    image_bytes = batch.pixel_values[0].nbytes
-    with torch.autocast(device.type, torch.bfloat16, enabled=towers.enabled):
-        activations = measure_activations(towers.towers, batch.inputs)
-    state = 4 * sum(parameter.nbytes for parameter in towers.parameters())  # weights, gradients, two moments
+def activations(subject: str, towers: Autocast) -> int:
+    """Bytes of one pair that autograd keeps."""
+    batch = make_batch(subject, 4).to(towers.device)
+    with torch.autocast(towers.device.type, torch.bfloat16, enabled=towers.enabled):
+        return measure_activations(towers.towers, batch.inputs)
+
+
+def graphs_kept(towers: TwoTowers, a_pair: int, size: int, chunk_size: int, image_bytes: int) -> int:
+    """What --keep-graphs auto chooses, for activations of `a_pair` bytes a pair."""
+    device, weights = towers.logit_scale.device, sum(parameter.nbytes for parameter in towers.parameters())
     plan = BatchPlan(
-        size, 1, chunk_size, 0, 0, towers.towers.embed_dim, image_bytes, activations, state, tile_side(device),
-        pass_1_pairs(device),
-    )  # fmt: skip
-    return graphs_that_fit(plan, device, 1)
-
-
-def matrix_rate(device: torch.device) -> float:
-    """Floating-point operations a second of a large matrix product: bfloat16 on an accelerator, float32 on a CPU."""
-    side, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (2048, torch.float32)
-    left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-    result = take_turns({"product": partial(torch.mm, left, right)}, 5, device)
-    return 2 * side**3 / min(result["product"]["all_seconds"])
+        effective_batch=size,
+        world_size=1,
+        chunk_size=chunk_size,
+        keep_graphs=0,
+        xbm_size=0,
+        embed_dim=towers.embed_dim,
+        image_bytes=image_bytes,
+        graph_bytes=chunk_size * a_pair,
+        chunk_bytes=chunk_size * (a_pair + 5 * image_bytes),
+        state_bytes=4 * weights,  # weights, gradients, two moments
+        tile=tile_side(device),
+    )
+    return graphs_that_fit(plan, free_memory(device) + weights, device)
 
 
 def told(row: dict) -> str:

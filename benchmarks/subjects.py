@@ -1,6 +1,6 @@
 """What the benchmarks step: CLIP pairs with drawn weights, and batches of drawn pixels and tokens."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import measured  # noqa: F401  (makes lib importable)
 import torch
@@ -57,18 +57,26 @@ def make_towers(name: str, device: torch.device) -> TwoTowers:
     return TwoTowers(dual_parts(model, DEFAULT_FORMS["clip"], None)).to(device).train()
 
 
-def make_batch(name: str, size: int) -> Chunk:
+def make_batch(name: str, size: int, pin: bool = False) -> Chunk:
     """Pixels and tokens drawn at random, on the host; every pair is a group of its own."""
     subject, generator = SUBJECTS[name], torch.Generator().manual_seed(1)
     side, end = subject.image_size, subject.vocabulary - 1
     pixels = torch.randint(256, (size, 3, side, side), dtype=torch.uint8, generator=generator)
     input_ids = torch.randint(1, end - 1, (size, subject.tokens), generator=generator)
     input_ids[:, -1] = end
+    if pin:
+        pixels, input_ids = pixels.pin_memory(), input_ids.pin_memory()
     return Chunk(pixels, input_ids, torch.ones_like(input_ids), torch.arange(size), torch.arange(size))
 
 
 def chunked(batch: Chunk, chunk_size: int) -> list[Chunk]:
     return [batch.rows(start, start + chunk_size) for start in range(0, len(batch), chunk_size)]
+
+
+def repeated_chunks(chunk: Chunk, size: int) -> list[Chunk]:
+    """A batch of `size` pairs in chunks with the pixels and tokens of one, each pair a group of its own."""
+    ids = torch.arange(size).split(len(chunk))
+    return [replace(chunk.rows(0, len(own)), group=own, sample_id=own) for own in ids]
 
 
 class Autocast(nn.Module):
@@ -85,8 +93,8 @@ class Autocast(nn.Module):
 
 def flops_of_a_pair(name: str) -> int:
     """Multiplications and additions, each counted, of one pair forward and backward; no forward counted twice."""
-    towers = make_towers(name, torch.device("cpu"))
+    towers = make_towers(name, torch.device("meta"))  # shapes alone
     with FlopCounterMode(display=False) as counter:
-        output = towers(**make_batch(name, 2).inputs)
+        output = towers(**make_batch(name, 2).to("meta").inputs)
         (output.image_embeds.sum() + output.text_embeds.sum()).backward()
     return counter.get_total_flops() // 2

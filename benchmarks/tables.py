@@ -24,8 +24,12 @@ python benchmarks/loss.py            # losses and gradients alone
 python benchmarks/profile_step.py    # where the time of a step goes
 python benchmarks/memory.py          # peak memory against the batch; makes docs/memory.png
 python benchmarks/loader.py --images FOLDER
-bash benchmarks/gpu.sh               # all of it on one GPU; --toy: a minute on a CPU, to see that it runs
+bash benchmarks/gpu.sh               # smoke checks and everything that matters on one GPU, in eight minutes
 ```
+
+`gpu.sh` needs no network. On a machine without the small packages put their wheels into a folder first and name it:
+`pip download --no-deps --dest wheels webdataset braceexpand tyro docstring-parser typeguard`, then
+`WHEELS=wheels bash benchmarks/gpu.sh`. `--toy` runs all stages in a minute on a CPU, to see that they run.
 
 Ratios are of medians of steps that took turns. Memory is the peak of what torch allocated above what was held before
 the step, but the resident memory of a process in the table against the batch. The floor is
@@ -35,7 +39,6 @@ over more pairs than fit can do less.
 WAYS = {
     "ours": "ours",
     "ours_kept": "ours, graphs kept",
-    "chunk_by_chunk": "ours, pass 1 chunk by chunk",
     "open_clip": "open_clip --accum-freq",
     "sentence_transformers": "sentence-transformers",
 }
@@ -64,8 +67,13 @@ def main(settings: Settings) -> None:
     ):
         found = read(pattern)
         parts += [f"## {title}\n", *map(section, found)] if found else [f"## {title}\n", "Not measured.\n"]
-    if not any("vit" in each["subject"] for each in read("step_*.json")):
-        parts.append("## On a GPU\n\nNot measured: no GPU was at hand. `bash benchmarks/gpu.sh` measures it.\n")
+    on_a_gpu = read("gpu.json")
+    parts.append("## On a GPU\n")
+    parts += (
+        map(gpu_section, on_a_gpu)
+        if on_a_gpu
+        else ["Not measured: no GPU was at hand. `bash benchmarks/gpu.sh` measures it.\n"]
+    )
     settings.output.write_text("\n".join(parts))
 
 
@@ -90,20 +98,7 @@ def step_section(found: dict) -> str:
         f"are its time over the floor's. The matrix rate was {found['matrix_flops_per_second'] / 1e12:.2f} Tflop/s; "
         "its share counts each pair once forward and backward."
     )
-    return f"{words}\n\n{table(head, rows)}{largest_batch(found)}"
-
-
-def largest_batch(found: dict, budget: float = 24 * 2**30) -> str:
-    """On a GPU: the largest batch within 24 GB, by the line through the smallest and the largest batch measured."""
-    first, last = found["rows"][0], found["rows"][-1]
-    if "vit" not in found["subject"] or first["effective_batch"] == last["effective_batch"]:
-        return ""
-    (n1, b1), (n2, b2) = ((row["effective_batch"], row["ways"]["ours"]["peak_bytes"]) for row in (first, last))
-    slope = max((b2 - b1) / (n2 - n1), 1)
-    state = 12 * found["parameters"]  # weights and moments, which lie there before the step
-    return (
-        f"\nWithin 24 GB of device memory: N about {n1 + (budget - b1 - state) / slope:,.0f}, by these figures' line.\n"
-    )
+    return f"{words}\n\n{table(head, rows)}"
 
 
 def savings_section(found: dict) -> str:
@@ -151,6 +146,57 @@ def profile_section(found: dict) -> str:
     left = f"\nLeft to win: pass 1 ({first:.0%}), which kept graphs take away, and the loss; the rest is the floor.\n"
     operations = table(["operation", "share"], [[f"`{k}`", f"{share:.1%}"] for k, share in found["largest"].items()])
     return f"{words}\n\n{parts}{left}\n{operations}"
+
+
+def gpu_section(found: dict) -> str:
+    """Steps of the headline, ratios to peers and to the floor, losses, the loader; and what failed."""
+    stages = found["stages"]
+    parts = [f"{found['machine']}; {found['seconds']:.0f} s for all stages, each once.\n"]
+    parts += [gpu_steps(stages), gpu_ways(stages)]
+    loader = stages.get("loader", {})
+    if "images_per_second" in loader:
+        parts.append(
+            f"The loader decodes {loader['images_per_second']:,.0f} photographs a second of "
+            f"{' x '.join(map(str, loader['side']))} pixels with {loader['workers']} workers; "
+            f"{loader['ready_after_them']:.0%} of a step of {loader['images']:,} are ready after the "
+            f"{loader['compute_seconds']:.1f} s that the model computes.\n"
+        )
+    failed = {name: stage.get("error") or stage.get("out_of_memory") for name, stage in stages.items()}
+    return "\n".join(parts + [f"{name}: {reason}\n" for name, reason in failed.items() if reason])
+
+
+def gpu_steps(stages: dict) -> str:
+    """Each whole step, with its share of the matrix rate and its memory."""
+    rows = []
+    for name, stage in stages.items():
+        if name.startswith(("step ", "floor ", "24 GB ")) and "seconds" in stage:
+            shares = [stage["share_of_matrix_rate"], stage["share_with_pass_1"]]
+            memory = [stage.get("peak_allocated_bytes"), stage.get("peak_reserved_bytes")]
+            rows.append(
+                [name.removeprefix("step "), stage.get("effective_batch", ""), stage["chunk_size"]]
+                + [f"{stage['seconds']:.2f} s", f"{stage['pairs_per_second']:,.0f}"]
+                + [f"{share:.0%}" if share else "" for share in shares]
+                + [gibibytes(count) for count in memory]
+            )
+    head = ["step", "N and Q", "C", "time", "pairs/s", "share of matrix rate", "with pass 1", "GiB allocated"]
+    return table([*head, "GiB reserved"], rows)
+
+
+def gpu_ways(stages: dict) -> str:
+    """What took turns within a stage, over the first of them."""
+    rows = []
+    for name, stage in stages.items():
+        ways = stage.get("ways", {})
+        for way, result in ways.items():
+            first = next(iter(ways.values()))
+            time = f"{result['seconds']:.3f} s" if "seconds" in result else result["out_of_memory"]
+            ratio = over(result, first) if "seconds" in result and "seconds" in first else ""
+            rows.append([name, way, time, ratio, gibibytes(result.get("peak_bytes"))])
+    return table(["stage", "way", "time", "over the first", "GiB"], rows)
+
+
+def gibibytes(count: int | None) -> str:
+    return "" if count is None else f"{count / 2**30:.1f}"
 
 
 def memory_section(found: dict) -> str:

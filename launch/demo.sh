@@ -13,10 +13,8 @@ installed=$SECONDS
 
 run=runs/demo_$loss
 rm -rf "$run"
-.venv/bin/accelerate launch --config_file accelerate_configs/single_gpu.yaml \
-    "train_$loss.py" --config "configs/digits_$loss.yaml" --output-dir "$run"
-.venv/bin/accelerate launch --config_file accelerate_configs/single_gpu.yaml \
-    evaluate.py zeroshot --model "$run/export" --data digits --output-dir "$run/zeroshot"
+.venv/bin/python "train_$loss.py" --config "configs/digits_$loss.yaml" --output-dir "$run"
+.venv/bin/python evaluate.py zeroshot --model "$run/export" --data digits --output-dir "$run/zeroshot"
 
 cat <<MESSAGE
 

@@ -1,0 +1,372 @@
+"""Smoke checks and all benchmarks of one GPU, in one process; called by gpu.sh.
+
+Every stage adds its figures to one JSON file. A stage that fails, or a way that runs out of memory, is recorded as its
+own result, and the next stage goes on.
+"""
+
+import argparse
+import gc
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from math import ceil
+from pathlib import Path
+
+import measured
+import numpy as np
+import torch
+import torch.nn.functional as F
+from floor import ours, plain
+from peers import open_clip_step, sentence_transformers_step
+from PIL import Image
+from subjects import SUBJECTS, Autocast, flops_of_a_pair, make_batch, make_towers, repeated_chunks
+from torch.nn.utils import clip_grad_norm_
+from torch.optim import AdamW
+from torch.profiler import ProfilerActivity, profile
+
+from lib.backends import auto_workers
+from lib.backends.device import free_memory, is_out_of_memory
+from lib.backends.precision import full_float32, set_up_kernels
+from lib.data import ImagePipeline, Prepare, TrainingData, open_sources
+from lib.fitting import MARGIN, ChunkMemory, even_chunk, largest_that_fits, memory_of_chunk
+from lib.logit_tiles import tile_side
+from lib.losses import Pairs, infonce, sigmoid
+from lib.plan import embedding_bytes
+from lib.trunk_options import compile_trunks
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How large the stages are."""
+
+    subjects: tuple[str, ...]
+    """Towers of the headline, the smaller ones first."""
+    batch: int
+    """N, and Q"""
+    peers: int
+    """N of the steps beside peers and with kept graphs."""
+    peer_chunk: int
+    budget_batch: int
+    images: int
+    """Photographs that the loader decodes."""
+    side: tuple[int, int]
+    """of them, in pixels"""
+    compiler: str
+
+
+REAL = Sizes(("vit-b-32", "vit-b-16"), 32768, 4096, 256, 8192, 8192, (640, 480), "inductor")
+TOY = Sizes(("narrow", "small"), 64, 32, 16, 32, 64, (80, 60), "aot_eager")
+BUDGET = 24 * 10**9
+
+
+class Bench:
+    """The stages in their order, and the file that they fill."""
+
+    def __init__(self, device: torch.device, sizes: Sizes, file: Path) -> None:
+        self.device, self.sizes, self.file = device, sizes, file
+        self.began = time.perf_counter()
+        self.content: dict = {"machine": measured.machine(device), "toy": sizes is TOY, "stages": {}}
+
+    def stage(self, name: str, run: Callable[[], dict]) -> None:
+        """Run a stage, keep what it gives or how it failed, and write everything so far."""
+        began = time.perf_counter()
+        try:
+            found = run()
+        except Exception as error:  # whatever it is: the other stages are worth as much
+            traceback.print_exc()
+            kind = "out_of_memory" if is_out_of_memory(error) else "error"
+            found = {kind: str(error).strip().split("\n")[0]}
+        found["stage_seconds"] = round(time.perf_counter() - began, 1)
+        self.content["stages"][name] = found
+        self.content["seconds"] = round(time.perf_counter() - self.began, 1)
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        self.file.write_text(json.dumps(self.content, indent=1) + "\n")
+        print(f"[{self.content['seconds']:6.1f} s] {name}: {json.dumps(found)[:600]}", flush=True)
+        gc.collect()
+        torch.compiler.reset()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def run(self) -> None:
+        """All stages: correctness first, then the headline, then the rest."""
+        first = self.sizes.subjects[0]
+        self.stage("smoke checks", smoke_checks)
+        set_up_kernels(self.device, deterministic=False)
+        self.stage("matrix rate", lambda: {"flops_per_second": measured.matrix_rate(self.device)})
+        for subject in self.sizes.subjects:
+            for compiled in (False, True):
+                name = f"step {subject}{' compiled' if compiled else ''}"
+                self.stage(name, partial(self.headline, subject, compiled))
+        self.stage(f"profile {first}", partial(self.where_the_time_goes, first))
+        self.stage(f"floor {first}", partial(self.floor, first))
+        self.stage(f"kept graphs {first}", partial(self.kept_graphs, first))
+        self.stage(f"peers {first}", partial(self.peers, first))
+        self.stage("losses alone", self.losses)
+        self.stage("loader", self.loader)
+        self.stage(f"24 GB budget {first}", partial(self.budget, first))
+
+    def headline(self, subject: str, compiled: bool, batch: int | None = None, room: float | None = None) -> dict:
+        """A step of the whole batch with a full memory, as training runs it: chunk, seconds, rate, memory."""
+        batch = batch or self.sizes.batch
+        trainee = Trainee(subject, self.device)
+        began = time.perf_counter()
+        chunk_size = trainee.largest_chunk(batch, room)
+        if compiled:
+            chunk_size = even_chunk(batch, chunk_size)
+            compile_trunks(trainee.towers.towers, self.sizes.compiler, self.device)
+        chunks = trainee.chunks(batch, chunk_size)
+        memory = remembered(batch, SUBJECTS[subject].embed_dim, self.device)
+        trainee.step(chunks[:2], memory)  # what a first step allocates and compiles
+        found = measured.once(partial(trainee.step, chunks, memory), self.device)
+        found |= {"effective_batch": batch, "remembered": batch, "chunk_size": chunk_size, "chunks": len(chunks)}
+        found["first_seconds"] = round(time.perf_counter() - began - found["seconds"], 1)
+        return found | self.rates(subject, batch, found["seconds"])
+
+    def rates(self, subject: str, pairs: int, seconds: float) -> dict:
+        """Pairs a second, and the share of the matrix rate: of one forward and backward of every pair, and with the
+        second forward of gradient caching."""
+        rate = self.content["stages"].get("matrix rate", {}).get("flops_per_second")
+        share = flops_of_a_pair(subject) * pairs / seconds / rate if rate else None
+        with_pass_1 = None if share is None else share * 4 / 3
+        return {
+            "pairs_per_second": pairs / seconds,
+            "share_of_matrix_rate": share,
+            "share_with_pass_1": with_pass_1,
+        }
+
+    def where_the_time_goes(self, subject: str) -> dict:
+        """The GPU's share of a few chunks' time, and the operations that take most of it."""
+        trainee = Trainee(subject, self.device)
+        chunks = trainee.chunks(4 * self.sizes.peer_chunk, self.sizes.peer_chunk)
+        memory = remembered(64, SUBJECTS[subject].embed_dim, self.device)
+        trainee.step(chunks, memory)
+        on_gpu = self.device.type == "cuda"
+        kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+        began = time.perf_counter()
+        with profile(activities=kinds) as recorded:
+            trainee.step(chunks, memory)
+            if on_gpu:
+                torch.cuda.synchronize()
+        seconds = time.perf_counter() - began
+        own = lambda event: (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e6  # noqa: E731
+        events = sorted(recorded.key_averages(), key=own, reverse=True)
+        total = sum(map(own, events))
+        return {
+            "chunk_size": self.sizes.peer_chunk,
+            "busy": total / seconds,
+            "largest": {event.key[:80]: own(event) / total for event in events[:12]},
+        }
+
+    def floor(self, subject: str) -> dict:
+        """Plain accumulation over the same chunks without shared negatives: every pair once forward and backward."""
+        trainee = Trainee(subject, self.device)
+        chunks = trainee.chunks(self.sizes.batch, trainee.largest_chunk(self.sizes.batch))
+        step = partial(trainee.update, plain, chunks)
+        trainee.update(plain, chunks[:2])
+        found = measured.once(step, self.device)
+        return found | {"chunk_size": len(chunks[0])} | self.rates(subject, self.sizes.batch, found["seconds"])
+
+    def kept_graphs(self, subject: str) -> dict:
+        """The cached step with no graph kept, and with as many as fit."""
+        trainee, size = Trainee(subject, self.device), self.sizes.peers
+        chunks = trainee.chunks(size, self.sizes.peer_chunk)
+        graph = trainee.memory(self.sizes.peer_chunk)
+        spare = MARGIN * free_memory(self.device) - trainee.state_bytes - graph.peak
+        count = max(1, min(len(chunks), int(spare // max(graph.graph, 1))))
+        ways = {
+            "none": partial(trainee.update, ours, chunks),
+            "kept": partial(trainee.update, partial(ours, keep_graphs=count), chunks),
+            "floor": partial(trainee.update, plain, chunks),
+        }
+        ways = measured.take_turns(ways, 2, self.device)
+        return {"effective_batch": size, "chunk_size": self.sizes.peer_chunk, "graphs_kept": count, "ways": ways}
+
+    def peers(self, subject: str) -> dict:
+        """Ours beside open_clip's accumulation and sentence-transformers' cached loss, each where it is installed."""
+        trainee, size = Trainee(subject, self.device), self.sizes.peers
+        chunks = trainee.chunks(size, self.sizes.peer_chunk)
+        ways = {"ours": ours, "floor": plain}
+        not_run = {}
+        for name, way in {"open_clip": open_clip_step, "sentence_transformers": sentence_transformers_step}.items():
+            try:
+                trainee.update(way, chunks[:2])
+                ways[name] = way
+            except Exception as error:  # not installed, or of a version that has another interface
+                not_run[name] = f"{type(error).__name__}: {error}"[:200]
+        found = {name: partial(trainee.update, way, chunks) for name, way in ways.items()}
+        results = measured.take_turns(found, 2, self.device)
+        shape = {"effective_batch": size, "chunk_size": self.sizes.peer_chunk}
+        return shape | {"not_run": not_run, "ways": results}
+
+    def losses(self) -> dict:
+        """Both losses over N fresh and N remembered pairs, in full float32 as training runs them, and with TF32."""
+        dimension = 512 if self.sizes is REAL else 16
+        fresh = remembered(self.sizes.batch, dimension, self.device, first_id=0)
+        old = remembered(self.sizes.batch, dimension, self.device)
+        scale, bias = torch.tensor(14.3, device=self.device), torch.tensor(-9.0, device=self.device)
+        ways = {}
+        for name, loss in (("infonce", infonce), ("sigmoid", sigmoid)):
+            step = partial(loss, fresh, old, scale, bias, slice(0, len(fresh)))
+            ways |= {name: full_float32()(step), f"{name}, TF32": step}
+        ways = measured.take_turns(ways, 2, self.device)
+        return {"pairs": len(fresh), "remembered": len(old), "dimension": dimension, "ways": ways}
+
+    def loader(self) -> dict:
+        """Photographs from the disk into page-locked memory, with the workers that `auto` chooses."""
+        size, workers = self.sizes.images, auto_workers()
+        with tempfile.TemporaryDirectory() as folder:
+            write_photographs(Path(folder), min(size, 256), self.sizes.side)
+            source, _ = open_sources(folder, None, None)
+            data = TrainingData(
+                source,
+                Prepare(ImagePipeline(224, augment="light"), tokens_of),
+                effective_batch=size,
+                chunk_size=max(1, size // 8),
+                chunks_ahead=8,
+                rank=0,
+                world_size=1,
+                workers=workers,
+                seed=0,
+                pin_memory=self.device.type == "cuda",
+            )
+            took, began = [], time.perf_counter()
+            for step in data.steps(0, 4):
+                ready = step.ready / len(step)
+                for _ in step:
+                    pass
+                took.append(time.perf_counter() - began)
+                if len(took) == 3:  # the next one is read while a model would compute
+                    time.sleep(self.compute_seconds(size))
+                began = time.perf_counter()
+        seconds = took[2]  # the first starts the workers, the second has what was read meanwhile
+        return {
+            "workers": workers,
+            "images": size,
+            "side": self.sizes.side,
+            "seconds": seconds,
+            "images_per_second": size / seconds,
+            "all_seconds": took,
+            "compute_seconds": self.compute_seconds(size),
+            "ready_after_them": ready,
+        }
+
+    def compute_seconds(self, pairs: int) -> float:
+        """Seconds of so many pairs at the fastest rate that was measured for the smaller towers."""
+        stages = self.content["stages"]
+        names = (f"step {self.sizes.subjects[0]}{suffix}" for suffix in ("", " compiled"))
+        return pairs / max(stages.get(name, {}).get("pairs_per_second", 1.0) for name in names)
+
+    def budget(self, subject: str) -> dict:
+        """The headline's step on a card of 24 GB: the process may take no more."""
+        if self.device.type == "cuda":
+            total = torch.cuda.get_device_properties(self.device).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(1.0, BUDGET / total), self.device)
+            torch.cuda.reset_peak_memory_stats(self.device)
+        try:
+            return {"budget_bytes": BUDGET} | self.headline(subject, False, self.sizes.budget_batch, BUDGET)
+        finally:
+            if self.device.type == "cuda":
+                torch.cuda.set_per_process_memory_fraction(1.0, self.device)
+
+
+class Trainee:
+    """Towers with their optimizer, and steps of them."""
+
+    def __init__(self, subject: str, device: torch.device) -> None:
+        self.subject, self.device = subject, device
+        self.towers = Autocast(make_towers(subject, device), device)
+        self.optimizer = AdamW(self.towers.parameters(), lr=1e-4, fused=True)
+        self.state_bytes = 4 * sum(parameter.nbytes for parameter in self.towers.parameters())
+
+    def largest_chunk(self, batch: int, room: float | None = None) -> int:
+        """What --chunk-size auto chooses on a GPU with `room` bytes, by default all free ones; on a CPU a small one."""
+        if self.device.type != "cuda":
+            return min(16, batch)
+        weights = self.state_bytes // 4
+        taken = embedding_bytes(batch, batch, SUBJECTS[self.subject].embed_dim, tile_side(self.device))
+        free = free_memory(self.device) if room is None else min(room, free_memory(self.device)) - weights
+        return largest_that_fits(self.memory, min(batch, 4096), MARGIN * (free - 3 * weights - taken))
+
+    def memory(self, pairs: int) -> ChunkMemory:
+        """What a chunk takes; on a CPU, where nothing is measured, a byte."""
+        if self.device.type != "cuda":
+            return ChunkMemory(1, 1)
+        inputs = make_batch(self.subject, 4).to(self.device).inputs
+        with torch.autocast(self.device.type, torch.bfloat16):
+            return memory_of_chunk(self.towers.towers, inputs, self.device, pairs)
+
+    def chunks(self, size: int, chunk_size: int) -> list:
+        """Equal chunks of the same random pairs, drawn once; in page-locked memory for a GPU."""
+        chunk = make_batch(self.subject, ceil(size / ceil(size / chunk_size)), pin=self.device.type == "cuda")
+        return repeated_chunks(chunk, size)
+
+    def step(self, chunks: list, memory: Pairs) -> None:
+        """A cached step against the memory, and its update."""
+        self.update(partial(ours, remembered=memory), chunks)
+
+    def update(self, gradients: Callable, chunks: list) -> None:
+        """Gradients in some way, clipped, and the optimizer's update."""
+        gradients(self.towers, chunks)
+        clip_grad_norm_(self.towers.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def smoke_checks() -> dict:
+    """The tests that need a GPU; the last lines tell which failed."""
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", "tests/test_gpu.py"]
+    finished = subprocess.run(
+        [*command, "--durations=12"], cwd=measured.ROOT, capture_output=True, text=True, timeout=300, env=os.environ
+    )
+    lines = (finished.stdout + finished.stderr).strip().splitlines()
+    return {"exit_code": finished.returncode, "lines": [line[:300] for line in lines[-60:]]}
+
+
+def remembered(size: int, dimension: int, device: torch.device, first_id: int = 10**9) -> Pairs:
+    """Pairs of random embeddings, none of which is in a batch."""
+    generator = torch.Generator(device).manual_seed(first_id)
+    embeds = (F.normalize(torch.randn(size, dimension, generator=generator, device=device), dim=1) for _ in range(2))
+    ids = torch.arange(size, device=device) + first_id
+    return Pairs(*embeds, ids, ids)
+
+
+def write_photographs(folder: Path, count: int, side: tuple[int, int]) -> None:
+    """JPEG files of two classes that take as long to decode as photographs: noise of several scales."""
+    generator = np.random.default_rng(0)
+    for number in range(count):
+        noise = [generator.integers(0, 256, (scale, scale, 3), dtype=np.uint8) for scale in (4, 32)]
+        layers = [np.asarray(Image.fromarray(each).resize(side, Image.Resampling.BICUBIC), np.uint16) for each in noise]
+        picture = Image.fromarray(((layers[0] + layers[1]) // 2).astype(np.uint8))
+        (folder / f"class_{number % 2}").mkdir(exist_ok=True)
+        picture.save(folder / f"class_{number % 2}" / f"{number:05d}.jpg", quality=90)
+
+
+def tokens_of(texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    """As many tokens as CLIP's, whatever the texts."""
+    input_ids = torch.ones(len(texts), 77, dtype=torch.int64)
+    return input_ids, torch.ones_like(input_ids)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--toy", action="store_true", help="all stages at toy size, on a CPU too")
+    parser.add_argument("--output", type=Path, default=measured.RESULTS, help="folder of the JSON file")
+    settings = parser.parse_args()
+    if not settings.toy and not torch.cuda.is_available():
+        sys.exit("error: no GPU here; bash benchmarks/gpu.sh --toy runs all stages at toy size on a CPU")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    sizes, name = (TOY, "gpu_toy.json") if settings.toy else (REAL, "gpu.json")
+    bench = Bench(device, sizes, settings.output / name)
+    bench.run()
+    print(f"{bench.content['seconds']:.0f} s in all; figures: {bench.file}")
+
+
+if __name__ == "__main__":
+    main()

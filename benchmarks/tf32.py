@@ -1,0 +1,88 @@
+"""What TF32 would cost the losses: gradients with the products' inputs rounded as it does, against float64.
+
+python benchmarks/tf32.py [--size 8192] prints a table; it needs no GPU, as the rounding is done here: to 10 bits of the
+mantissa, the sums in float32. Embeddings are random, or such that a matching pair has a given cosine.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import measured  # noqa: F401  (makes lib importable)
+import torch
+import torch.nn.functional as F
+import tyro
+from torch import Tensor
+
+from lib.losses import Loss, infonce, sigmoid
+from lib.pairs import LossShare, Pairs
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Which losses to compare."""
+
+    size: int = 8192
+    """Pairs."""
+    dimension: int = 512
+    """Of the embeddings."""
+    scale: float = 100.0
+    """The logits' multiplier, CLIP's largest."""
+    noise: tuple[float, ...] = (0.0, 5.0, 3.0)
+    """Each text is its image and so many times other noise; 0: random. The cosine is about 1 / sqrt(1 + noise^2)."""
+
+
+def main(settings: Settings) -> None:
+    print("| embeddings | loss | float32 | TF32 |\n|---|---|---|---|")
+    for noise in settings.noise:
+        images, texts = embeddings(settings, noise)
+        kind = f"matching pairs at cosine {(images * texts).sum(1).mean():.2f}" if noise else "random"
+        for name, loss, bias in (("InfoNCE", infonce, 0.0), ("sigmoid", sigmoid, -20.0)):
+            exact = gradients(loss, images, texts, settings.scale, bias)
+            short = gradients(loss, images.float(), texts.float(), settings.scale, bias)
+            with tf32():
+                rounded = gradients(loss, images.float(), texts.float(), settings.scale, bias)
+            print(f"| {kind} | {name} | {off(short, exact):.1e} | {off(rounded, exact):.1e} |", flush=True)
+
+
+def embeddings(settings: Settings, noise: float) -> tuple[Tensor, Tensor]:
+    """(N, D) of both towers, unit norm, float64."""
+    generator = torch.Generator().manual_seed(0)
+    shape = settings.size, settings.dimension
+    images, others = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2))
+    return F.normalize(images, dim=1), F.normalize(images + noise * others if noise else others, dim=1)
+
+
+def gradients(loss: Loss, images: Tensor, texts: Tensor, scale: float, bias: float) -> LossShare:
+    """The loss and its gradients, every pair its own group."""
+    ids = torch.arange(len(images))
+    numbers = (torch.tensor(number, dtype=images.dtype) for number in (scale, bias))
+    return loss(Pairs(images, texts, ids, ids), None, *numbers, slice(0, len(images)))
+
+
+def off(found: LossShare, exact: LossShare) -> float:
+    """Relative error of the image embeddings' gradient, by its norm."""
+    difference = found.image_embeds.double() - exact.image_embeds
+    return (difference.norm() / exact.image_embeds.norm()).item()
+
+
+@contextmanager
+def tf32() -> Iterator[None]:
+    """Round the inputs of the losses' matrix products."""
+    mm, addmm = torch.mm, torch.Tensor.addmm_
+    torch.mm = lambda left, right, out: mm(rounded(left), rounded(right), out=out)
+    torch.Tensor.addmm_ = lambda total, left, right: addmm(total, rounded(left), rounded(right))
+    try:
+        yield
+    finally:
+        torch.mm, torch.Tensor.addmm_ = mm, addmm
+
+
+def rounded(tensor: Tensor) -> Tensor:
+    """float32 with 10 bits of its mantissa, the rest rounded away."""
+    bits = tensor.contiguous().view(torch.int32)
+    return (bits + 0x1000).bitwise_and_(~0x1FFF).view(torch.float32)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Settings, description=__doc__))
