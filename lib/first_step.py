@@ -1,5 +1,6 @@
 """Before the first update: where the bias starts, and whether the gradients are right."""
 
+from collections.abc import Iterable
 from functools import partial
 
 import torch
@@ -19,17 +20,25 @@ from lib.report import Reporter
 from lib.run import Run
 
 
-def prepare_first_step(run: Run, objective: Objective, chunks: list[Chunk], report: Reporter) -> None:
-    """Before the first update: start the bias where the data wants it, and verify the gradients if asked."""
+def prepare_first_step(run: Run, objective: Objective, chunks: Iterable[Chunk], report: Reporter) -> list[Chunk] | None:
+    """Start the bias where the data wants it, and verify the gradients if asked.
+
+    Returns the chunks where this read them all; None where there was nothing to do and they are still to be read.
+    """
     starts_fresh = run.first_step == 0 and not run.towers.pretrained_bias
-    trained_bias = run.towers.logit_bias if run.towers.use_bias else None
-    if objective.family == "siglip" and starts_fresh and isinstance(trained_bias, nn.Parameter):
+    starts_bias = objective.family == "siglip" and starts_fresh and run.towers.use_bias
+    trained_bias = run.towers.logit_bias if starts_bias else None
+    if trained_bias is None and not run.config.verify_gradients:
+        return None
+    chunks = list(chunks)
+    if isinstance(trained_bias, nn.Parameter):
         bias = _start_bias(run, chunks)
         with run.backend.editing(trained_bias):
             run.towers.set_scale_and_bias(None, bias)
         report.say(f"logit_bias starts at {bias:.3f}")
     if run.config.verify_gradients:
         _verify(run, objective, chunks, report)
+    return chunks
 
 
 @torch.no_grad()

@@ -9,11 +9,11 @@ import psutil
 import torch
 from torch import Tensor
 
-from lib.backends import peak_memory_bytes
+from lib.backends import Backend, peak_memory_bytes
 from lib.backends.device import peak_reserved_bytes
 from lib.checkpoint import is_whole, merge_counts
 from lib.collectives import gather_objects
-from lib.config import changed_settings, save_config
+from lib.config import TrainConfig, changed_settings, save_config
 from lib.data import Prepare
 from lib.data.sources import split_weight
 from lib.data.training import PARTS_A_WORKER
@@ -44,7 +44,7 @@ def announce(run: Run, report: Reporter) -> dict[str, int]:
         *run.plan.lines(),
         *_host_lines(run, expected["host_memory_bytes"]),
         f"precision  {run.backend.precision}",
-        *_compile_lines(run),
+        *compile_lines(config, run.backend),
         *_steps_lines(run),
         f"run        {run.folder}",
     )
@@ -148,11 +148,11 @@ def _steps_lines(run: Run) -> list[str]:
     ]
 
 
-def _compile_lines(run: Run) -> list[str]:
+def compile_lines(config: TrainConfig, backend: Backend) -> list[str]:
     """How the trunks run, or what would make them faster."""
-    if run.config.compile:
-        return [f"compile    both trunks, by {run.config.compile_backend}, in the first step: it takes minutes longer"]
-    if run.accelerator.device.type == "cpu" or run.backend.shards_weights:
+    if config.compile:
+        return [f"compile    both trunks, by {config.compile_backend}, in the first step: it takes minutes longer"]
+    if backend.accelerator.device.type == "cpu" or backend.shards_weights:
         return []
     return ["compile    no: --compile makes steps faster once the first has compiled the trunks, for a minute or two"]
 

@@ -93,8 +93,7 @@ def _loop(
         step += 1
         chunks: Chunks = (data := TimedChunks(batch, step))
         if step == run.first_step + 1:
-            chunks = first_chunks = list(data)
-            prepare_first_step(run, objective, first_chunks, report)
+            chunks = prepare_first_step(run, objective, data, report) or data
         if config.scale_schedule:
             with run.backend.editing(run.towers.logit_scale):
                 run.towers.set_scale_and_bias(scheduled_scale(config.scale_schedule, step, run.steps), None)

@@ -5,14 +5,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 from accelerate.state import AcceleratorState
+from conftest import ROOT
 
 import evaluate
 import train_clip
 from lib import losses
 from lib.backends.precision import LAUNCHED, Precision, choose_precision, full_float32, set_up_kernels
+from lib.config import TrainConfig
 from lib.errors import InputError, RunError
 from lib.evaluation import subject
+from lib.narration import compile_lines
 from lib.report import read_metrics
 from lib.towers import TwoTowers
 
@@ -137,6 +141,28 @@ def test_the_plan_says_what_was_chosen_and_the_flag_changes_the_towers(tmp_path,
         assert f"precision  {said}\n" in capsys.readouterr().out
         found[asked] = [line["loss"] for line in read_metrics(tmp_path / asked)]
     assert found["auto"] != found["bf16"] == pytest.approx(found["auto"], rel=0.05)
+
+
+def test_the_plan_suggests_compile_where_it_helps():
+    on = {
+        (device, compiled, sharded): compile_lines(
+            TrainConfig(compile=compiled),
+            SimpleNamespace(accelerator=SimpleNamespace(device=device), shards_weights=sharded),
+        )
+        for device in (CPU, CUDA)
+        for compiled in (False, True)
+        for sharded in (False, True)
+    }
+    suggesting = [case for case, lines in on.items() if any("no: --compile makes" in line for line in lines)]
+    assert suggesting == [(CUDA, False, False)]
+    assert all(lines for case, lines in on.items() if case[1])
+
+
+def test_the_configurations_for_gpus_ask_for_bf16():
+    files = {file.stem: yaml.safe_load(file.read_text()) for file in (ROOT / "accelerate_configs").glob("*.yaml")}
+    asked = {name: settings["mixed_precision"] for name, settings in files.items()}
+    assert asked.pop("cpu") == "no"
+    assert "single_gpu" in asked and set(asked.values()) == {"bf16"}
 
 
 def test_evaluation_runs_in_it_keeps_float32_embeddings_and_does_not_mix_stored_ones(tmp_path, monkeypatch):

@@ -166,6 +166,26 @@ def test_padding_changes_nothing(encoders, kind):
     torch.testing.assert_close(short.text_embeds, long.text_embeds, rtol=0, atol=1e-6)
 
 
+def test_clip_needs_no_mask_for_padding_on_the_right(encoders):
+    """Pooled outputs without a mask equal those with one exactly; padding on the left would need it."""
+    model = CLIPModel.from_pretrained(encoders / "clip").text_model.eval()
+    towers, processing = load_towers(model=str(encoders / "clip"), family="clip")
+    input_ids, attention_mask = processing.tokenize(TEXTS)
+    assert (attention_mask.sum(1) < attention_mask.shape[1]).any() and attention_mask[:, 0].all()
+    left_ids, left_mask = input_ids.flip(1), attention_mask.flip(1)
+    with torch.no_grad():
+        masked = model(input_ids=input_ids, attention_mask=attention_mask).pooler_output
+        ours = towers.eval().text.pooled(input_ids, attention_mask)
+        left = [model(input_ids=left_ids, attention_mask=mask).last_hidden_state for mask in (left_mask, None)]
+    assert (masked - ours).abs().max() == 0.0
+    assert (left[0] - left[1])[left_mask.bool()].abs().max() > 1e-4
+
+
+def test_convolutional_trunks_are_told_from_those_that_cut_patches(encoders):
+    assert compose(encoders, "resnet", "bert")[0].image.convolutional
+    assert not compose(encoders, "vit", "bert")[0].image.convolutional
+
+
 def test_embeddings_are_float32_under_autocast():
     towers, processing = build_preset("tiny-siglip", TEXTS, use_bias=True)
     exact = towers(random_pixels(), *processing.tokenize(TEXTS))
