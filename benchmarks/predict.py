@@ -1,15 +1,18 @@
 """What the planner expects of graphics cards that are not here: chunks and memory of a step of 32,768 pairs in bf16.
 
 python benchmarks/predict.py prints the README's table and writes benchmarks/results/predicted.json. Activations are
-what autograd saves under bfloat16 autocast on this CPU; on a GPU `--chunk-size auto` measures instead.
+what autograd saves under bfloat16 autocast, found with tensors that have shapes but no data; on a GPU
+`--chunk-size auto` measures instead.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
+from unittest.mock import patch
 
 import measured
 import torch
 import tyro
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import CLIPConfig, CLIPModel, PretrainedConfig, PreTrainedModel, SiglipConfig, SiglipModel
 
 from lib.fitting import LARGEST_CHUNK, MARGIN, largest_chunk_below, measure_activations
@@ -82,12 +85,17 @@ def main(settings: Settings) -> None:
 def predicted(name: str, settings: Settings) -> dict:
     """Activations of a pair, and the largest chunk and device memory on each card."""
     kind, config = MODELS[name]
-    torch.manual_seed(0)
     family = "siglip" if kind is SiglipModel else "clip"
-    towers = TwoTowers(dual_parts(kind(config), DEFAULT_FORMS[family], None)).train()
+    with patch.object(PreTrainedModel, "init_weights"):  # their values do not matter
+        towers = TwoTowers(dual_parts(kind(config), DEFAULT_FORMS[family], None)).train().to("meta")
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        return _predicted(name, config, towers.to_empty(device="cpu"), settings)
+
+
+def _predicted(name: str, config: PretrainedConfig, towers: TwoTowers, settings: Settings) -> dict:
     side, length = config.vision_config.image_size, config.text_config.max_position_embeddings
     pixels = torch.zeros(4, 3, side, side, dtype=torch.uint8)
-    input_ids = torch.full((4, length), config.text_config.eos_token_id or 1)
+    input_ids = torch.full((4, length), config.text_config.vocab_size - 1)
     inputs = {"pixel_values": pixels, "input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
     with torch.autocast("cpu", torch.bfloat16):
         activations = measure_activations(towers, inputs)

@@ -281,15 +281,15 @@ def measure_activations(towers: nn.Module, inputs: dict[str, Tensor]) -> int:
             largest_output = max(largest_output, output.nbytes // output.shape[0])
 
     hooks = [module.register_forward_hook(note_output) for module in towers.modules() if not list(module.children())]
-    parameters = {parameter.untyped_storage().data_ptr() for parameter in towers.parameters()}
+    parameters = {parameter.untyped_storage()._cdata for parameter in towers.parameters()}  # tensors may have no data
 
     def saved_bytes(pairs: int) -> int:
         seen: dict[int, int] = {}
 
         def pack(tensor: Tensor) -> Tensor:
             storage = tensor.untyped_storage()
-            if storage.data_ptr() not in parameters:
-                seen[storage.data_ptr()] = storage.nbytes()
+            if storage._cdata not in parameters:
+                seen[storage._cdata] = storage.nbytes()
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):

@@ -9,18 +9,6 @@ import pytest
 import torch
 from conftest import ROOT
 
-
-@pytest.fixture(scope="module")
-def figures(tmp_path_factory) -> dict:
-    """What `bash benchmarks/gpu.sh --toy` leaves."""
-    folder = tmp_path_factory.mktemp("results")
-    environment = os.environ | {"PYTHON": sys.executable, "OUT": str(folder)}
-    command = ["bash", "benchmarks/gpu.sh", "--toy"]
-    finished = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert finished.returncode == 0, finished.stderr
-    return json.loads((folder / "gpu_toy.json").read_text())
-
-
 STAGES = (
     "smoke checks", "matrix rate", "step narrow", "step narrow compiled", "step small", "step small compiled",
     "profile narrow", "floor narrow", "kept graphs narrow", "peers narrow", "losses alone", "loader",
@@ -29,7 +17,12 @@ STAGES = (
 
 
 @pytest.mark.slow
-def test_gpu_sh_runs_all_stages_in_their_order(figures):
+def test_gpu_sh_runs_all_stages_in_their_order_and_the_page_has_their_figures(tmp_path):
+    environment = os.environ | {"PYTHON": sys.executable, "OUT": str(tmp_path)}
+    command = ["bash", "benchmarks/gpu.sh", "--toy"]
+    finished = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+    figures = json.loads((tmp_path / "gpu_toy.json").read_text())
     stages = figures["stages"]
     assert tuple(stages) == STAGES and figures["toy"]
     assert not [name for name, found in stages.items() if {"error", "out_of_memory"} & found.keys()]
@@ -45,6 +38,13 @@ def test_gpu_sh_runs_all_stages_in_their_order(figures):
     assert set(stages["losses alone"]["ways"]) == {"infonce", "infonce, TF32", "sigmoid", "sigmoid, TF32"}
     loader = stages["loader"]
     assert loader["images_per_second"] > 0 and 0 <= loader["ready_after_them"] <= 1
+    assert "On a GPU\n\nNot measured" in made_page(tmp_path), "toy figures are no figures"
+    stages |= {"floor narrow": {"out_of_memory": "CUDA out of memory. Tried to allocate 3 GiB."}}
+    content = figures | {"machine": "NVIDIA H100, torch 2", "toy": False, "stages": stages}
+    (tmp_path / "gpu.json").write_text(json.dumps(content))
+    page = made_page(tmp_path)
+    assert "## On a GPU\n\nNVIDIA H100, torch 2" in page and "| narrow compiled | 64 |" in page
+    assert "floor narrow: CUDA out of memory. Tried to allocate 3 GiB." in page
 
 
 def test_a_stage_that_fails_is_its_own_result_and_the_next_one_runs(tmp_path, monkeypatch):
@@ -117,17 +117,34 @@ def made_page(folder) -> str:
     return (folder / "README.md").read_text()
 
 
-@pytest.mark.slow
-def test_the_page_has_a_gpus_figures_with_its_name_and_what_failed(figures, tmp_path):
-    stages = figures["stages"] | {"floor narrow": {"out_of_memory": "CUDA out of memory. Tried to allocate 3 GiB."}}
-    content = figures | {"machine": "NVIDIA H100, torch 2", "toy": False, "stages": stages}
-    (tmp_path / "gpu.json").write_text(json.dumps(content))
-    page = made_page(tmp_path)
-    assert "## On a GPU\n\nNVIDIA H100, torch 2" in page and "| narrow compiled | 64 |" in page
-    assert "floor narrow: CUDA out of memory. Tried to allocate 3 GiB." in page
-    (tmp_path / "gpu.json").unlink()
-    (tmp_path / "gpu_toy.json").write_text(json.dumps(figures))
-    assert "On a GPU\n\nNot measured" in made_page(tmp_path), "toy figures are no figures"
+def test_predicted_chunks_fit_and_activations_are_those_of_real_tensors(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import predict
+
+    config = predict.clip(16, (64, 2, 2), (64, 2, 2), 16)
+    monkeypatch.setattr(predict, "MODELS", {"a small CLIP": (predict.CLIPModel, config)})
+    settings = predict.Settings(cards=(2, 3, 80), batch=4096, output=tmp_path / "predicted.json")
+    predict.main(settings)
+    row = json.loads(settings.output.read_text())["rows"][0]
+    torch.manual_seed(0)
+    towers = predict.TwoTowers(predict.dual_parts(predict.CLIPModel(config), predict.DEFAULT_FORMS["clip"], None))
+    input_ids = torch.full((4, 77), 49407)
+    pixels = torch.zeros(4, 3, 224, 224, dtype=torch.uint8)
+    inputs = {"pixel_values": pixels, "input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
+    with torch.autocast("cpu", torch.bfloat16):
+        assert predict.measure_activations(towers.train(), inputs) == row["activations"]
+    assert [cell["chunk"] for cell in row["cards"]] == sorted(cell["chunk"] for cell in row["cards"])
+    assert all(cell["device"] < cell["card"] * 2**30 for cell in row["cards"]) and row["cards"][0]["chunk"] > 0
+    assert f"| a small CLIP | {row['activations'] / 2**20:.0f} MiB |" in capsys.readouterr().out
+
+
+def test_tf32_costs_gradients_more_than_float32(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import tf32
+
+    tf32.main(tf32.Settings(size=256, dimension=32, noise=(0.0, 3.0)))
+    rows = [line.split("|")[3:5] for line in capsys.readouterr().out.splitlines()[2:]]
+    assert len(rows) == 4 and all(10 * float(exact) < 1e-4 < float(rounded) for exact, rounded in rows)
 
 
 def test_memory_is_measured_in_processes_of_their_own_and_drawn(tmp_path):
