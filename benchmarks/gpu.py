@@ -8,6 +8,7 @@ import argparse
 import gc
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -16,6 +17,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from math import ceil
 from pathlib import Path
 
@@ -64,6 +66,7 @@ class Sizes:
 REAL = Sizes(("vit-b-32", "vit-b-16"), 32768, 4096, 256, 8192, 8192, (640, 480), "inductor")
 TOY = Sizes(("narrow", "small"), 64, 32, 16, 32, 64, (80, 60), "aot_eager")
 BUDGET = 24 * 10**9
+SMOKE_SECONDS = 240
 
 
 class Bench:
@@ -97,7 +100,7 @@ class Bench:
     def run(self) -> None:
         """All stages: correctness first, then the headline, then the rest."""
         first = self.sizes.subjects[0]
-        self.stage("smoke checks", smoke_checks)
+        self.stage("smoke checks", partial(smoke_checks, self.file.parent))
         set_up_kernels(self.device, deterministic=False)
         self.stage("matrix rate", lambda: {"flops_per_second": measured.matrix_rate(self.device)})
         for subject in self.sizes.subjects:
@@ -156,7 +159,7 @@ class Bench:
                 torch.cuda.synchronize()
         seconds = time.perf_counter() - began
         own = lambda event: (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e6  # noqa: E731
-        events = sorted(recorded.key_averages(), key=own, reverse=True)
+        events = sorted(measured.own_events(recorded, self.device), key=own, reverse=True)
         total = sum(map(own, events))
         return {
             "chunk_size": self.sizes.peer_chunk,
@@ -258,10 +261,11 @@ class Bench:
         }
 
     def compute_seconds(self, pairs: int) -> float:
-        """Seconds of so many pairs at the fastest rate that was measured for the smaller towers."""
+        """Seconds of so many pairs at the fastest rate that was measured for the smaller towers; 0 without one."""
         stages = self.content["stages"]
         names = (f"step {self.sizes.subjects[0]}{suffix}" for suffix in ("", " compiled"))
-        return pairs / max(stages.get(name, {}).get("pairs_per_second", 1.0) for name in names)
+        rate = max(stages.get(name, {}).get("pairs_per_second", 0.0) for name in names)
+        return pairs / rate if rate else 0.0
 
     def budget(self, subject: str) -> dict:
         """The headline's step on a card of 24 GB: the process may take no more."""
@@ -313,20 +317,33 @@ class Trainee:
 
     def update(self, gradients: Callable, chunks: list) -> None:
         """Gradients in some way, clipped, and the optimizer's update."""
-        gradients(self.towers, chunks)
-        clip_grad_norm_(self.towers.parameters(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        try:
+            gradients(self.towers, chunks)
+            clip_grad_norm_(self.towers.parameters(), 1.0)
+            self.optimizer.step()
+        finally:  # out of memory halfway, they would be counted to the next way
+            self.optimizer.zero_grad()
 
 
-def smoke_checks() -> dict:
-    """The tests that need a GPU; the last lines tell which failed."""
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", "tests/test_gpu.py"]
-    finished = subprocess.run(
-        [*command, "--durations=12"], cwd=measured.ROOT, capture_output=True, text=True, timeout=300, env=os.environ
-    )
-    lines = (finished.stdout + finished.stderr).strip().splitlines()
-    return {"exit_code": finished.returncode, "lines": [line[:300] for line in lines[-60:]]}
+def smoke_checks(folder: Path) -> dict:
+    """The tests that need a GPU, four at a time where pytest-xdist is installed; the last lines tell which failed."""
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-v", "-p", "no:cacheprovider", "tests/test_gpu.py"]
+    command += ["--durations=12", *(["-n", "4"] if find_spec("xdist") and torch.cuda.is_available() else [])]
+    folder.mkdir(parents=True, exist_ok=True)
+    log = folder / "smoke_checks.txt"
+    with log.open("w") as file:
+        running = subprocess.Popen(
+            command, cwd=measured.ROOT, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            code = running.wait(SMOKE_SECONDS)
+        except subprocess.TimeoutExpired:
+            os.killpg(running.pid, signal.SIGKILL)  # with the runs that it started, which would use the GPU meanwhile
+            running.wait()
+            code = None
+    lines = [line[:300] for line in log.read_text().strip().splitlines()[-60:]]
+    failed = {0: {}, None: {"error": f"not done after {SMOKE_SECONDS} s"}}
+    return {"exit_code": code, "lines": lines} | failed.get(code, {"error": lines[-1] if lines else "no output"})
 
 
 def remembered(size: int, dimension: int, device: torch.device, first_id: int = 10**9) -> Pairs:
@@ -361,11 +378,14 @@ def main() -> None:
     settings = parser.parse_args()
     if not settings.toy and not torch.cuda.is_available():
         sys.exit("error: no GPU here; bash benchmarks/gpu.sh --toy runs all stages at toy size on a CPU")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     sizes, name = (TOY, "gpu_toy.json") if settings.toy else (REAL, "gpu.json")
     bench = Bench(device, sizes, settings.output / name)
     bench.run()
     print(f"{bench.content['seconds']:.0f} s in all; figures: {bench.file}")
+    failed = [name for name, found in bench.content["stages"].items() if "error" in found]
+    if failed:
+        sys.exit(f"error: {', '.join(failed)} failed; {bench.file} says how")
 
 
 if __name__ == "__main__":

@@ -113,7 +113,8 @@ def _predicted(name: str, config: PretrainedConfig, towers: TwoTowers, settings:
 def on_a_card(towers: TwoTowers, card: int, a_pair: int, image_bytes: int, weights: int, settings: Settings) -> dict:
     """The largest chunk that leaves the planner's margin, and the device memory of the step; 0 where none fits."""
     embeddings = embedding_bytes(settings.batch, settings.batch, towers.embed_dim, ACCELERATOR_TILE)
-    room = MARGIN * (card * 2**30 - CONTEXT - 4 * weights - embeddings)
+    cast = weights // 2  # the bf16 copies that autocast makes for every graph
+    room = MARGIN * (card * 2**30 - CONTEXT - 4 * weights - embeddings) - cast
     pair_bytes = a_pair + INPUTS * image_bytes
     if room < pair_bytes:
         return {"chunk": 0, "device": 0}
@@ -126,8 +127,8 @@ def on_a_card(towers: TwoTowers, card: int, a_pair: int, image_bytes: int, weigh
         xbm_size=settings.batch,
         embed_dim=towers.embed_dim,
         image_bytes=image_bytes,
-        graph_bytes=chunk * a_pair,
-        chunk_bytes=chunk * pair_bytes,
+        graph_bytes=chunk * a_pair + cast,
+        chunk_bytes=chunk * pair_bytes + cast,
         state_bytes=4 * weights,
         tile=ACCELERATOR_TILE,
     )

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 import tyro
-from measured import RESULTS, write
+from measured import RESULTS, own_events, write
 from subjects import Autocast, chunked, make_batch, make_towers
 from torch.optim import AdamW
 from torch.profiler import ProfilerActivity, profile, record_function
@@ -49,7 +49,7 @@ def main(settings: Settings) -> None:
     times = {event.key: total(event, device) for event in recorded.key_averages() if event.key in (*PARTS, "step")}
     shares = {part: times[part] / times["step"] for part in PARTS}
     shares["data, copies and the rest"] = 1 - sum(shares.values())
-    kernels = sorted(recorded.key_averages(), key=lambda event: -own(event, device))[:8]
+    kernels = sorted(own_events(recorded, device), key=lambda event: -own(event, device))[:8]
     content = {"subject": settings.subject, "effective_batch": settings.size, "chunk_size": settings.chunk_size}
     content |= {"shares": shares, "seconds": times["step"] / 1e6}
     content["largest"] = {event.key: own(event, device) / times["step"] for event in kernels if event.key not in times}

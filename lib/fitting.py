@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from math import ceil
 from pathlib import Path
 
@@ -108,29 +107,34 @@ class Fitting:
     def _chunk(self, asked: int | str, embeddings: int) -> tuple[int, ChunkMemory]:
         """The chunk size, the same on all ranks, and what such a chunk takes."""
         device, per_rank = self._device, self.config.effective_batch // self._world_size
-        with self.backend.autocast():
-            if device.type == "cpu":
+        if device.type == "cpu":
+            with self.backend.autocast():
                 a_pair = measure_activations(self.towers, self.inputs)
-                size = asked if isinstance(asked, int) else largest_chunk(a_pair, per_rank)
-                if self.config.compile:
-                    compile_trunks(self.towers, self.config.compile_backend, device)
-                pairs = ceil(per_rank / ceil(per_rank / size))
-                pixels = sum(tensor[0].nbytes for tensor in self.inputs.values()) * (1 + 4)  # and normalized
-                return size, ChunkMemory(pairs * a_pair, pairs * (a_pair + pixels))
-            # To come beside the chunk: gradients and moments, and the embeddings with the loss's tiles.
-            room = MARGIN * (free_memory(device) - (self._state_bytes - self._weight_bytes) - embeddings)
-            measure = partial(memory_of_chunk, self.towers, self.inputs, device)
-            if isinstance(asked, int):
-                size = asked
-            else:
-                size = min(gather_objects(largest_that_fits(measure, min(per_rank, LARGEST_CHUNK), room)))
+            size = asked if isinstance(asked, int) else largest_chunk(a_pair, per_rank)
             if self.config.compile:
-                size = self._compiled_chunk(size, measure, room, fixed=isinstance(asked, int))
+                compile_trunks(self.towers, self.config.compile_backend, device)
             pairs = ceil(per_rank / ceil(per_rank / size))
-            with device_faults_reported(pairs, lambda: self.resume_from):
-                return size, measure(pairs)
+            pixels = sum(tensor[0].nbytes for tensor in self.inputs.values()) * (1 + 4)  # and normalized
+            return size, ChunkMemory(pairs * a_pair, pairs * (a_pair + pixels))
+        torch.get_device_module(device).empty_cache()
+        # To come beside the chunk: gradients and moments, and the embeddings with the loss's tiles.
+        room = MARGIN * (free_memory(device) - (self._state_bytes - self._weight_bytes) - embeddings)
+        if isinstance(asked, int):
+            size = asked
+        else:
+            size = min(gather_objects(largest_that_fits(self._measured, min(per_rank, LARGEST_CHUNK), room)))
+        if self.config.compile:
+            size = self._compiled_chunk(size, room, fixed=isinstance(asked, int))
+        pairs = ceil(per_rank / ceil(per_rank / size))
+        with device_faults_reported(pairs, lambda: self.resume_from):
+            return size, self._measured(pairs)
 
-    def _compiled_chunk(self, size: int, measure: Callable[[int], ChunkMemory], room: float, fixed: bool) -> int:
+    def _measured(self, pairs: int) -> ChunkMemory:
+        """What a chunk takes: under an autocast of its own, as in training, where every graph has cast weights."""
+        with self.backend.autocast():
+            return memory_of_chunk(self.towers, self.inputs, self._device, pairs)
+
+    def _compiled_chunk(self, size: int, room: float, fixed: bool) -> int:
         """Compile the trunks and, unless the size is fixed, measure again: compiled trunks take less memory."""
         per_rank = self.config.effective_batch // self._world_size
         compile_trunks(self.towers, self.config.compile_backend, self._device)
@@ -138,10 +142,11 @@ class Fitting:
             return size
         most = min(per_rank, LARGEST_CHUNK)
         size = compiled_for = even_chunk(per_rank, size)
-        larger = even_chunk(per_rank, largest_chunk_below(size * room / measure(size).peak, most))
+        peak = _peak_or_none(self._measured, size)
+        larger = 0 if peak is None else even_chunk(per_rank, largest_chunk_below(size * room / peak, most))
         if larger > size:
             torch.compiler.reset()  # or torch would take the second size for a reason to compile for all sizes
-            compiled_for, peak = larger, _peak_or_none(measure, larger)
+            compiled_for, peak = larger, _peak_or_none(self._measured, larger)
             size = size if peak is None or peak > room else larger
         agreed: int = min(gather_objects(size))
         if agreed != compiled_for:
@@ -247,8 +252,8 @@ def memory_of_chunk(towers: nn.Module, inputs: Inputs, device: torch.device, pai
     """
     module = torch.get_device_module(device)
     trained = [parameter for parameter in towers.parameters() if parameter.requires_grad]
-    with _undisturbed(towers, device):
-        try:
+    try:
+        with _undisturbed(towers, device):
             for parameter in trained:
                 parameter.grad = torch.zeros_like(parameter)
             module.synchronize(device)
@@ -262,8 +267,8 @@ def memory_of_chunk(towers: nn.Module, inputs: Inputs, device: torch.device, pai
             if total.requires_grad:
                 total.backward()
             return ChunkMemory(graph, module.max_memory_allocated(device) - before)
-        finally:
-            module.empty_cache()
+    finally:
+        module.empty_cache()
 
 
 def measure_activations(towers: nn.Module, inputs: dict[str, Tensor]) -> int:

@@ -40,20 +40,21 @@ def make_run(config: TrainConfig, family: Family, backend: Backend, folder: Path
     state = _load_state(resume_from, accelerator)
     if state:
         _check_same_run(config, family, state.progress)
-    fetcher = make_fetcher(config)
-    source, validation = open_data(config, fetcher)
-    torch.manual_seed(config.seed)
-    towers, processing, pretrained = make_towers(config, family, source, resume_from, state)
-    towers.to(accelerator.device).train()
-    torch.manual_seed(config.seed + 1 + accelerator.process_index)  # ranks draw their own dropout masks
+    with device_faults_reported(None, lambda: resume_from):
+        fetcher = make_fetcher(config)
+        source, validation = open_data(config, fetcher)
+        torch.manual_seed(config.seed)
+        towers, processing, pretrained = make_towers(config, family, source, resume_from, state)
+        towers.to(accelerator.device).train()
+        torch.manual_seed(config.seed + 1 + accelerator.process_index)  # ranks draw their own dropout masks
 
-    negatives = negative_texts(config, source)
-    prepare = make_prepare(config, towers, processing, source, negatives, fetcher.cache, backend.precision)
-    fitting = Fitting(config, backend, towers, sample_inputs(source, prepare, accelerator.device), resume_from)
-    share_texts = fitting.shares_texts()
-    plan = fitting.plan(prepare.image_bytes, state)  # before the backend deals the weights out
-    loading = Loading.plan(config, state, prepare)
-    plan = replace(plan, chunks_ahead=chunks_ahead(plan, loading.workers))
+        negatives = negative_texts(config, source)
+        prepare = make_prepare(config, towers, processing, source, negatives, fetcher.cache, backend.precision)
+        fitting = Fitting(config, backend, towers, sample_inputs(source, prepare, accelerator.device), resume_from)
+        share_texts = fitting.shares_texts()
+        plan = fitting.plan(prepare.image_bytes, state)  # before the backend deals the weights out
+        loading = Loading.plan(config, state, prepare)
+        plan = replace(plan, chunks_ahead=chunks_ahead(plan, loading.workers))
     steps = config.steps or steps_of_epochs(config, source)
     warmup = steps // 10 if config.warmup_steps == "auto" else config.warmup_steps
     if warmup > steps:
@@ -63,52 +64,52 @@ def make_run(config: TrainConfig, family: Family, backend: Backend, folder: Path
         average = WeightAverage(towers, config.ema) if config.ema else None
         wrapped = backend.prepare(towers, optimizer, config.grad_clip)
         memory = CrossBatchMemory(config.xbm_size, towers.embed_dim, accelerator.device)
-    schedule = build_schedule(optimizer, config.schedule, warmup, steps)  # after: it knows the final groups
-    run = Run(
-        config=config,
-        family=family,
-        backend=backend,
-        folder=folder,
-        source=source,
-        validation=validation,
-        towers=towers,
-        processing=processing,
-        prepare=prepare,
-        wrapped=wrapped,
-        optimizer=optimizer,
-        schedule=schedule,
-        plan=plan,
-        loading=loading,
-        data=TrainingData(
-            source,
-            prepare,
-            effective_batch=config.effective_batch,
-            chunk_size=plan.chunk_size,
-            rank=accelerator.process_index,
-            world_size=accelerator.num_processes,
-            workers=loading.workers,
-            seed=config.seed,
-            chunks_ahead=plan.chunks_ahead,
-            part_size=loading.part_size,
-            shuffle_buffer=config.shuffle_buffer,
-            pin_memory=accelerator.device.type == "cuda",
-        ),
-        memory=memory,
-        switch=MemorySwitch(config.xbm_start, warmup),
-        average=average,
-        steps=steps,
-        pretrained=pretrained,
-        share_texts=share_texts,
-        negatives=[
-            {name: tensor.to(accelerator.device) for name, tensor in prepare.texts(list(some)).items()}
-            for some in (
-                negatives[start : start + plan.chunk_size] for start in range(0, len(negatives), plan.chunk_size)
-            )
-        ],
-    )
-    if state:
-        run.restore(state)
-    return run
+        schedule = build_schedule(optimizer, config.schedule, warmup, steps)  # after: it knows the final groups
+        run = Run(
+            config=config,
+            family=family,
+            backend=backend,
+            folder=folder,
+            source=source,
+            validation=validation,
+            towers=towers,
+            processing=processing,
+            prepare=prepare,
+            wrapped=wrapped,
+            optimizer=optimizer,
+            schedule=schedule,
+            plan=plan,
+            loading=loading,
+            data=TrainingData(
+                source,
+                prepare,
+                effective_batch=config.effective_batch,
+                chunk_size=plan.chunk_size,
+                rank=accelerator.process_index,
+                world_size=accelerator.num_processes,
+                workers=loading.workers,
+                seed=config.seed,
+                chunks_ahead=plan.chunks_ahead,
+                part_size=loading.part_size,
+                shuffle_buffer=config.shuffle_buffer,
+                pin_memory=accelerator.device.type == "cuda",
+            ),
+            memory=memory,
+            switch=MemorySwitch(config.xbm_start, warmup),
+            average=average,
+            steps=steps,
+            pretrained=pretrained,
+            share_texts=share_texts,
+            negatives=[
+                {name: tensor.to(accelerator.device) for name, tensor in prepare.texts(list(some)).items()}
+                for some in (
+                    negatives[start : start + plan.chunk_size] for start in range(0, len(negatives), plan.chunk_size)
+                )
+            ],
+        )
+        if state:
+            run.restore(state)
+        return run
 
 
 def _check_backend(config: TrainConfig, backend: Backend) -> None:

@@ -256,8 +256,9 @@ def test_evaluation_on_cuda_equals_that_on_the_cpu(tmp_path, monkeypatch):
             flags = [f"--model={run}", "--precision=fp32", f"--cache-dir={tmp_path / place}"]
             assert evaluate.main(["zeroshot", *flags, f"--output-dir={tmp_path / place}"]) == 0
         figures[place] = json.loads((tmp_path / place / "metrics.json").read_text())
-    for name in ("accuracy", "top5", "macro_f1"):
-        assert figures["cuda"][name] == pytest.approx(figures["cpu"][name], abs=1e-3)
+    images = sum(map(sum, figures["cpu"]["confusion"]))
+    for name in ("accuracy", "top5", "macro_f1"):  # rounding may turn one image
+        assert figures["cuda"][name] == pytest.approx(figures["cpu"][name], abs=max(1e-3, 1.5 / images))
 
 
 BACKENDS = {
@@ -281,13 +282,13 @@ def test_every_backend_takes_a_step_with_nccl(tmp_path):
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=1", f"--master-port={free_port()}"]
         running[name] = subprocess.Popen(
             [*command, str(ROOT / "tests" / "one_rank.py"), *flags],
-            env=os.environ | environment | {"PYTHONPATH": str(ROOT)},
+            env=os.environ | environment | {"PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
     for name, process in running.items():
-        output, _ = process.communicate(timeout=240)
+        output, _ = process.communicate(timeout=120)
         assert process.returncode == 0, f"{name}: {output[-3000:]}"
         assert re.search(r"backend nccl", output), output[-3000:]
         run = tmp_path / name.replace(" ", "_")

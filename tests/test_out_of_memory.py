@@ -74,6 +74,14 @@ def test_out_of_memory_before_the_first_step_says_that_nothing_was_saved(tmp_pat
         train_clip.main([*FLAGS, f"--output-dir={tmp_path / 'run'}"])
 
 
+def test_out_of_memory_before_there_are_chunks_names_no_chunk(tmp_path, monkeypatch):
+    monkeypatch.setattr("lib.setup.make_prepare", fails_at(1, None))
+    with pytest.raises(
+        RunError, match=r"before the first chunk \(3.50 GiB .*: end other processes .* smaller model; no"
+    ):
+        train_clip.main([*FLAGS, f"--output-dir={tmp_path / 'run'}"])
+
+
 def test_evaluation_that_runs_out_of_memory_names_its_batch(tmp_path, monkeypatch, capsys):
     train_clip.main([*FLAGS[:-1], "--steps=1", f"--output-dir={tmp_path / 'run'}"])
     monkeypatch.setattr(TwoTowers, "forward", fails_at(1, TwoTowers.forward))
@@ -87,7 +95,9 @@ def test_evaluation_that_runs_out_of_memory_names_its_batch(tmp_path, monkeypatc
     [
         (FAULT, True),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"), True),
         (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), True),
+        (RuntimeError("GET was unable to find an engine to execute this computation"), True),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes."), True),
         (MemoryError(), True),
         (OSError(12, "Cannot allocate memory"), True),

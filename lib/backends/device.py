@@ -14,9 +14,12 @@ import torch
 from lib.collectives import local_ranks
 from lib.errors import RunError
 
+# torch hides why each of cuDNN's algorithms failed: "unable to find an engine" is what is left where none had memory.
+# cuBLAS cannot even start on a full card.
 _NO_MEMORY = re.compile(
-    r"out of memory|CUBLAS_STATUS_ALLOC_FAILED|CUDNN_STATUS_ALLOC_FAILED|DEVICE_ALLOCATION_FAILED"
-    r"|HOST_ALLOCATION_FAILED|can't allocate memory|cannot allocate memory",
+    r"out of memory|CUBLAS_STATUS_ALLOC_FAILED|CUBLAS_STATUS_NOT_INITIALIZED|CUDNN_STATUS_ALLOC_FAILED"
+    r"|DEVICE_ALLOCATION_FAILED|HOST_ALLOCATION_FAILED|unable to find an engine to execute"
+    r"|can't allocate memory|cannot allocate memory",
     re.IGNORECASE,
 )
 _NO_SUCH_KERNEL = "does not have a deterministic implementation"
@@ -62,13 +65,16 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 @contextmanager
-def device_faults_reported(chunk_pairs: int, standing: Callable[[], Path | None]) -> Iterator[None]:
+def device_faults_reported(chunk_pairs: int | None, standing: Callable[[], Path | None]) -> Iterator[None]:
     """Turn a failed allocation into a RunError that names the amount, the chunk and what to do.
 
-    The same for a kernel that --deterministic forbids. standing: the checkpoint to resume from, if there is one.
+    The same for a kernel that --deterministic forbids. chunk_pairs: None before chunks are known, when weights and
+    stores alone need the memory. standing: the checkpoint to resume from, if there is one.
     """
     try:
         yield
+    except RunError:
+        raise
     except (RuntimeError, MemoryError, OSError) as error:
         if _NO_SUCH_KERNEL in str(error):
             kernel = str(error).split(_NO_SUCH_KERNEL)[0].strip()
@@ -79,12 +85,14 @@ def device_faults_reported(chunk_pairs: int, standing: Callable[[], Path | None]
             raise
         amount = _AMOUNT.search(str(error))
         asked = f"{amount[1]} more were asked for" if amount else "an allocation failed"
-        smaller = f"use --chunk-size {chunk_pairs // 2}" if chunk_pairs > 1 else "use --gradient-checkpointing"
+        if chunk_pairs is None:
+            chunks, remedy = "before the first chunk", "end other processes on this device, or use a smaller model"
+        else:
+            chunks = f"with chunks of {chunk_pairs} pairs"
+            remedy = f"use --chunk-size {chunk_pairs // 2}" if chunk_pairs > 1 else "use --gradient-checkpointing"
         checkpoint = standing()
         resume = f"the last good checkpoint is {checkpoint}" if checkpoint else "no checkpoint had been written"
-        raise RunError(
-            f"out of memory with chunks of {chunk_pairs} pairs ({asked}): {smaller}; {resume}", of_one_rank=True
-        ) from error
+        raise RunError(f"out of memory {chunks} ({asked}): {remedy}; {resume}", of_one_rank=True) from error
 
 
 @contextmanager
