@@ -121,8 +121,8 @@ def _loss_over_all_ranks(
     fresh = Pairs(
         gather_rows(images),
         gather_rows(texts if text_row is None else texts[text_row]),
-        gather_rows(torch.cat(batch.group).to(device, non_blocking=True)),
-        gather_rows(torch.cat(batch.sample_id).to(device, non_blocking=True)),
+        gather_rows(torch.cat([part.to(device, non_blocking=True) for part in batch.group])),
+        gather_rows(torch.cat([part.to(device, non_blocking=True) for part in batch.sample_id])),
         embedded.texts[:negatives] if negatives else None,
     )
     rank, world_size = rank_and_world_size()

@@ -22,7 +22,7 @@ from lib.data.batch import Tokenize, padded_to
 from lib.data.classes.prompt_banks import load_negative_prompts
 from lib.data.remote.fetch import Fetcher, default_fetcher
 from lib.data.shards.source import count_pairs
-from lib.data.training import LARGEST_PART, PARTS_A_WORKER, SHARE, SHARED_MEMORY, workers_that_fit
+from lib.data.training import LARGEST_PART, SHARE, SHARED_MEMORY, parts_in_flight, workers_that_fit
 from lib.data_info.info import data_info
 from lib.errors import InputError
 from lib.plan import BatchPlan, gigabytes
@@ -142,15 +142,16 @@ class Loading:
     @classmethod
     def plan(cls, config: TrainConfig, state: TrainingState | None, prepare: Prepare) -> "Loading":
         """As --workers asks, or as suits the machine; all ranks call it."""
-        if state and config.workers == "auto":  # a stream of shards goes on exactly only at the same numbers
-            return cls(state.progress["workers"], state.progress.get("part_size", LARGEST_PART))
         stored = prepare.image_outputs is not None  # nothing to decode
-        asked = 0 if config.workers == "auto" and stored else _workers_asked(config)
+        asked, wanted = 0 if config.workers == "auto" and stored else _workers_asked(config), LARGEST_PART
+        if state and config.workers in ("auto", state.progress["workers"]):
+            # A stream of shards goes on exactly only at the same numbers.
+            asked, wanted = state.progress["workers"], state.progress.get("part_size", LARGEST_PART)
         fits = gather_objects(workers_that_fit(asked, prepare.image_bytes))
         workers, part_size = min(workers for workers, _ in fits), min(size for _, size in fits)
-        if part_size == LARGEST_PART:
-            return cls(workers, part_size)
-        whole = PARTS_A_WORKER * asked * LARGEST_PART * prepare.image_bytes * local_ranks() / SHARE
+        if workers == asked and part_size >= wanted:
+            return cls(workers, wanted)
+        whole = parts_in_flight(asked) * wanted * prepare.image_bytes * local_ranks() / SHARE
         reason = f"{SHARED_MEMORY}, through which they send images, has {gigabytes(_shared_memory())} free"
         remedy = f"give it {gigabytes(int(whole))} (docker run --shm-size)"
         if workers == asked:

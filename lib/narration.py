@@ -16,7 +16,7 @@ from lib.collectives import gather_objects
 from lib.config import TrainConfig, changed_settings, save_config
 from lib.data import Prepare
 from lib.data.sources import split_weight
-from lib.data.training import PARTS_A_WORKER
+from lib.data.training import parts_in_flight
 from lib.evaluation.embed import counted
 from lib.losses import Pairs
 from lib.plan import gigabytes, oversize_warning, useless_memory_warning
@@ -112,7 +112,8 @@ def _host_lines(run: Run, host_bytes: int) -> list[str]:
     images = f"{gigabytes(plan.pixel_bytes)} of images ({plan.chunks:,} chunks of a step{ahead})"
     if not loading.workers:
         return [f"host       about {gigabytes(host_bytes)} for each rank, {images} included"]
-    of_workers = loading.workers * (WORKER_BYTES + PARTS_A_WORKER * loading.part_size * plan.image_bytes)
+    of_parts = parts_in_flight(loading.workers) * loading.part_size * plan.image_bytes
+    of_workers = loading.workers * WORKER_BYTES + of_parts
     decode = "1 worker process decodes" if loading.workers == 1 else f"{loading.workers} worker processes decode"
     return [
         f"host       about {gigabytes(host_bytes + of_workers)} for each rank, {images} included; {decode} in "

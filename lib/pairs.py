@@ -184,7 +184,8 @@ class LossBlock:
         counts = Relation(self._ids, self._ids).counts(dtype)
         if self._old_ids is None:
             return counts
-        old = Relation(self._ids, self._old_ids, self._remembered_positives).counts(dtype)
+        # Sums of ones are cheap: to wait for the device to say whether they are needed would cost more.
+        old = Relation(self._ids, self._old_ids, self._remembered_positives, some_left_out=True).counts(dtype)
         return counts[0] + old[0], counts[1] + old[1]
 
     def logsumexp(self) -> tuple[Tensor, Tensor, list[SoftmaxPart]]:

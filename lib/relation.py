@@ -23,8 +23,13 @@ class Relation:
         anchors: tuple[Tensor, Tensor],
         others: tuple[Tensor, Tensor],
         remembered: RememberedPositives | None = None,
+        some_left_out: bool | None = None,
     ) -> None:
-        """anchors, others: (group, sample_id), each (A,) or (M,) int64."""
+        """anchors, others: (group, sample_id), each (A,) or (M,) int64.
+
+        some_left_out: whether to look for others that are left out; None: as there are any, for which this waits for
+        the device.
+        """
         (self.group, self.sample_id), (self.other_group, self.other_sample_id) = anchors, others
         self.remembered = remembered
         self._of_group = _EqualKeys(self.group, self.other_group)
@@ -33,10 +38,12 @@ class Relation:
         if remembered:
             self._of_sample = _EqualKeys(self.sample_id, self.other_sample_id)
             self._of_both = _EqualKeys(_mix(*anchors), _mix(*others))
-            found = self._of_sample.found.any()
-            if remembered == "ignore":
-                found = found | self._of_group.found.any()
-            self.some_left_out = bool(found)  # waits for the device, once a step and only with a memory
+            if some_left_out is None:
+                found = self._of_sample.found.any()
+                if remembered == "ignore":
+                    found = found | self._of_group.found.any()
+                some_left_out = bool(found)
+            self.some_left_out = some_left_out
 
     def sum_positives(self, values: Tensor) -> Tensor:
         """For each anchor the sum over its positives: (M, D) -> (A, D)."""

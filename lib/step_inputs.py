@@ -109,6 +109,7 @@ class StepBatch:
             name: joined_rows(name, [each[name] for each in inputs])[first] for name in TEXT_INPUTS if name in inputs[0]
         }
         if self.pin:
+            self.text_row = self.text_row.pin_memory()
             texts = {name: tensor.pin_memory() for name, tensor in texts.items()}
         blocks = -(-len(distinct) // max(len(chunk.sample_id) for chunk in chunks))
         split = {name: tensor.tensor_split(blocks) for name, tensor in texts.items()}

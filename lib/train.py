@@ -11,11 +11,13 @@ from torch import Tensor
 
 from lib import backends
 from lib.backends.device import device_faults_reported
+from lib.backends.precision import full_float32
 from lib.cached_step import cached_step
 from lib.checkpoint import newest_whole
 from lib.collectives import gather_objects, rank_and_world_size, sum_counts, sum_over_ranks
 from lib.config import TrainConfig
 from lib.data import Chunk, StepChunks
+from lib.data.training import lost_workers_reported
 from lib.data_setup import show_data
 from lib.errors import InputError, RunError, StoppedEarly
 from lib.evaluation.best import BestMetric
@@ -64,10 +66,16 @@ def _train(run: Run, objective: Objective) -> None:
     standing = partial(newest_whole, run.checkpoints)
     # The batches are closed whatever happens: at its end the process waits for the data workers, who wait for it.
     data = closing(run.data.steps(run.first_step, run.first_step if over else run.steps))
-    faults = full_disk_told(standing), device_faults_reported(run.plan.chunk_pairs, standing)
     stop = StopSignal(run.accelerator.device, standing)
     # The bar is ended before a fault is printed, or both would share a line.
-    with faults[0], faults[1], closing(report), stop, data as batches:
+    with (
+        full_disk_told(standing),
+        device_faults_reported(run.plan.chunk_pairs, standing),
+        lost_workers_reported(),
+        closing(report),
+        stop,
+        data as batches,
+    ):
         step = _loop(run, objective, loss, best, batches, stop, report)
         finish(run, report, expected, step, _is_over(run, step), time.perf_counter() - started)
     if stop.obeyed and step < run.steps:
@@ -93,6 +101,7 @@ def _loop(
         step += 1
         chunks: Chunks = (data := TimedChunks(batch, step))
         if step == run.first_step + 1:
+            data.read_one()
             chunks = prepare_first_step(run, objective, data, report) or data
         if config.scale_schedule:
             with run.backend.editing(run.towers.logit_scale):
@@ -106,6 +115,7 @@ def _loop(
             stop.obeyed = True
             break
         metrics = _remember(run, update, remembered, step, report)
+        del update  # its embeddings would stay beside those of the next step
         seconds = time.perf_counter() - began
         report.step(metrics | step_timing(run, seconds, data.seconds))
         if run.validation and _due(step, config.eval_every, run.steps):
@@ -131,24 +141,31 @@ class TimedChunks:
     """A step's chunks, and the seconds that were spent waiting for them; a fault of the data names the step."""
 
     def __init__(self, chunks: StepChunks, step: int) -> None:
-        self.seconds, self._chunks, self._step = 0.0, chunks, step
+        self.seconds, self._count, self._step = 0.0, len(chunks), step
+        self._chunks, self._read = iter(chunks), list[Chunk]()
 
     def __len__(self) -> int:
-        return len(self._chunks)
+        return self._count
 
     def __iter__(self) -> Iterator[Chunk]:
-        chunks = iter(self._chunks)
-        while True:
-            began = time.perf_counter()
-            try:
-                chunk = next(chunks, None)
-            except InputError as error:
-                rank = rank_and_world_size()[0]
-                raise RunError(f"step {self._step}, rank {rank}: {error}", of_one_rank=True) from error
-            self.seconds += time.perf_counter() - began
-            if chunk is None:
-                return
+        yield from self._read
+        while (chunk := self._next()) is not None:
             yield chunk
+
+    def read_one(self) -> None:
+        """Read the first chunk now: data that cannot be read is told before anything is computed."""
+        first = self._next()
+        self._read = [] if first is None else [first]
+
+    def _next(self) -> Chunk | None:
+        began = time.perf_counter()
+        try:
+            return next(self._chunks, None)
+        except InputError as error:
+            rank = rank_and_world_size()[0]
+            raise RunError(f"step {self._step}, rank {rank}: {error}", of_one_rank=True) from error
+        finally:
+            self.seconds += time.perf_counter() - began
 
 
 def _is_over(run: Run, step: int) -> bool:
@@ -274,7 +291,8 @@ def _validation_loss(towers: TwoTowers, loss: Loss, image_embeds: Tensor, text_e
     pairs = Pairs(image_embeds, text_embeds, group, torch.arange(count, device=group.device))
     rank, world_size = rank_and_world_size()
     rows = slice(rank * count // world_size, (rank + 1) * count // world_size)
-    with torch.autocast(group.device.type, enabled=False):  # losses are float32, whatever the towers' precision
+    # Losses are float32, whatever the towers' precision.
+    with torch.autocast(group.device.type, enabled=False), full_float32():
         share = loss(pairs, None, towers.logit_scale.exp(), towers.logit_bias, rows)
     return sum_over_ranks(share.loss.clone()).item()
 

@@ -193,6 +193,18 @@ def test_another_layout_goes_on_without_the_finished_shards(tmp_path, before, af
     assert f"without the {len(finished)} shards that were finished" in said
 
 
+def test_parts_of_another_size_are_told_as_they_hold_other_pairs(tmp_path):
+    source, _ = open_sources(make_shards(tmp_path, 8), None, None)
+    first = training_data(source, workers=2)
+    list(first.steps(0, 2))
+    state = through_a_file(first.state_dict())
+    for chunk_size, told in ((5, 0), (3, 1)):
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            training_data(source, workers=2, chunk_size=chunk_size).load_state_dict(state)
+        assert len(said) == told
+
+
 def test_finished_shards_are_those_of_which_nothing_is_left(tmp_path):
     """Against a count of what was given out, at random places, with fast streams ahead, and twice in a row."""
     source, _ = open_sources(make_shards(tmp_path, 6, samples=5), None, None)

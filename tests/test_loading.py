@@ -1,10 +1,14 @@
 """How data reaches a step: workers and shared memory, what is read ahead, and chunks that are used as they come."""
 
+import errno
 import gc
 import mmap
+import multiprocessing
 import os
+import signal
 import threading
 from collections import namedtuple
+from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,9 +27,9 @@ from lib.cached_step import cached_step
 from lib.data import training
 from lib.data.ahead import ImageBuffer, ReadAhead
 from lib.data.order import stable_hash
-from lib.data.training import LARGEST_PART, PARTS_A_WORKER, workers_that_fit
+from lib.data.training import LARGEST_PART, lost_workers_reported, parts_in_flight, workers_that_fit
 from lib.data_setup import Loading, chunks_ahead
-from lib.errors import InputError
+from lib.errors import InputError, RunError
 from lib.losses import sigmoid
 from lib.plan import BatchPlan
 
@@ -53,13 +57,15 @@ def shared_memory(monkeypatch, free: int) -> None:
 
 
 def test_little_shared_memory_makes_parts_smaller_before_workers_fewer(monkeypatch):
-    for free, workers, part in ((2**33, 15, 64), (64 * 2**20, 15, 11), (32 * 2**20, 11, 8), (2**20, 0, 8)):
+    for free, workers, part in ((2**33, 15, 64), (64 * 2**20, 15, 5), (32 * 2**20, 10, 4), (2**20, 0, 4)):
         shared_memory(monkeypatch, free)
         assert workers_that_fit(15, IMAGE) == (workers, part)
-        assert workers * part * PARTS_A_WORKER * IMAGE < free
+        of_training = parts_in_flight(workers) * part * IMAGE if workers else 0
+        shared_memory(monkeypatch, free)
+        assert 2 * of_training < free, "a validation reads as much at the same time"
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     shared_memory(monkeypatch, 2**28)
-    assert workers_that_fit(15, IMAGE) == (15, 11)
+    assert workers_that_fit(15, IMAGE) == (15, 5)
     assert workers_that_fit(0, IMAGE) == (0, LARGEST_PART)
 
 
@@ -73,20 +79,24 @@ def loading(monkeypatch, workers, free: int, state=None) -> Loading:
 def test_the_plan_says_why_workers_are_fewer_and_what_to_do(monkeypatch):
     assert loading(monkeypatch, "auto", 2**34) == Loading(15, 64)
     fewer = loading(monkeypatch, "auto", 32 * 2**20)
-    assert fewer.workers == 11 and fewer.part_size == 8
+    assert fewer.workers == 10 and fewer.part_size == 4
     assert fewer.warning == (
-        "11 of 15 workers on each rank: /dev/shm, through which they send images, has 32 MiB free; "
-        "give it 0.34 GiB (docker run --shm-size)"
+        "10 of 15 workers on each rank: /dev/shm, through which they send images, has 32 MiB free; "
+        "give it 0.70 GiB (docker run --shm-size)"
     )
     smaller = loading(monkeypatch, 15, 64 * 2**20)
-    assert smaller.workers == 15 and smaller.warning.startswith("15 workers send 11 images at a time: /dev/shm")
-    with pytest.raises(InputError, match=r"--workers 15: /dev/shm.* enough for 11; lower it, or give it"):
+    assert smaller.workers == 15 and smaller.warning.startswith("15 workers send 5 images at a time: /dev/shm")
+    with pytest.raises(InputError, match=r"--workers 15: /dev/shm.* enough for 10; lower it, or give it"):
         loading(monkeypatch, 15, 32 * 2**20)
 
 
-def test_a_resumed_run_reads_as_it_did(monkeypatch):
+def test_a_resumed_run_reads_as_it_did_where_that_fits(monkeypatch):
     state = SimpleNamespace(progress={"workers": 3, "part_size": 16})
-    assert loading(monkeypatch, "auto", 2**20, state) == Loading(3, 16)
+    for workers in ("auto", 3):
+        assert loading(monkeypatch, workers, 2**30, state) == Loading(3, 16)
+        smaller = loading(monkeypatch, workers, 2**24, state)
+        assert (smaller.workers, smaller.part_size) == (3, 6) and "3 workers send 6 images" in smaller.warning
+    assert loading(monkeypatch, 2, 2**30, state) == Loading(2, 64)
 
 
 def plan(**changes) -> BatchPlan:
@@ -107,19 +117,28 @@ def test_a_step_is_read_ahead_within_a_quarter_of_free_memory(monkeypatch):
         chunks_ahead(plan(), 4)
 
 
-def test_images_lie_in_one_buffer_of_the_exact_size_that_no_fork_shares():
+def test_images_lie_in_one_buffer_of_the_exact_size_that_no_fork_moves():
     image = torch.zeros(3, 8, 8, dtype=torch.uint8)
     buffer = ImageBuffer(5, 7, image, pin=False)
     first = buffer[0]
     assert first.shape == (7, 3, 8, 8) and buffer[4].data_ptr() == first.data_ptr() + 4 * 7 * image.nbytes
     assert buffer[5].data_ptr() == first.data_ptr() and buffer[1].data_ptr() == first.data_ptr() + first.nbytes
-    if hasattr(mmap, "MADV_DONTFORK"):
-        assert "dc" in flags_of_mapping(first.data_ptr())
-        assert "dc" not in flags_of_mapping(torch.zeros(2**22).data_ptr())
+    child = os.fork()
+    if not child:  # a data worker: where it has no such pages, to free them would free what it has in their place
+        os._exit(0 if mapped(first.data_ptr()) else 1)
+    assert os.waitpid(child, 0)[1] == 0 and "sh" in flags_of_mapping(first.data_ptr())
+    assert "sh" not in flags_of_mapping(torch.zeros(2**22).data_ptr())
+
+
+def mapped(address: int) -> bool:
+    try:
+        return bool(flags_of_mapping(address))
+    except AssertionError:
+        return False
 
 
 def flags_of_mapping(address: int) -> list[str]:
-    """The kernel's flags of the mapping that holds an address; dc: not copied by a fork."""
+    """The kernel's flags of the mapping that holds an address; sh: a write after a fork moves no page of it."""
     within = False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         head = line.split()[0]
@@ -140,12 +159,75 @@ class Cudart:
     def cudaHostRegister(self, address: int, size: int, flags: int) -> int:
         self.calls.append("lock")
         self.locked |= {} if self.refuses else {address: size}
-        return int(self.refuses)
+        return 801 if self.refuses else 0
 
     def cudaHostUnregister(self, address: int) -> int:
         self.calls.append("unlock")
         del self.locked[address]
         return 0
+
+
+def test_too_little_host_memory_is_said_as_such(monkeypatch):
+    def no_memory(*given, **options):
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mmap, "mmap", no_memory)
+        with pytest.raises(RunError, match="out of host memory: 4.6 GiB for the images .*lower --effective-batch"):
+            ImageBuffer(64, 512, torch.empty(3, 224, 224, dtype=torch.uint8), pin=False)
+    cudart = SimpleNamespace(cudaHostRegister=lambda *given: 2)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: cudart)
+    with pytest.raises(RunError, match="out of host memory"):
+        ImageBuffer(3, 2, torch.zeros(5), pin=True)
+
+
+VERSION_2 = {"memory.max": "1000", "memory.current": "700", "memory.stat": "anon 5\ninactive_file 200"}
+VERSION_1 = {
+    "memory.limit_in_bytes": "900",
+    "memory.usage_in_bytes": "600",
+    "memory.stat": "inactive_file 1\ntotal_inactive_file 100",
+}
+
+
+@pytest.mark.parametrize(
+    ("membership", "folder", "files", "limit", "free"),
+    [
+        ("0::/job/step", "job", VERSION_2, 1000, 500),
+        ("0::/", ".", VERSION_2 | {"memory.max": "max"}, None, None),
+        ("9:memory:/docker/on/the/host", "memory", VERSION_1, 900, 400),
+    ],
+    ids=["a parent's limit", "no limit", "version 1 in a container"],
+)
+def test_free_memory_is_that_of_the_container(tmp_path, monkeypatch, membership, folder, files, limit, free):
+    (tmp_path / "membership").write_text(f"7:cpu:/elsewhere\n{membership}\n")
+    (tmp_path / "groups" / folder).mkdir(parents=True)
+    for name, content in files.items():
+        (tmp_path / "groups" / folder / name).write_text(content + "\n")
+    monkeypatch.setattr(device, "MEMBERSHIPS", tmp_path / "membership")
+    monkeypatch.setattr(device, "CONTROL_GROUPS", tmp_path / "groups")
+    machine = SimpleNamespace(available=5000, total=9000)
+    monkeypatch.setattr(device.psutil, "virtual_memory", lambda: machine)
+    assert device.total_memory(CPU) == (limit or 9000) and device.free_memory(CPU) == (free or 5000)
+
+
+@pytest.mark.parametrize("fault", ["raises", "cannot send", "is killed"])
+def test_a_worker_that_fails_ends_the_run_and_leaves_no_process(monkeypatch, fault):
+    """Neither a lost part nor a traceback that holds the workers may be waited for."""
+
+    def failing(*given):
+        if fault == "raises":
+            raise KeyError("a fault of ours")
+        if fault == "is killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return threading.Lock()  # cannot be pickled
+
+    monkeypatch.setattr("lib.data.indexed.IndexedParts.__getitem__", failing)
+    expected, words = (KeyError, "a fault of ours") if fault == "raises" else (RunError, "a data worker was killed")
+    steps = closing(training_data(source(), workers=1).steps(0, 2))
+    with pytest.raises(expected, match=words) as kept, lost_workers_reported(), steps as opened:
+        for step in opened:
+            list(step)
+    assert kept.value.__traceback__ and not [each for each in multiprocessing.active_children() if each.is_alive()]
 
 
 @pytest.mark.parametrize("refuses", [False, True])

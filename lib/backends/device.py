@@ -4,7 +4,7 @@ import errno
 import os
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import joblib
@@ -22,6 +22,7 @@ _NO_MEMORY = re.compile(
     r"|can't allocate memory|cannot allocate memory",
     re.IGNORECASE,
 )
+MEMBERSHIPS, CONTROL_GROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 _NO_SUCH_KERNEL = "does not have a deterministic implementation"
 _AMOUNT = re.compile(r"[Tt]ried to allocate ([\d.]+ [KMGT]?i?B|\d+ bytes)")
 
@@ -45,14 +46,39 @@ def free_memory(device: torch.device) -> int:
     """Bytes free on the device now (on a CPU: available in the machine)."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available
+    limits = [limit - used for limit, used in _container_memory()]
+    return max(0, min([psutil.virtual_memory().available, *limits]))
 
 
 def total_memory(device: torch.device) -> int:
     """Bytes that the device has, in use or not (on a CPU: of the machine)."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[1]
-    return psutil.virtual_memory().total
+    return min([psutil.virtual_memory().total, *(limit for limit, _ in _container_memory())])
+
+
+def _container_memory() -> Iterator[tuple[int, int]]:
+    """(limit, bytes used that cannot be freed at once) of every control group that holds this process, on Linux."""
+    try:
+        memberships = MEMBERSHIPS.read_text().splitlines()
+    except OSError:
+        return
+    for membership in memberships:
+        _, controllers, name = membership.split(":", 2)
+        if controllers not in ("", "memory"):
+            continue
+        root = CONTROL_GROUPS / controllers
+        names = ("memory.max", "memory.current", "inactive_file")
+        if controllers:
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        group = root / name.lstrip("/")
+        for folder in (group, *group.parents):
+            with suppress(OSError, ValueError):  # the root has no limit, "max" is none
+                limit, used = (int((folder / file).read_text()) for file in names[:2])
+                stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+                yield limit, used - int(stat.get(names[2], 0))
+            if folder == root:
+                break
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -11,7 +11,10 @@ from typing import Generic, TypeVar, cast
 import torch
 from torch import Tensor
 
+from lib.errors import RunError
+
 T = TypeVar("T")
+_NO_MEMORY = 2  # cudaErrorMemoryAllocation
 _PORTABLE = 1  # cudaHostRegisterPortable: locked for every CUDA context of the process
 
 
@@ -24,16 +27,17 @@ class ImageBuffer:
     """
 
     def __init__(self, slots: int, rows: int, image: Tensor, pin: bool) -> None:
-        memory = mmap.mmap(-1, slots * rows * image.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        if hasattr(mmap, "MADV_DONTFORK"):
-            # A forked worker would share these pages until the next write moves them: away from the addresses that the
-            # GPU was told, whose copies would then be of old images.
-            memory.madvise(mmap.MADV_DONTFORK)
+        self._bytes, self._registered = slots * rows * image.nbytes, False
+        try:
+            # Shared with processes that are forked later, which do not use it: the first write to private memory after
+            # a fork moves its page away from where the GPU was told that it is, so that old images would be copied.
+            memory = mmap.mmap(-1, self._bytes)
+        except OSError as error:
+            raise self._too_large() from error
         # A tensor for each slot: autograd would take the filling of one for a change of all that are views of one.
         size, shape = rows * image.numel(), (rows, *image.shape)
         offsets = (number * rows * image.nbytes for number in range(slots))
         self._slots = [torch.frombuffer(memory, dtype=image.dtype, count=size, offset=o).view(shape) for o in offsets]
-        self._bytes, self._registered = slots * rows * image.nbytes, False
         if pin:
             self._lock()
 
@@ -49,13 +53,23 @@ class ImageBuffer:
             torch.cuda.cudart().cudaHostUnregister(self._slots[0].data_ptr())
             self._registered = False
 
+    def _too_large(self) -> RunError:
+        return RunError(
+            f"out of host memory: {self._bytes / 2**30:.1f} GiB for the images of a step and of what is read ahead; "
+            "lower --effective-batch, or end what else takes the machine's memory",
+            of_one_rank=True,
+        )
+
     def _lock(self) -> None:
-        done = torch.cuda.cudart().cudaHostRegister(self._slots[0].data_ptr(), self._bytes, _PORTABLE)
-        self._registered = int(done) == 0
+        done = int(torch.cuda.cudart().cudaHostRegister(self._slots[0].data_ptr(), self._bytes, _PORTABLE))
+        self._registered = done == 0
         if not self._registered:
-            # Some drivers do not lock memory that they did not allocate. CUDA keeps this error for the next kernel.
+            # CUDA keeps this error for the next kernel.
             with suppress(RuntimeError):
                 torch.zeros((), device="cuda")
+            if done == _NO_MEMORY:
+                raise self._too_large()
+            # Some drivers do not lock memory that they did not allocate.
             self._slots = [slot.pin_memory() for slot in self._slots]
 
 

@@ -1,6 +1,7 @@
 """Owns the way from a training source to this rank's chunks of each step: workers, counts and resume."""
 
 import ctypes
+import multiprocessing.queues
 import os
 import shutil
 import signal
@@ -8,12 +9,12 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from threading import Event
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, NoReturn, TypeVar
 
 import torch
 from torch.utils.data import DataLoader
@@ -28,13 +29,13 @@ from lib.data.prepare import Prepare
 from lib.data.streams.layouts import Start, dealings, excluded_in, fresh_start, layout, take_over
 from lib.data.streams.parts import StreamParts
 from lib.data.streams.positions import loaded, saved
-from lib.errors import InputError
+from lib.errors import InputError, RunError
 
 _PR_SET_PDEATHSIG = 1
 LARGEST_PART = 64
 """Pairs that a worker sends at a time: parts lie in shared memory, of which containers have little."""
-SMALLEST_PART = 8
-SHARED_MEMORY, SHARE = Path("/dev/shm"), 0.8  # other processes use it too
+SMALLEST_PART = 4
+SHARED_MEMORY, SHARE = Path("/dev/shm"), 0.4  # the workers of a validation take as much beside those of training
 PARTS_A_WORKER = 2
 """Parts that each worker may have waiting in shared memory."""
 
@@ -131,10 +132,14 @@ class TrainingData:
         """
         a_step = self._chunks.per_step
         slots, rows = a_step + self._chunks_ahead, max(map(self._chunks.size, range(a_step)))
-        numbers, parts, closed = range(first * a_step, last * a_step), self._loader(first, last), Event()
+        if first >= last:
+            return
+        numbers, closed = range(first * a_step, last * a_step), Event()
         with ExitStack() as stack:
+            parts = iter(self._loader(first, last))
+            stack.callback(_end_workers, parts)
             buffer = stack.enter_context(closing(ImageBuffer(slots, rows, self._prepare.blank, self._pin_memory)))
-            filled = stack.enter_context(closing(self._filled(numbers, iter(parts), buffer, closed)))
+            filled = stack.enter_context(closing(self._filled(numbers, parts, buffer, closed)))
             if not self._workers:  # a thread would augment, drawing from the main thread's generator
                 for _ in range(first, last):
                     yield from self._one_step(filled, 0)
@@ -213,7 +218,7 @@ class TrainingData:
         self._excluded = start.excluded
 
     def _layout(self) -> dict:
-        return layout(self._source, self._parts.world_size, self._workers)
+        return layout(self._source, self._parts.world_size, self._workers, self._parts.per_step)
 
     def _count(self, used: int, skips: list[Skip]) -> None:
         self.counts.add(used, skips)
@@ -224,27 +229,22 @@ class TrainingData:
     ) -> Generator[_Filled, None, None]:
         """The chunks of these numbers, cut from the parts as these come, their images in the buffer's next slots."""
         pairs: Chunk | None = None
-        try:
-            for number in numbers:
-                images, count, pieces, progress = buffer[number][: self._chunks.size(number)], 0, [], []
-                while count < len(images):
-                    if closed.is_set():
-                        return
-                    if not pairs:
-                        prepared = next(parts)
-                        if isinstance(prepared, InputError):
-                            raise prepared
-                        pairs = prepared.pairs
-                        progress.append(prepared.progress)
-                    missing = len(images) - count
-                    piece, pairs = pairs.rows(0, missing), pairs.rows(missing, len(pairs))
-                    # Out of shared memory at once: there is little of it, and every tensor in it holds a file open.
-                    pieces.append(piece.moved(images[count : count + len(piece)]))
-                    count += len(piece)
-                chunk = joined(pieces, images)
-                yield _Filled(chunk.pin_texts() if self._pin_memory else chunk, progress)
-        finally:
-            del parts  # ends the workers; an error's traceback would hold them
+        for number in numbers:
+            images, count, pieces, progress = buffer[number][: self._chunks.size(number)], 0, [], []
+            while count < len(images):
+                if closed.is_set():
+                    return
+                if not pairs:
+                    prepared = _next_part(parts)
+                    pairs = prepared.pairs
+                    progress.append(prepared.progress)
+                missing = len(images) - count
+                piece, pairs = pairs.rows(0, missing), pairs.rows(missing, len(pairs))
+                # Out of shared memory at once: there is little of it, and every tensor in it holds a file open.
+                pieces.append(piece.moved(images[count : count + len(piece)]))
+                count += len(piece)
+            chunk = joined(pieces, images)
+            yield _Filled(chunk.pin_texts() if self._pin_memory else chunk, progress)
 
     def _loader(self, first: int, last: int) -> DataLoader:
         numbers = range(first * self._parts.per_step, last * self._parts.per_step)
@@ -291,10 +291,50 @@ def workers_that_fit(workers: int, image_bytes: int) -> tuple[int, int]:
     if not workers or not SHARED_MEMORY.is_dir():
         return workers, LARGEST_PART
     shared = int(SHARE * shutil.disk_usage(SHARED_MEMORY).free) // local_ranks()
-    largest = shared // (PARTS_A_WORKER * workers * image_bytes)
+    largest = shared // (parts_in_flight(workers) * image_bytes)
     if largest >= SMALLEST_PART:
         return workers, min(LARGEST_PART, largest)
-    return shared // (PARTS_A_WORKER * SMALLEST_PART * image_bytes), SMALLEST_PART
+    parts = shared // (SMALLEST_PART * image_bytes)
+    return max(0, (parts - 1) // PARTS_A_WORKER), SMALLEST_PART
+
+
+def parts_in_flight(workers: int) -> int:
+    """Parts that lie in shared memory at once: what the workers have waiting, and the one that is being cut."""
+    return PARTS_A_WORKER * workers + 1
+
+
+@contextmanager
+def lost_workers_reported() -> Iterator[None]:
+    """Turn torch's errors of a worker that ended, which its signal handler raises anywhere, into a RunError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker (pid" not in str(error):
+            raise
+        raise RunError(
+            f"a data worker was killed, or ran out of memory or of {SHARED_MEMORY}: lower --workers, or give the "
+            f"machine or its container more ({str(error).strip().split('. ')[0]})",
+            of_one_rank=True,
+        ) from error
+
+
+def _next_part(parts: Iterator[Prepared | InputError]) -> Prepared:
+    with lost_workers_reported():
+        prepared = next(parts)
+    if isinstance(prepared, InputError):
+        raise prepared
+    return prepared
+
+
+def _end_workers(parts: Iterator) -> None:
+    """End a DataLoader's workers, who ignore signals and whom the end of the process would wait for.
+
+    To drop the iterator does not do: the traceback of an error that it raised holds it.
+    """
+    with suppress(RuntimeError):  # what torch's signal handler raises of a worker that was killed meanwhile
+        getattr(parts, "_shutdown_workers", lambda: None)()
+    for worker in getattr(parts, "_workers", ()):
+        worker.kill()
 
 
 def _unchanged(prepared: T) -> T:
@@ -312,3 +352,10 @@ def start_worker(_: int) -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     # The workers are the parallelism; a tokenizer's own threads do not survive the fork.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    # A part that does not fit into shared memory is printed and dropped by default, and waited for without end.
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_end)  # type: ignore[attr-defined]
+
+
+def _end(error: BaseException, _: object) -> NoReturn:
+    print(f"error: a data worker cannot send what it read: {error}", file=sys.stderr, flush=True)
+    os._exit(1)

@@ -13,6 +13,7 @@ from accelerate import PartialState
 from lib.backends.device import is_out_of_memory
 from lib.backends.precision import set_up_kernels
 from lib.collectives import meeting
+from lib.data.training import lost_workers_reported
 from lib.errors import InputError, RunError
 from lib.evaluation.agnostic.task import agnostic
 from lib.evaluation.compare.task import compare
@@ -37,7 +38,7 @@ def carry_out(options: Task) -> None:
         if options.output_dir is not None:
             _make_folder(options.output_dir)
         set_up_kernels(state.device, deterministic=False)
-        with _out_of_memory_reported(options):
+        with _out_of_memory_reported(options), lost_workers_reported():
             outcome = measure(options, state.device)
         if outcome is not None and options.output_dir is not None:
             _write(outcome, options.output_dir)
@@ -50,6 +51,8 @@ def carry_out(options: Task) -> None:
 def _out_of_memory_reported(options: Task) -> Iterator[None]:
     try:
         yield
+    except RunError:
+        raise
     except RuntimeError as error:
         if not is_out_of_memory(error) or isinstance(options, Table):
             raise

@@ -52,14 +52,14 @@ class ImageTower(nn.Module):
         return reduce(output.last_hidden_state, "c h y x -> c h", "mean")
 
 
-def patches(pixel_values: Tensor, patch_size: int) -> dict[str, Tensor]:
+def patches(pixel_values: Tensor, patch_size: int) -> dict[str, Tensor | None]:
     """Pixels (C, 3, H, W) as the inputs of SigLIP 2's image encoder, which takes any resolution."""
     images, _, height, width = pixel_values.shape
     rows, columns = height // patch_size, width // patch_size
     values = rearrange(pixel_values, "n c (h p) (w q) -> n (h w) (p q c)", p=patch_size, q=patch_size)
     return {
         "pixel_values": values,
-        "pixel_attention_mask": torch.ones(values.shape[:2], dtype=torch.int64, device=values.device),
+        "pixel_attention_mask": None,  # all of them: a mask of ones would be read, which waits for the device
         # read as numbers, image by image: on the host that waits for nothing
         "spatial_shapes": torch.tensor([[rows, columns]]).expand(images, 2),
     }

@@ -13,15 +13,15 @@ Excluded = dict[int, frozenset[int]]
 """Numbers of the shards left out, by pass."""
 
 
-def layout(source: Source, world_size: int, workers: int) -> dict:
-    """What the positions of streams are relative to, as plain values."""
+def layout(source: Source, world_size: int, workers: int, per_step: int) -> dict:
+    """What the positions of streams are relative to, as plain values; per_step: parts that a rank's step is read in."""
     parts: list[dict] = []
     for part in parts_of(source):
         if isinstance(part, ShardSource):
             parts.append({"shards": list(part.names), "samples": part.samples and list(part.samples)})
         else:
             parts.append({"pairs": part.size})
-    return {"parts": parts, "world_size": world_size, "streams": world_size * max(1, workers)}
+    return {"parts": parts, "world_size": world_size, "streams": world_size * max(1, workers), "per_step": per_step}
 
 
 def dealings(source: Source, seed: int, streams: int, excluded: Sequence[Excluded]) -> list[Dealing | None]:
@@ -56,7 +56,7 @@ def take_over(source: Source, seed: int, states: Sequence[dict]) -> Start:
     Shards go on with the slowest stream's pass, without the shards that all streams had finished in it, and so do
     the passes that fast streams had begun. Pairs by number begin a new pass. Data of another kind begins anew.
     """
-    old, new = states[0]["layout"]["parts"], layout(source, 1, 1)["parts"]
+    old, new = states[0]["layout"]["parts"], layout(source, 1, 1, 1)["parts"]
     if [sorted(part) for part in old] != [sorted(part) for part in new]:
         return fresh_start(source)
     positions = [loaded(position) for state in states for position in state["positions"]]
