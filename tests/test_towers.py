@@ -186,6 +186,18 @@ def test_convolutional_trunks_are_told_from_those_that_cut_patches(encoders):
     assert not compose(encoders, "vit", "bert")[0].image.convolutional
 
 
+def test_convolutional_trunks_are_measured_in_float32_where_bfloat16_is_asked_for(encoders):
+    pixels = random_pixels()
+    for image, exact in (("resnet", True), ("vit", False)):
+        towers, _ = compose(encoders, image, "bert")
+        with torch.no_grad():
+            wanted = towers.eval()(pixel_values=pixels).image_pooled
+            with torch.autocast("cpu", torch.bfloat16):
+                measured = towers(pixel_values=pixels).image_pooled
+                trained = towers.train()(pixel_values=pixels).image_pooled
+            assert torch.equal(measured, wanted) is exact and not torch.equal(trained.float(), wanted)
+
+
 def test_embeddings_are_float32_under_autocast():
     towers, processing = build_preset("tiny-siglip", TEXTS, use_bias=True)
     exact = towers(random_pixels(), *processing.tokenize(TEXTS))
