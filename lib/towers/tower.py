@@ -42,11 +42,10 @@ class ImageTower(nn.Module):
         its layers changed R@1 by more than a point, that of transformers by a tenth (docs/results.md).
         """
         device = pixel_values.device.type
-        rounds = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16
-        if rounds and self.convolutional and not self.training:
-            with torch.autocast(device, enabled=False):
-                return self._pooled(pixel_values)
-        return self._pooled(pixel_values)
+        if self.training or not self.convolutional or not torch.is_autocast_enabled(device):
+            return self._pooled(pixel_values)
+        with torch.autocast(device, enabled=torch.get_autocast_dtype(device) != torch.bfloat16):
+            return self._pooled(pixel_values)
 
     def _pooled(self, pixel_values: Tensor) -> Tensor:
         if self.pooling == "ready":
