@@ -4,7 +4,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/venv.sh
 prepare_venv tests/requirements.txt
-# Three workers on two cores, as runs that are launched mostly wait: every test uses one thread, those of launched runs
-# do not spin while they wait for a core, and nothing may ask a hub.
+# Two workers on two cores: every test uses one thread, those of launched runs do not spin while they wait for a core,
+# and nothing may ask a hub.
 export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
-exec .venv/bin/python -m pytest -n 3 --dist worksteal --durations=10 "$@"
+exec .venv/bin/python -m pytest -n 2 --dist worksteal --durations=10 "$@"
