@@ -18,29 +18,24 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
-from math import ceil
 from pathlib import Path
 
 import measured
 import numpy as np
 import torch
-import torch.nn.functional as F
 from floor import ours, plain
 from peers import open_clip_step, sentence_transformers_step
 from PIL import Image
-from subjects import SUBJECTS, Autocast, flops_of_a_pair, make_batch, make_towers, repeated_chunks
-from torch.nn.utils import clip_grad_norm_
-from torch.optim import AdamW
+from subjects import SUBJECTS, flops_of_a_pair
 from torch.profiler import ProfilerActivity, profile
+from trainee import Trainee, remembered
 
 from lib.backends import auto_workers
 from lib.backends.device import free_memory, is_out_of_memory
 from lib.backends.precision import full_float32, set_up_kernels
 from lib.data import ImagePipeline, Prepare, TrainingData, open_sources
-from lib.fitting import MARGIN, ChunkMemory, even_chunk, largest_that_fits, memory_of_chunk
-from lib.logit_tiles import tile_side
-from lib.losses import Pairs, infonce, sigmoid
-from lib.plan import embedding_bytes
+from lib.fitting import MARGIN, even_chunk
+from lib.losses import infonce, sigmoid
 from lib.trunk_options import compile_trunks
 
 
@@ -280,51 +275,6 @@ class Bench:
                 torch.cuda.set_per_process_memory_fraction(1.0, self.device)
 
 
-class Trainee:
-    """Towers with their optimizer, and steps of them."""
-
-    def __init__(self, subject: str, device: torch.device) -> None:
-        self.subject, self.device = subject, device
-        self.towers = Autocast(make_towers(subject, device), device)
-        self.optimizer = AdamW(self.towers.parameters(), lr=1e-4, fused=True)
-        self.state_bytes = 4 * sum(parameter.nbytes for parameter in self.towers.parameters())
-
-    def largest_chunk(self, batch: int, room: float | None = None) -> int:
-        """What --chunk-size auto chooses on a GPU with `room` bytes, by default all free ones; on a CPU a small one."""
-        if self.device.type != "cuda":
-            return min(16, batch)
-        weights = self.state_bytes // 4
-        taken = embedding_bytes(batch, batch, SUBJECTS[self.subject].embed_dim, tile_side(self.device))
-        free = free_memory(self.device) if room is None else min(room, free_memory(self.device)) - weights
-        return largest_that_fits(self.memory, min(batch, 4096), MARGIN * (free - 3 * weights - taken))
-
-    def memory(self, pairs: int) -> ChunkMemory:
-        """What a chunk takes; on a CPU, where nothing is measured, a byte."""
-        if self.device.type != "cuda":
-            return ChunkMemory(1, 1)
-        inputs = make_batch(self.subject, 4).to(self.device).inputs
-        with torch.autocast(self.device.type, torch.bfloat16):
-            return memory_of_chunk(self.towers.towers, inputs, self.device, pairs)
-
-    def chunks(self, size: int, chunk_size: int) -> list:
-        """Equal chunks of the same random pairs, drawn once; in page-locked memory for a GPU."""
-        chunk = make_batch(self.subject, ceil(size / ceil(size / chunk_size)), pin=self.device.type == "cuda")
-        return repeated_chunks(chunk, size)
-
-    def step(self, chunks: list, memory: Pairs) -> None:
-        """A cached step against the memory, and its update."""
-        self.update(partial(ours, remembered=memory), chunks)
-
-    def update(self, gradients: Callable, chunks: list) -> None:
-        """Gradients in some way, clipped, and the optimizer's update."""
-        try:
-            gradients(self.towers, chunks)
-            clip_grad_norm_(self.towers.parameters(), 1.0)
-            self.optimizer.step()
-        finally:  # out of memory halfway, they would be counted to the next way
-            self.optimizer.zero_grad()
-
-
 def smoke_checks(folder: Path) -> dict:
     """The tests that need a GPU, four at a time where pytest-xdist is installed; the last lines tell which failed."""
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-v", "-p", "no:cacheprovider", "tests/test_gpu.py"]
@@ -344,14 +294,6 @@ def smoke_checks(folder: Path) -> dict:
     lines = [line[:300] for line in log.read_text().strip().splitlines()[-60:]]
     failed = {0: {}, None: {"error": f"not done after {SMOKE_SECONDS} s"}}
     return {"exit_code": code, "lines": lines} | failed.get(code, {"error": lines[-1] if lines else "no output"})
-
-
-def remembered(size: int, dimension: int, device: torch.device, first_id: int = 10**9) -> Pairs:
-    """Pairs of random embeddings, none of which is in a batch."""
-    generator = torch.Generator(device).manual_seed(first_id)
-    embeds = (F.normalize(torch.randn(size, dimension, generator=generator, device=device), dim=1) for _ in range(2))
-    ids = torch.arange(size, device=device) + first_id
-    return Pairs(*embeds, ids, ids)
 
 
 def write_photographs(folder: Path, count: int, side: tuple[int, int]) -> None:

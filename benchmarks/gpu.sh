@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Proves the project on one GPU and measures it, in eight minutes on an H100 with 16 cores and without a network:
+# Proves the project on one GPU and measures it, without a network; meant to take eight minutes on an H100 with 16 cores:
 #
 #   bash benchmarks/gpu.sh [--toy]
 #

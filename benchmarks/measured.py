@@ -100,7 +100,7 @@ def _peak_on_cpu(way: Way) -> int:
 
 
 def own_events(recorded: profile, device: torch.device) -> list:
-    """What the device itself did, averaged by name: on a GPU its kernels, whose time their operations have as well."""
+    """Events of the device itself, averaged by name: on a GPU kernels, whose time counts for their operations too."""
     events = recorded.key_averages()
     if device.type == "cpu":
         return list(events)

@@ -1,4 +1,4 @@
-"""What the planner expects of graphics cards that are not here: chunks and memory of a step of 32,768 pairs in bf16.
+"""Predicts, for graphics cards that are not here, chunks and memory of a step of 32,768 pairs in bf16.
 
 python benchmarks/predict.py prints the README's table and writes benchmarks/results/predicted.json. Activations are
 what autograd saves under bfloat16 autocast, found with tensors that have shapes but no data; on a GPU
@@ -15,7 +15,7 @@ import tyro
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import CLIPConfig, CLIPModel, PretrainedConfig, PreTrainedModel, SiglipConfig, SiglipModel
 
-from lib.fitting import LARGEST_CHUNK, MARGIN, largest_chunk_below, measure_activations
+from lib.fitting import INPUT_COPIES, LARGEST_CHUNK, MARGIN, largest_chunk_below, measure_activations
 from lib.image_form import DEFAULT_FORMS
 from lib.logit_tiles import ACCELERATOR_TILE
 from lib.plan import BatchPlan, embedding_bytes
@@ -23,12 +23,11 @@ from lib.towers import TwoTowers
 from lib.towers.dual import dual_parts
 
 CONTEXT = 0.6 * 2**30  # what CUDA itself takes
-INPUTS = 1 + 4  # copies of the pixels: as they came, and normalized
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Which cards."""
+    """The cards and the batch."""
 
     cards: tuple[int, ...] = (8, 12, 16, 24, 40, 80)
     """GiB of device memory."""
@@ -115,7 +114,7 @@ def on_a_card(towers: TwoTowers, card: int, a_pair: int, image_bytes: int, weigh
     embeddings = embedding_bytes(settings.batch, settings.batch, towers.embed_dim, ACCELERATOR_TILE)
     cast = weights // 2  # the bf16 copies that autocast makes for every graph
     room = MARGIN * (card * 2**30 - CONTEXT - 4 * weights - embeddings) - cast
-    pair_bytes = a_pair + INPUTS * image_bytes
+    pair_bytes = a_pair + INPUT_COPIES * image_bytes
     if room < pair_bytes:
         return {"chunk": 0, "device": 0}
     chunk = largest_chunk_below(room / pair_bytes, LARGEST_CHUNK)

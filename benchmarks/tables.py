@@ -24,7 +24,7 @@ python benchmarks/loss.py            # losses and gradients alone
 python benchmarks/profile_step.py    # where the time of a step goes
 python benchmarks/memory.py          # peak memory against the batch; makes docs/memory.png
 python benchmarks/loader.py --images FOLDER
-bash benchmarks/gpu.sh               # smoke checks and everything that matters on one GPU, in eight minutes
+bash benchmarks/gpu.sh               # smoke checks and everything that matters on one GPU
 ```
 
 `gpu.sh` needs no network. On a machine without the small packages put their wheels into a folder first and name it:

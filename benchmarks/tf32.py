@@ -1,4 +1,4 @@
-"""What TF32 would cost the losses: gradients with the products' inputs rounded as it does, against float64.
+"""Errors that TF32 would cause in the losses: gradients with the products' inputs rounded as it does, against float64.
 
 python benchmarks/tf32.py [--size 8192] prints a table; it needs no GPU, as the rounding is done here: to 10 bits of the
 mantissa, the sums in float32. Embeddings are random, or such that a matching pair has a given cosine.
@@ -20,7 +20,7 @@ from lib.pairs import LossShare, Pairs
 
 @dataclass(frozen=True)
 class Settings:
-    """Which losses to compare."""
+    """Sizes of the comparison."""
 
     size: int = 8192
     """Pairs."""

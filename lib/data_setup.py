@@ -2,7 +2,6 @@
 
 import heapq
 import os
-import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -22,7 +21,7 @@ from lib.data.batch import Tokenize, padded_to
 from lib.data.classes.prompt_banks import load_negative_prompts
 from lib.data.remote.fetch import Fetcher, default_fetcher
 from lib.data.shards.source import count_pairs
-from lib.data.training import LARGEST_PART, SHARE, SHARED_MEMORY, parts_in_flight, workers_that_fit
+from lib.data.workers import LARGEST_PART, SHARED_MEMORY, free_shared_memory, shared_memory_for, workers_that_fit
 from lib.data_info.info import data_info
 from lib.errors import InputError
 from lib.plan import BatchPlan, gigabytes
@@ -151,9 +150,9 @@ class Loading:
         workers, part_size = min(workers for workers, _ in fits), min(size for _, size in fits)
         if workers == asked and part_size >= wanted:
             return cls(workers, wanted)
-        whole = parts_in_flight(asked) * wanted * prepare.image_bytes * local_ranks() / SHARE
-        reason = f"{SHARED_MEMORY}, through which they send images, has {gigabytes(_shared_memory())} free"
-        remedy = f"give it {gigabytes(int(whole))} (docker run --shm-size)"
+        whole = shared_memory_for(asked, wanted, prepare.image_bytes)
+        reason = f"{SHARED_MEMORY}, through which they send images, has {gigabytes(free_shared_memory())} free"
+        remedy = f"give it {gigabytes(whole)} (docker run --shm-size)"
         if workers == asked:
             return cls(workers, part_size, f"{workers} workers send {part_size} images at a time: {reason}; {remedy}")
         if config.workers != "auto":
@@ -180,10 +179,6 @@ def chunks_ahead(plan: BatchPlan, workers: int) -> int:
     return min(gather_objects(max(1, min(plan.chunks, fit))))
 
 
-def _shared_memory() -> int:
-    return shutil.disk_usage(SHARED_MEMORY).free
-
-
 def _workers_asked(config: TrainConfig) -> int:
     if config.workers != "auto":
         return config.workers
@@ -191,7 +186,7 @@ def _workers_asked(config: TrainConfig) -> int:
 
 
 def sample_inputs(source: Source, prepare: Prepare, device: torch.device) -> Inputs:
-    """What the towers' forward takes, of four pairs with texts as long as the data's longest, on the device."""
+    """Make the inputs of a forward on the device: four pairs with texts as long as the data's longest."""
     inputs: Inputs = {}
     images = prepare.blank.expand(4, *prepare.blank.shape)
     inputs["pixel_values" if prepare.image_outputs is None else "image_pooled"] = images

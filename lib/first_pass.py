@@ -64,7 +64,7 @@ class ChunkPass:
 
 @dataclass(frozen=True)
 class EmbeddedBatch:
-    """What pass 1 leaves of this rank's forwards."""
+    """Results of pass 1 on this rank."""
 
     passes: list[ChunkPass]
     images: Tensor

@@ -1,9 +1,8 @@
-"""What fits into memory: the chunk size and the kept graphs, measured on an accelerator and estimated on a CPU."""
+"""Fit chunks and kept graphs into memory, which is measured on an accelerator and estimated on a CPU."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from math import ceil
 from pathlib import Path
 
 import torch
@@ -22,7 +21,7 @@ from lib.collectives import gather_objects, local_ranks
 from lib.config import TrainConfig
 from lib.errors import InputError
 from lib.logit_tiles import tile_side
-from lib.plan import BatchPlan, embedding_bytes, gigabytes
+from lib.plan import BatchPlan, embedding_bytes, gigabytes, largest_part
 from lib.replay import batch_norm_statistics, restore_statistics
 from lib.step_inputs import TEXT_INPUTS, Inputs, same_every_time
 from lib.towers import TwoTowers
@@ -30,6 +29,7 @@ from lib.trunk_options import compile_trunks
 
 CPU_ACTIVATIONS = 256 * 2**20  # bytes; larger chunks are no faster on a CPU
 LARGEST_CHUNK = 4096
+INPUT_COPIES = 1 + 4  # of the bytes of the pixels: as they came, and normalized to float32
 MARGIN = 0.85  # of the free memory: fragmentation, and kernels that want more room in other shapes
 
 
@@ -113,8 +113,8 @@ class Fitting:
             size = asked if isinstance(asked, int) else largest_chunk(a_pair, per_rank)
             if self.config.compile:
                 compile_trunks(self.towers, self.config.compile_backend, device)
-            pairs = ceil(per_rank / ceil(per_rank / size))
-            pixels = sum(tensor[0].nbytes for tensor in self.inputs.values()) * (1 + 4)  # and normalized
+            pairs = largest_part(per_rank, size)
+            pixels = INPUT_COPIES * sum(tensor[0].nbytes for tensor in self.inputs.values())
             return size, ChunkMemory(pairs * a_pair, pairs * (a_pair + pixels))
         torch.get_device_module(device).empty_cache()
         # To come beside the chunk: gradients and moments, and the embeddings with the loss's tiles.
@@ -125,12 +125,12 @@ class Fitting:
             size = min(gather_objects(largest_that_fits(self._measured, min(per_rank, LARGEST_CHUNK), room)))
         if self.config.compile:
             size = self._compiled_chunk(size, room, fixed=isinstance(asked, int))
-        pairs = ceil(per_rank / ceil(per_rank / size))
+        pairs = largest_part(per_rank, size)
         with device_faults_reported(pairs, lambda: self.resume_from):
             return size, self._measured(pairs)
 
     def _measured(self, pairs: int) -> ChunkMemory:
-        """What a chunk takes: under an autocast of its own, as in training, where every graph has cast weights."""
+        """Measure a chunk under an autocast of its own, as in training, where every graph has cast weights."""
         with self.backend.autocast():
             return memory_of_chunk(self.towers, self.inputs, self._device, pairs)
 
@@ -246,7 +246,7 @@ def graphs_that_fit(plan: BatchPlan, free: int, device: torch.device) -> int:
 
 
 def memory_of_chunk(towers: nn.Module, inputs: Inputs, device: torch.device, pairs: int) -> ChunkMemory:
-    """What a forward and a backward of so many pairs take on the accelerator beside weights and gradients.
+    """Measure the memory of a forward and a backward of so many pairs, besides weights and gradients.
 
     inputs: what the forward takes, by name, of a few pairs like the data's; they are repeated.
     """

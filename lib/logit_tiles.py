@@ -41,7 +41,7 @@ class LogitTiles:
     """
 
     def __init__(
-        self, anchors: Tensor, others: Tensor, scale: Tensor, bias: Tensor | None, buffers: "TileBuffers"
+        self, anchors: Tensor, others: Tensor, scale: Tensor, bias: Tensor | None, buffers: TileBuffers
     ) -> None:
         self.anchors, self.others, self.scale, self.bias = anchors, others, scale, bias
         self.side, self._buffers = tile_side(anchors.device), buffers

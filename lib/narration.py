@@ -16,7 +16,7 @@ from lib.collectives import gather_objects
 from lib.config import TrainConfig, changed_settings, save_config
 from lib.data import Prepare
 from lib.data.sources import split_weight
-from lib.data.training import parts_in_flight
+from lib.data.workers import bytes_in_flight
 from lib.evaluation.embed import counted
 from lib.losses import Pairs
 from lib.plan import gigabytes, oversize_warning, useless_memory_warning
@@ -24,6 +24,7 @@ from lib.report import CONFIG, Reporter
 from lib.run import Run, Update
 from lib.trainable import trained_share
 from lib.trunk_options import keeping_activations
+from lib.xbm import no_drift
 
 WORKER_BYTES = 50 * 2**20  # that a data worker holds alone, beside what it shares with the process it was forked from
 
@@ -112,8 +113,8 @@ def _host_lines(run: Run, host_bytes: int) -> list[str]:
     images = f"{gigabytes(plan.pixel_bytes)} of images ({plan.chunks:,} chunks of a step{ahead})"
     if not loading.workers:
         return [f"host       about {gigabytes(host_bytes)} for each rank, {images} included"]
-    of_parts = parts_in_flight(loading.workers) * loading.part_size * plan.image_bytes
-    of_workers = loading.workers * WORKER_BYTES + of_parts
+    in_flight = bytes_in_flight(loading.workers, loading.part_size, plan.image_bytes)
+    of_workers = loading.workers * WORKER_BYTES + in_flight
     decode = "1 worker process decodes" if loading.workers == 1 else f"{loading.workers} worker processes decode"
     return [
         f"host       about {gigabytes(host_bytes + of_workers)} for each rank, {images} included; {decode} in "
@@ -208,9 +209,8 @@ def step_metrics(run: Run, step: int, update: Update, drift: Tensor | None, reme
     }
     if run.memory.size:
         on_device["xbm_age"] = run.memory.mean_age(step)
-        nothing = torch.full((3,), float("nan"), device=update.result.loss.device)
         names = "drift_image", "drift_text", "drift_samples"
-        on_device |= dict(zip(names, nothing if drift is None else drift, strict=True))
+        on_device |= zip(names, no_drift(update.result.loss.device) if drift is None else drift, strict=True)
     numbers = dict(zip(on_device, torch.stack([value.float() for value in on_device.values()]).tolist(), strict=True))
     metrics = {
         "step": step,
@@ -227,7 +227,7 @@ def step_metrics(run: Run, step: int, update: Update, drift: Tensor | None, reme
     if run.memory.size:
         metrics["xbm_used"] = 0 if remembered is None else len(remembered)
         metrics["xbm_filled"] = len(run.memory)
-        metrics["drift_samples"] = 0 if drift is None else int(numbers["drift_samples"])
+        metrics["drift_samples"] = int(numbers["drift_samples"])
     return metrics
 
 

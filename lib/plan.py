@@ -26,7 +26,7 @@ class BatchPlan:
     image_bytes: int
     """Bytes of one image as it comes from the data."""
     graph_bytes: int
-    """What autograd keeps of one chunk."""
+    """Activations that autograd keeps of one chunk."""
     chunk_bytes: int
     """Peak of one chunk's forward and backward, its inputs included."""
     state_bytes: int
@@ -49,7 +49,7 @@ class BatchPlan:
     @property
     def chunk_pairs(self) -> int:
         """Pairs in the largest chunk: the K chunks are as equal as can be."""
-        return ceil(self.per_rank / self.chunks)
+        return largest_part(self.per_rank, self.chunk_size)
 
     @property
     def embedding_bytes(self) -> int:
@@ -80,6 +80,11 @@ class BatchPlan:
             f"{gigabytes(self.state_bytes)}, embeddings and loss {gigabytes(self.embedding_bytes)}, activations "
             f"{gigabytes(self.device_bytes - self.state_bytes - self.embedding_bytes)})",
         ]
+
+
+def largest_part(pairs: int, most: int) -> int:
+    """Size of the largest part of so many pairs, in the fewest parts of at most `most`, as equal as can be."""
+    return ceil(pairs / ceil(pairs / most))
 
 
 def embedding_bytes(effective_batch: int, xbm_size: int, embed_dim: int, tile: int) -> int:

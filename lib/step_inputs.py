@@ -16,7 +16,7 @@ from lib.data.batch import joined_rows
 from lib.replay import RandomState
 
 Inputs = dict[str, Tensor]
-"""What the towers' forward takes, by name."""
+"""Inputs of the towers' forward, by name."""
 
 TEXT_INPUTS = ("input_ids", "attention_mask", "text_pooled")
 

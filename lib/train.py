@@ -17,7 +17,7 @@ from lib.checkpoint import newest_whole
 from lib.collectives import gather_objects, rank_and_world_size, sum_counts, sum_over_ranks
 from lib.config import TrainConfig
 from lib.data import Chunk, StepChunks
-from lib.data.training import lost_workers_reported
+from lib.data.workers import lost_workers_reported
 from lib.data_setup import show_data
 from lib.errors import InputError, RunError, StoppedEarly
 from lib.evaluation.best import BestMetric

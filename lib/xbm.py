@@ -22,6 +22,11 @@ class Drift:
     """Fresh pairs that were found in the memory; 0 means that there is no reading (image and text are nan)."""
 
 
+def no_drift(device: torch.device) -> Tensor:
+    """(3,), the numbers of a `Drift` without a reading; nothing waits for the device."""
+    return torch.cat([torch.full((2,), float("nan"), device=device), torch.zeros(1, device=device)])
+
+
 class CrossBatchMemory:
     """A ring buffer of Q embedded pairs of both towers, with group, sample_id and the step that embedded them.
 
@@ -81,7 +86,7 @@ class CrossBatchMemory:
         They stay on the device: who reads them waits for it.
         """
         if self.filled == 0:
-            return torch.tensor([float("nan"), float("nan"), 0.0]).to(fresh.sample_id.device, non_blocking=True)
+            return no_drift(fresh.sample_id.device)
         # Sorted by sample, and by age within a sample: the last of equal ids is the newest copy.
         by_age = self.step[: self.filled].argsort(stable=True)
         order = by_age[self.sample_id[by_age].argsort(stable=True)]

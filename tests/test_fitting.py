@@ -1,4 +1,4 @@
-"""What fits into memory: chunk sizes, kept graphs, compiled trunks, and the texts that are measured."""
+"""Fitting into memory: chunk sizes, kept graphs, compiled trunks, and the texts that are measured."""
 
 from contextlib import nullcontext
 from types import SimpleNamespace

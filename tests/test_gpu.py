@@ -1,4 +1,4 @@
-"""What only a GPU can show, in about two minutes: `python3 -m pytest -m gpu tests/test_gpu.py`, first in gpu.sh.
+"""Checks that need a GPU: `python3 -m pytest -m gpu tests/test_gpu.py`, first in gpu.sh.
 
 Skipped without a CUDA device. Nothing here needs the shared data or a network.
 """

@@ -25,9 +25,10 @@ from lib import data_setup, prefetch
 from lib.backends import auto_workers, device
 from lib.cached_step import cached_step
 from lib.data import training
+from lib.data import workers as data_workers
 from lib.data.ahead import ImageBuffer, ReadAhead
 from lib.data.order import stable_hash
-from lib.data.training import LARGEST_PART, lost_workers_reported, parts_in_flight, workers_that_fit
+from lib.data.workers import LARGEST_PART, bytes_in_flight, lost_workers_reported, workers_that_fit
 from lib.data_setup import Loading, chunks_ahead
 from lib.errors import InputError, RunError
 from lib.losses import sigmoid
@@ -53,14 +54,14 @@ def test_auto_workers_are_a_ranks_share_of_the_cores_but_one(monkeypatch, cores,
 
 
 def shared_memory(monkeypatch, free: int) -> None:
-    monkeypatch.setattr(training.shutil, "disk_usage", lambda folder: Usage(free, 0, free))
+    monkeypatch.setattr(data_workers.shutil, "disk_usage", lambda folder: Usage(free, 0, free))
 
 
 def test_little_shared_memory_makes_parts_smaller_before_workers_fewer(monkeypatch):
     for free, workers, part in ((2**33, 15, 64), (64 * 2**20, 15, 5), (32 * 2**20, 10, 4), (2**20, 0, 4)):
         shared_memory(monkeypatch, free)
         assert workers_that_fit(15, IMAGE) == (workers, part)
-        of_training = parts_in_flight(workers) * part * IMAGE if workers else 0
+        of_training = bytes_in_flight(workers, part, IMAGE) if workers else 0
         shared_memory(monkeypatch, free)
         assert 2 * of_training < free, "a validation reads as much at the same time"
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")

@@ -1,4 +1,4 @@
-"""Which precision is chosen on which device, who decides, and what runs in it."""
+"""The precision: how it is chosen for a device, by flag or launcher, and its use in training and evaluation."""
 
 import json
 from types import SimpleNamespace

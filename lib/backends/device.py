@@ -1,4 +1,4 @@
-"""What this process has of the machine: cores, memory that is free or was used, and errors of memory."""
+"""Resources of this process: cores, memory that is free or was used, and errors of memory."""
 
 import errno
 import os

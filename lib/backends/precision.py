@@ -21,7 +21,7 @@ LAUNCHED = "ACCELERATE_MIXED_PRECISION"  # where `accelerate launch --mixed_prec
 
 @dataclass(frozen=True)
 class Precision:
-    """What the towers compute in; their weights, gradients and embeddings stay float32."""
+    """The number format in which the towers compute; their weights, gradients and embeddings stay float32."""
 
     name: PrecisionName
     device: torch.device
@@ -44,7 +44,7 @@ class Precision:
             towers.forward = autocast(towers.forward)
 
     def identity(self) -> tuple[str, ...]:
-        """What stored embeddings depend on; empty in float32 on a CPU, the reference."""
+        """Name the precision for stored embeddings, which depend on it; empty in float32 on a CPU, the reference."""
         return () if (self.name, self.device.type) == ("fp32", "cpu") else (self.name, self.device.type)
 
     def __str__(self) -> str:
@@ -53,7 +53,7 @@ class Precision:
 
 
 def choose_precision(asked: PrecisionFlag, device: torch.device) -> Precision:
-    """What --precision and `accelerate launch --mixed_precision` ask for, or what suits the device.
+    """Choose as --precision and `accelerate launch --mixed_precision` ask, or as suits the device.
 
     `accelerate launch` exports "no" where nobody chose, so that "no" asks for nothing. Raises InputError for a value
     that is not supported, and for a flag that contradicts the launcher.

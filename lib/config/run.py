@@ -22,8 +22,8 @@ class Run(Settings):
     tracker: Literal["none", "tensorboard", "wandb"] = "none"
     """Experiment tracker, through Accelerate."""
     precision: PrecisionFlag = "auto"
-    """What the towers compute in; weights, losses and sums stay float32. auto: bf16 where the accelerator has it, fp16
-    on older CUDA cards, fp32 on a CPU; what accelerate launch --mixed_precision says holds instead of auto."""
+    """Number format in which the towers compute; weights, losses and sums stay float32. auto: bf16 where the
+    accelerator has it, fp16 on older CUDA cards, fp32 on a CPU; accelerate launch --mixed_precision overrides auto."""
     deterministic: bool = False
     """On CUDA, use reproducible kernels only, so that a resumed run is bit-identical there too; slower.
     On a CPU runs are bit-identical without it."""

@@ -1,4 +1,4 @@
-"""Owns what is read ahead: the host memory that a step's images lie in, and the thread that fills it."""
+"""Reading ahead: the host memory for the images of a step, and the thread that fills it."""
 
 import mmap
 import queue

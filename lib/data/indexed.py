@@ -17,14 +17,14 @@ from lib.errors import InputError
 
 @dataclass
 class Tally:
-    """What became of the samples met for the first time while some pairs were made."""
+    """Samples read for the first time while some pairs were made: how many were used, and why others were not."""
 
     used: int = 0
     skips: list[Skip] = field(default_factory=list)
 
 
 class Progress(NamedTuple):
-    """What must be known when pairs are handed out."""
+    """Record of some pairs, entered when they are handed out."""
 
     tally: Tally
     stream: int = 0

@@ -1,25 +1,17 @@
-"""Owns the way from a training source to this rank's chunks of each step: workers, counts and resume."""
+"""The way from a training source to this rank's chunks of each step, with counts and resume."""
 
-import ctypes
-import multiprocessing.queues
-import os
-import shutil
-import signal
-import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from pathlib import Path
 from threading import Event
-from typing import NamedTuple, NoReturn, TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch.utils.data import DataLoader
 
-from lib.collectives import local_ranks
 from lib.data.ahead import ImageBuffer, ReadAhead
 from lib.data.batch import Chunk, joined
 from lib.data.indexed import IndexedParts, Prepared, Progress
@@ -29,15 +21,8 @@ from lib.data.prepare import Prepare
 from lib.data.streams.layouts import Start, dealings, excluded_in, fresh_start, layout, take_over
 from lib.data.streams.parts import StreamParts
 from lib.data.streams.positions import loaded, saved
-from lib.errors import InputError, RunError
-
-_PR_SET_PDEATHSIG = 1
-LARGEST_PART = 64
-"""Pairs that a worker sends at a time: parts lie in shared memory, of which containers have little."""
-SMALLEST_PART = 4
-SHARED_MEMORY, SHARE = Path("/dev/shm"), 0.4  # the workers of a validation take as much beside those of training
-PARTS_A_WORKER = 2
-"""Parts that each worker may have waiting in shared memory."""
+from lib.data.workers import LARGEST_PART, PARTS_A_WORKER, end_workers, lost_workers_reported, start_worker
+from lib.errors import InputError
 
 T = TypeVar("T")
 
@@ -130,14 +115,14 @@ class TrainingData:
         Streams go on where they stopped or where `load_state_dict` put them, which must be step `first`.
         Raises InputError where nothing can be read, also from the chunks of a step.
         """
-        a_step = self._chunks.per_step
-        slots, rows = a_step + self._chunks_ahead, max(map(self._chunks.size, range(a_step)))
         if first >= last:
             return
+        a_step = self._chunks.per_step
+        slots, rows = a_step + self._chunks_ahead, max(map(self._chunks.size, range(a_step)))
         numbers, closed = range(first * a_step, last * a_step), Event()
         with ExitStack() as stack:
             parts = iter(self._loader(first, last))
-            stack.callback(_end_workers, parts)
+            stack.callback(end_workers, parts)
             buffer = stack.enter_context(closing(ImageBuffer(slots, rows, self._prepare.blank, self._pin_memory)))
             filled = stack.enter_context(closing(self._filled(numbers, parts, buffer, closed)))
             if not self._workers:  # a thread would augment, drawing from the main thread's generator
@@ -283,41 +268,6 @@ class TrainingData:
         )
 
 
-def workers_that_fit(workers: int, image_bytes: int) -> tuple[int, int]:
-    """(workers, part_size) for the shared memory that is free, through which workers send their images.
-
-    Parts become smaller first, and workers fewer only below `SMALLEST_PART` pairs; 0 workers where none fits.
-    """
-    if not workers or not SHARED_MEMORY.is_dir():
-        return workers, LARGEST_PART
-    shared = int(SHARE * shutil.disk_usage(SHARED_MEMORY).free) // local_ranks()
-    largest = shared // (parts_in_flight(workers) * image_bytes)
-    if largest >= SMALLEST_PART:
-        return workers, min(LARGEST_PART, largest)
-    parts = shared // (SMALLEST_PART * image_bytes)
-    return max(0, (parts - 1) // PARTS_A_WORKER), SMALLEST_PART
-
-
-def parts_in_flight(workers: int) -> int:
-    """Parts that lie in shared memory at once: what the workers have waiting, and the one that is being cut."""
-    return PARTS_A_WORKER * workers + 1
-
-
-@contextmanager
-def lost_workers_reported() -> Iterator[None]:
-    """Turn torch's errors of a worker that ended, which its signal handler raises anywhere, into a RunError."""
-    try:
-        yield
-    except RuntimeError as error:
-        if "DataLoader worker (pid" not in str(error):
-            raise
-        raise RunError(
-            f"a data worker was killed, or ran out of memory or of {SHARED_MEMORY}: lower --workers, or give the "
-            f"machine or its container more ({str(error).strip().split('. ')[0]})",
-            of_one_rank=True,
-        ) from error
-
-
 def _next_part(parts: Iterator[Prepared | InputError]) -> Prepared:
     with lost_workers_reported():
         prepared = next(parts)
@@ -326,36 +276,5 @@ def _next_part(parts: Iterator[Prepared | InputError]) -> Prepared:
     return prepared
 
 
-def _end_workers(parts: Iterator) -> None:
-    """End a DataLoader's workers, who ignore signals and whom the end of the process would wait for.
-
-    To drop the iterator does not do: the traceback of an error that it raised holds it.
-    """
-    with suppress(RuntimeError):  # what torch's signal handler raises of a worker that was killed meanwhile
-        getattr(parts, "_shutdown_workers", lambda: None)()
-    for worker in getattr(parts, "_workers", ()):
-        worker.kill()
-
-
 def _unchanged(prepared: T) -> T:
     return prepared
-
-
-def start_worker(_: int) -> None:
-    """What a DataLoader worker does first: leave signals to the main process, end with it, and keep to one thread."""
-    # A cluster signals every process of a job, and Ctrl-C every one of a terminal: the main process saves and
-    # then stops the workers, so they must outlive the signal.
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
-    # A rank that is killed must not live on in them: they hold its connections and the run folder's lock open.
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    # The workers are the parallelism; a tokenizer's own threads do not survive the fork.
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    # A part that does not fit into shared memory is printed and dropped by default, and waited for without end.
-    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_end)  # type: ignore[attr-defined]
-
-
-def _end(error: BaseException, _: object) -> NoReturn:
-    print(f"error: a data worker cannot send what it read: {error}", file=sys.stderr, flush=True)
-    os._exit(1)

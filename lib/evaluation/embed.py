@@ -17,7 +17,7 @@ from lib.data.batch import Tokenize
 from lib.data.evaluation_set import EvaluationSet
 from lib.data.images import BadImage, Extent
 from lib.data.pipeline import ImagePipeline
-from lib.data.training import PARTS_A_WORKER, start_worker, workers_that_fit
+from lib.data.workers import PARTS_A_WORKER, start_worker, workers_that_fit
 from lib.errors import InputError
 
 OpenImage = Callable[[int, Extent], Image.Image]

@@ -13,7 +13,7 @@ from accelerate import PartialState
 from lib.backends.device import is_out_of_memory
 from lib.backends.precision import set_up_kernels
 from lib.collectives import meeting
-from lib.data.training import lost_workers_reported
+from lib.data.workers import lost_workers_reported
 from lib.errors import InputError, RunError
 from lib.evaluation.agnostic.task import agnostic
 from lib.evaluation.compare.task import compare

@@ -42,8 +42,8 @@ class Running(Settings):
     workers: int | Literal["auto"] = "auto"
     """Processes of each rank that decode images; auto: all of its cores but one, none for the digits."""
     precision: PrecisionFlag = "auto"
-    """What the towers compute in; embeddings are float32. auto: bf16 where the accelerator has it, fp16 on older CUDA
-    cards, fp32 on a CPU; what accelerate launch --mixed_precision says holds instead of auto."""
+    """Number format in which the towers compute; embeddings are float32. auto: bf16 where the accelerator has it, fp16
+    on older CUDA cards, fp32 on a CPU; accelerate launch --mixed_precision overrides auto."""
     cache_dir: Path | None = None
     """Folder for remote shards and for embeddings; None: contrastive-training in ~/.cache."""
     seed: int = 0

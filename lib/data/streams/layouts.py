@@ -14,7 +14,7 @@ Excluded = dict[int, frozenset[int]]
 
 
 def layout(source: Source, world_size: int, workers: int, per_step: int) -> dict:
-    """What the positions of streams are relative to, as plain values; per_step: parts that a rank's step is read in."""
+    """Describe as plain values the layout that positions of streams refer to; per_step: parts of a rank's step."""
     parts: list[dict] = []
     for part in parts_of(source):
         if isinstance(part, ShardSource):

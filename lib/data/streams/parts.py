@@ -1,4 +1,4 @@
-"""Owns the pairs that are read from endless streams, one for each worker of each rank: shards and mixtures."""
+"""Pairs read from endless streams, one for each worker of each rank: shards and mixtures."""
 
 from bisect import bisect
 from collections.abc import Iterator

@@ -1,0 +1,71 @@
+"""Towers of a subject that train on a GPU as a run does: their chunk size, their memory, and steps of them."""
+
+from collections.abc import Callable
+from functools import partial
+from math import ceil
+
+import torch
+import torch.nn.functional as F
+from floor import ours
+from subjects import SUBJECTS, Autocast, make_batch, make_towers, repeated_chunks
+from torch.nn.utils import clip_grad_norm_
+from torch.optim import AdamW
+
+from lib.backends.device import free_memory
+from lib.fitting import MARGIN, ChunkMemory, largest_that_fits, memory_of_chunk
+from lib.logit_tiles import tile_side
+from lib.losses import Pairs
+from lib.plan import embedding_bytes
+
+
+class Trainee:
+    """Towers with their optimizer, and steps of them."""
+
+    def __init__(self, subject: str, device: torch.device) -> None:
+        self.subject, self.device = subject, device
+        self.towers = Autocast(make_towers(subject, device), device)
+        self.optimizer = AdamW(self.towers.parameters(), lr=1e-4, fused=True)
+        self.state_bytes = 4 * sum(parameter.nbytes for parameter in self.towers.parameters())
+
+    def largest_chunk(self, batch: int, room: float | None = None) -> int:
+        """Choose as --chunk-size auto does on a GPU with `room` bytes, by default all free ones; small on a CPU."""
+        if self.device.type != "cuda":
+            return min(16, batch)
+        weights = self.state_bytes // 4
+        taken = embedding_bytes(batch, batch, SUBJECTS[self.subject].embed_dim, tile_side(self.device))
+        free = free_memory(self.device) if room is None else min(room, free_memory(self.device)) - weights
+        return largest_that_fits(self.memory, min(batch, 4096), MARGIN * (free - 3 * weights - taken))
+
+    def memory(self, pairs: int) -> ChunkMemory:
+        """Measure the memory of a chunk; one byte on a CPU, where nothing is measured."""
+        if self.device.type != "cuda":
+            return ChunkMemory(1, 1)
+        inputs = make_batch(self.subject, 4).to(self.device).inputs
+        with torch.autocast(self.device.type, torch.bfloat16):
+            return memory_of_chunk(self.towers.towers, inputs, self.device, pairs)
+
+    def chunks(self, size: int, chunk_size: int) -> list:
+        """Equal chunks of the same random pairs, drawn once; in page-locked memory for a GPU."""
+        chunk = make_batch(self.subject, ceil(size / ceil(size / chunk_size)), pin=self.device.type == "cuda")
+        return repeated_chunks(chunk, size)
+
+    def step(self, chunks: list, memory: Pairs) -> None:
+        """A cached step against the memory, and its update."""
+        self.update(partial(ours, remembered=memory), chunks)
+
+    def update(self, gradients: Callable, chunks: list) -> None:
+        """Gradients in some way, clipped, and the optimizer's update."""
+        try:
+            gradients(self.towers, chunks)
+            clip_grad_norm_(self.towers.parameters(), 1.0)
+            self.optimizer.step()
+        finally:  # out of memory halfway, they would be counted to the next way
+            self.optimizer.zero_grad()
+
+
+def remembered(size: int, dimension: int, device: torch.device, first_id: int = 10**9) -> Pairs:
+    """Pairs of random embeddings, none of which is in a batch."""
+    generator = torch.Generator(device).manual_seed(first_id)
+    embeds = (F.normalize(torch.randn(size, dimension, generator=generator, device=device), dim=1) for _ in range(2))
+    ids = torch.arange(size, device=device) + first_id
+    return Pairs(*embeds, ids, ids)
