@@ -34,7 +34,7 @@ sys.path.insert(0, str(ROOT))
 
 from lib.backends import usable_cores  # noqa: E402
 from lib.data import ImagePipeline, decode_image  # noqa: E402
-from lib.data.images import EXTENSIONS  # noqa: E402
+from lib.data.files import is_image_name  # noqa: E402
 from lib.image_form import CLIP_MEAN, CLIP_STD  # noqa: E402
 
 SIZE = 224
@@ -57,7 +57,7 @@ class Settings:
 
 def main(settings: Settings) -> None:
     torch.set_num_threads(1)
-    paths = sorted(path for path in settings.images.iterdir() if path.suffix.lower() in EXTENSIONS)
+    paths = sorted(path for path in settings.images.iterdir() if is_image_name(path.name))
     if not paths:
         raise SystemExit(f"--images {settings.images} holds no images")
     original = [path.read_bytes() for path in paths]

@@ -109,7 +109,7 @@ def test_every_way_of_being_bad_has_its_reason(tmp_path):
         (tmp_path / "image.jpg").write_bytes(content)
         with pytest.raises(BadImage, match=reason):
             decode_image(tmp_path / "image.jpg")
-    for path, reason in ((tmp_path / "none.jpg", "missing"), (tmp_path, "unreadable")):
+    for path, reason in ((tmp_path / "none.jpg", "missing"), (tmp_path, "not_a_file")):
         with pytest.raises(BadImage, match=reason):
             decode_image(path)
 

@@ -10,14 +10,14 @@ from typing import Literal, NamedTuple
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from lib.data.files import READABLE, NotAFile, open_file
+
 MAX_PIXELS = 80_000_000
 """Larger images are refused from the header, before any pixel is decoded (240 MB as RGB)."""
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm")
-
 # Named, because Pillow would also hand PostScript to an outside program.
 Image.init()
-_FORMATS: list[str] = [name for name in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM") if name in Image.OPEN]
+_FORMATS = [name for name in READABLE if name in Image.OPEN]
 _FIRST_BYTES = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"GIF8", b"RIFF", b"II*\x00", b"MM\x00*")
 _ORIENTATION = 0x0112
 
@@ -67,10 +67,12 @@ def decode_image(file: bytes | str | Path, extent: Extent | None = None) -> Imag
 
 def _read(path: str | Path) -> bytes:
     try:
-        with open(path, "rb") as file:
+        with open_file(path) as file:
             return file.read()
     except (FileNotFoundError, NotADirectoryError):
         raise BadImage("missing") from None
+    except NotAFile:
+        raise BadImage("not_a_file") from None
     except OSError as error:
         raise BadImage("unreadable") from error
 

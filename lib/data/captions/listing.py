@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+from lib.data.fields import is_utf8
 from lib.errors import InputError
 
 SPLITS = {
@@ -149,15 +150,6 @@ class Listing:
                 f"{images[0].key!r}); they are looked for in {finder.where}; --image-root says where they are"
             )
         return CaptionedImages(self.path, self.kind, images, self.malformed)
-
-
-def is_utf8(text: str) -> bool:
-    """Whether the text, read with surrogates in place of bad bytes, has none: a tokenizer refuses those."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def load_json(path: Path, flag: str) -> object:

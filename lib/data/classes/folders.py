@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from lib.data.images import EXTENSIONS, ImageFiles
+from lib.data.files import is_image_name
+from lib.data.images import ImageFiles
 from lib.data.remote.transfer import TARS
 from lib.errors import InputError
 
@@ -73,7 +74,7 @@ def find_class_folders(root: Path, flag: str) -> ClassFolders:
 def check_no_captions(root: Path, flag: str) -> None:
     """Refuse images that have texts of their own beside them: class folders would pass over these in silence."""
     for folder, _, names in os.walk(root):
-        stems = {os.path.splitext(name)[0] for name in names if name.lower().endswith(EXTENSIONS)}
+        stems = {os.path.splitext(name)[0] for name in names if is_image_name(name)}
         if stems:  # the first folder with images speaks for all
             texts = sorted(name for name in names if name.endswith(".txt") and name.removesuffix(".txt") in stems)
             if 2 * len(texts) >= len(stems):
@@ -99,8 +100,7 @@ def _list_classes(root: Path, split_folder: str) -> dict[str, list[str]]:
 def image_names(folder: Path) -> list[str]:
     """The image files in a folder, sorted."""
     with os.scandir(folder) as entries:
-        names = [entry.name for entry in entries if entry.name.lower().endswith(EXTENSIONS)]
-    return sorted(name for name in names if not name.startswith("."))
+        return sorted(entry.name for entry in entries if is_image_name(entry.name))
 
 
 def _advice(root: Path) -> str | None:

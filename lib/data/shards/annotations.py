@@ -4,7 +4,7 @@ import json
 import os
 from typing import NamedTuple
 
-from lib.data.captions.listing import is_utf8
+from lib.data.fields import is_utf8
 from lib.data.remote.fetch import Fetcher
 from lib.data.remote.transfer import PIPE, is_away, is_url
 

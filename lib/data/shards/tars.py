@@ -8,10 +8,10 @@ from typing import BinaryIO, NamedTuple
 
 from webdataset.tariterators import base_plus_ext, group_by_keys
 
-from lib.data.images import EXTENSIONS
+from lib.data.files import IMAGE_EXTENSIONS
 from lib.data.remote.fetch import fault
 
-IMAGE_SUFFIXES = tuple(extension.removeprefix(".") for extension in EXTENSIONS)
+IMAGE_SUFFIXES = tuple(extension.removeprefix(".") for extension in IMAGE_EXTENSIONS)
 TEXT_SUFFIXES = ("txt", "json", "cls")
 ALL = range(sys.maxsize)
 """Every sample, and the damage after them."""

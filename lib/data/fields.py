@@ -1,0 +1,54 @@
+"""Reading of text, key, group and class fields, the same for shards and tables: null, NaN, numbers, lists and marks."""
+
+from math import isfinite
+
+_BYTE_ORDER_MARK = "\ufeff"
+
+
+class NotText(ValueError):
+    """A field that holds an object, a list or a boolean where a text belongs."""
+
+
+def text_of(value: object) -> str | None:
+    """The field as text, without white space and byte order marks around it; None where it is missing.
+
+    null, NaN and infinite numbers (pandas writes NaN for a missing text) are missing. A number is its digits, 7.0 is
+    "7". Raises NotText for anything else.
+    """
+    if isinstance(value, str):
+        return value.strip().strip(_BYTE_ORDER_MARK).strip()
+    if value is None or (isinstance(value, float) and not isfinite(value)):
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise NotText(f"a {type(value).__name__} where a text belongs")
+    return str(int(value)) if value == int(value) else str(value)
+
+
+def name_of(value: object) -> str | None:
+    """A key, group or class name; None where the field is missing or empty. Raises NotText."""
+    return text_of(value) or None
+
+
+def texts_of(value: object) -> list[str]:
+    """Captions: of a list each of its texts, of anything else the one text; [] where the field is missing.
+
+    A missing text in a list is "": the others keep their numbers. Raises NotText for lists and objects in a list.
+    """
+    if isinstance(value, list | tuple):
+        return [text_of(each) or "" for each in value]
+    text = text_of(value)
+    return [] if text is None else [text]
+
+
+def decode(content: bytes) -> str:
+    """UTF-8 text, without a byte order mark before it; raises UnicodeDecodeError."""
+    return content.decode("utf-8-sig")
+
+
+def is_utf8(text: str) -> bool:
+    """Whether the text can be written as UTF-8: one with half a surrogate pair cannot, and no tokenizer takes it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -1,0 +1,54 @@
+"""Files that data consists of: which names are images, which names are hidden, and opening what is surely a file."""
+
+import os
+import stat
+from typing import BinaryIO
+
+READABLE = {
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
+    "PNG": (".png", ".apng"),
+    "WEBP": (".webp",),
+    "GIF": (".gif",),
+    "BMP": (".bmp", ".dib"),
+    "TIFF": (".tif", ".tiff"),
+    "PPM": (".ppm", ".pgm", ".pbm", ".pnm"),
+    "AVIF": (".avif",),
+    "JPEG2000": (".jp2", ".j2k", ".jpf", ".jpx"),
+}
+"""Pillow's formats that are read, each with its file extensions, the usual one first."""
+
+UNREADABLE = (".heic", ".heif", ".hif", ".jxl", ".psd", ".svg", ".dng", ".cr2", ".nef", ".arw")
+"""Extensions of images that Pillow cannot read: such files are counted and skipped, not overlooked."""
+
+IMAGE_EXTENSIONS = (*(extension for extensions in READABLE.values() for extension in extensions), *UNREADABLE)
+"""Every extension of an image, for folders, tables and tars alike; compare in lower case."""
+
+
+def is_image_name(name: str) -> bool:
+    """Whether the name is that of an image file, readable or not, and not hidden."""
+    return name.lower().endswith(IMAGE_EXTENSIONS) and not is_hidden(name)
+
+
+def is_hidden(name: str) -> bool:
+    """Whether the file's own name begins with a dot, as .DS_Store and ._photo.jpg of macOS: never part of the data."""
+    return os.path.basename(name).startswith(".")
+
+
+class NotAFile(OSError):
+    """A FIFO, a device, a socket or a folder where a file is expected."""
+
+
+def open_file(path: str | os.PathLike) -> BinaryIO:
+    """Open a regular file to read its bytes; raises NotAFile for anything else, which could block for ever.
+
+    Raises OSError as open does, also for names that no file can have (with a NUL).
+    """
+    try:
+        # Without O_NONBLOCK opening a FIFO waits for its writer.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except ValueError as error:
+        raise FileNotFoundError(str(error)) from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise NotAFile(f"{os.fspath(path)!r} is not a regular file")
+    return os.fdopen(descriptor, "rb")
