@@ -10,7 +10,7 @@ from lib.export import export, noise_and_texts
 from lib.export.card import model_card
 from lib.export.formats import HUGGING_FACE
 from lib.lora import merge
-from lib.narration import all_counts, compared, next_command
+from lib.narration import compared, counts_at_the_end, next_command
 from lib.report import Reporter, read_metrics
 from lib.run import Run
 from lib.towers import TwoTowers
@@ -32,7 +32,8 @@ def finish(run: Run, report: Reporter, expected: dict[str, int], step: int, comp
         "best": run.best,
         "stopped_early": complete and step < run.steps,
         "parting": parting,
-        "data": all_counts(run) | ({"images": len(run.source.images)} if isinstance(run.source, IndexedSource) else {}),
+        "data": counts_at_the_end(run)
+        | ({"images": len(run.source.images)} if isinstance(run.source, IndexedSource) else {}),
     }
     if parting:
         report.say(f"warning: {parting_words(parting)}")

@@ -243,3 +243,12 @@ def step_timing(run: Run, seconds: float, data_seconds: float) -> dict:
 def all_counts(run: Run) -> dict:
     """Pairs read, used and skipped in the first pass over the data, over all ranks."""
     return merge_counts(gather_objects(dataclasses.asdict(run.data.counts)))
+
+
+def counts_at_the_end(run: Run) -> dict:
+    """The same, with the pairs of shards that were read and whose turn did not come before the run ended."""
+    counts, waiting = all_counts(run), sum(gather_objects(run.data.waiting))
+    if waiting:
+        counts["read"] += waiting
+        counts["skipped"]["not_reached"] = waiting
+    return counts

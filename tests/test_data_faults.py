@@ -207,7 +207,7 @@ def test_the_next_shard_is_fetched_while_one_is_read(tmp_path):
     watched = Remote(tmp_path, 0, log=tmp_path / "log")
     far = replace(source, shards=tuple(f"far://{shard}" for shard in source.shards), fetcher=watched)
     for shards, ahead in ((far, 1), (replace(source, fetcher=watched), 0)):
-        stream = ShardStream(shards, Dealing(4, source.samples, 0, 1, {}), 0, 1, None, ShardPosition())
+        stream = ShardStream(shards, Dealing(4, source.samples, 0, 1, {}), 0, 1, ShardPosition())
         before = set(threading.enumerate())
         stream.next()
         for thread in set(threading.enumerate()) - before:
@@ -223,7 +223,7 @@ def test_faults_of_shards_to_evaluate_on_are_left_out_and_listed(tmp_path):
     data = open_evaluation(str(tmp_path / "*.tar"), "auto", None, fetcher=SomeDown(tmp_path / "cache", 0))
     assert set(data.skipped) == {
         ("a.tar/0005", "not_utf8"),
-        ("a.tar/0007", "empty_caption"),
+        ("a.tar/0007#0", "empty_caption"),
         ("a.tar/0009", "no_image"),
         ("a.tar/0011", "no_text"),
         ("b.tar", "truncated_tar"),

@@ -23,8 +23,9 @@ class Data(Settings):
     prompts: str | None = None
     """Prompt templates for class names: a shipped bank (digits, activities, objects, simple) or a YAML file.
     None: those of the data set, or simple."""
-    captions: Literal["all", "one"] = "all"
-    """Every caption is a pair, or one pair per image with a caption drawn anew in each epoch."""
+    captions: Literal["all", "one", "lines"] = "all"
+    """all: every caption is a pair; one: one pair per image with a caption drawn anew in each epoch; lines: every line
+    of the .txt members of tar shards is a pair."""
     image_root: str | None = None
     """Folder of the images that a table or annotation file names; None: beside it."""
     max_bad: float = 0.5

@@ -31,7 +31,7 @@ def is_image_name(name: str) -> bool:
 
 def is_hidden(name: str) -> bool:
     """Whether the file's own name begins with a dot, as .DS_Store and ._photo.jpg of macOS: never part of the data."""
-    return os.path.basename(name).startswith(".")
+    return name.rpartition("/")[2].startswith(".")
 
 
 class NotAFile(OSError):

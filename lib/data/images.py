@@ -1,7 +1,8 @@
-"""Owns the decoding of image files: what a file holds becomes an upright RGB image or one named reason."""
+"""Decoding of image files: the content becomes an upright RGB image, or has one named reason why it cannot."""
 
 import io
 import os
+import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,10 @@ MAX_PIXELS = 80_000_000
 Image.init()
 _FORMATS = [name for name in READABLE if name in Image.OPEN]
 _FIRST_BYTES = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"GIF8", b"RIFF", b"II*\x00", b"MM\x00*")
+# The beginnings of JPEG XL and, in ISO's media container, of HEIC: images that Pillow cannot read.
+_UNKNOWN = re.compile(rb"\xff\x0a|\0\0\0\x0cJXL |.{4}ftyp(hei|hev|mif1|msf1)", re.DOTALL)
+_PNG = b"\x89PNG\r\n\x1a\n"
+_PNG_TEXTS = (b"tEXt", b"zTXt", b"iTXt")
 _ORIENTATION = 0x0112
 
 # Pillow warns at 89 million pixels; the cap above is lower and not a matter of warnings.
@@ -37,7 +42,7 @@ class Extent(NamedTuple):
 class BadImage(Exception):
     """An image that cannot be used.
 
-    `reason` is one of missing, empty, truncated, not_an_image, oversized, unreadable.
+    `reason` is one of missing, not_a_file, empty, truncated, not_an_image, unknown_format, oversized, unreadable.
     """
 
     def __init__(self, reason: str):
@@ -52,7 +57,7 @@ def decode_image(file: bytes | str | Path, extent: Extent | None = None) -> Imag
     or larger. The first frame of an animation is taken, transparency is laid over white, 16-bit gray is scaled
     to 8 bits. Raises BadImage with its reason.
     """
-    content = file if isinstance(file, bytes) else _read(file)
+    content = file if isinstance(file, bytes) else read_image_file(file)
     if not content:
         raise BadImage("empty")
     image = open_header(content)
@@ -65,7 +70,8 @@ def decode_image(file: bytes | str | Path, extent: Extent | None = None) -> Imag
         raise BadImage(_reason(error)) from error
 
 
-def _read(path: str | Path) -> bytes:
+def read_image_file(path: str | Path) -> bytes:
+    """The bytes of the file at a path; raises BadImage."""
     try:
         with open_file(path) as file:
             return file.read()
@@ -80,10 +86,12 @@ def _read(path: str | Path) -> bytes:
 def open_header(content: bytes) -> Image.Image:
     """Read an image's header and refuse what is too large; no pixel is decoded yet. Raises BadImage."""
     try:
-        image = Image.open(io.BytesIO(content), formats=_FORMATS)
+        image = Image.open(io.BytesIO(_without_png_texts(content)), formats=_FORMATS)
     except Image.DecompressionBombError:
         raise BadImage("oversized") from None
     except UnidentifiedImageError:
+        if _UNKNOWN.match(content):
+            raise BadImage("unknown_format") from None
         # The right first bytes and no readable header: the beginning of an image.
         raise BadImage("truncated" if content.startswith(_FIRST_BYTES) else "not_an_image") from None
     except Exception as error:
@@ -91,6 +99,22 @@ def open_header(content: bytes) -> Image.Image:
     if image.width * image.height > MAX_PIXELS:
         raise BadImage("oversized")
     return image
+
+
+def _without_png_texts(content: bytes) -> bytes:
+    """A PNG without its texts, which Pillow unpacks and refuses above 1 MiB although the pixels are fine.
+
+    Other files, and PNGs whose blocks are damaged, stay as they are.
+    """
+    if not content.startswith(_PNG) or not any(kind in content for kind in _PNG_TEXTS):
+        return content
+    kept, place = [_PNG], len(_PNG)
+    while place + 12 <= len(content):
+        end = place + 12 + int.from_bytes(content[place : place + 4], "big")  # length, kind, data, checksum
+        if content[place + 4 : place + 8] not in _PNG_TEXTS:
+            kept.append(content[place:end])
+        place = end
+    return b"".join(kept)
 
 
 def _reduce(image: Image.Image, extent: Extent) -> None:
@@ -128,10 +152,14 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _scaled_to_8_bits(image: Image.Image) -> Image.Image:
-    """16-bit values are divided by 257; floats are taken as 0..1, or as 0..255 where they exceed 1."""
+    """16-bit values are divided by 257; floats are taken as 0..1, or as 0..255 where they exceed 1; NaN is black."""
     values = np.asarray(image).astype(np.float64)
     if image.mode == "F":
-        values = values * 255 if values.max() <= 1 else values
+        finite = values[np.isfinite(values)]
+        if not len(finite):
+            raise ValueError("no finite pixel")
+        values = np.nan_to_num(values, nan=0, posinf=finite.max(), neginf=finite.min())
+        values = values * 255 if finite.max() <= 1 else values
     elif image.mode.startswith("I;16") or values.max() > 255:
         values = values / 257
     return Image.fromarray(np.clip(np.rint(values), 0, 255).astype(np.uint8))

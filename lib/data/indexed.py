@@ -8,7 +8,7 @@ from torch.utils.data import Dataset
 
 from lib.data.batch import Chunk
 from lib.data.images import BadImage
-from lib.data.order import Parts, draw, locate, permutation, salted, substitutes
+from lib.data.order import Parts, draw, locate, permutation, substitutes
 from lib.data.pairs import IndexedSource, Skip
 from lib.data.prepare import Pair, Prepare
 from lib.data.streams.positions import IndexedPosition, StreamPosition
@@ -79,15 +79,10 @@ class IndexedParts(Dataset):
 
 
 class IndexedStream:
-    """Endless reading of one stream's share of every pass over an indexed source, a part of a mixture.
+    """Endless reading of one stream's share of every pass over an indexed source, a part of a mixture."""
 
-    salt: the number of the part.
-    """
-
-    def __init__(
-        self, source: IndexedSource, seed: int, stream: int, streams: int, salt: int, position: IndexedPosition
-    ) -> None:
-        self.source, self.seed, self.stream, self.streams, self.salt = source, seed, stream, streams, salt
+    def __init__(self, source: IndexedSource, seed: int, stream: int, streams: int, position: IndexedPosition) -> None:
+        self.source, self.seed, self.stream, self.streams = source, seed, stream, streams
         self._begin(position.epoch)
         self.place = position.place
 
@@ -105,7 +100,7 @@ class IndexedStream:
 
     def prepared(self, prepare: Prepare, epoch: int, pair: int) -> Pair:
         """A pair that `next` named; raises BadImage."""
-        return read_pair(self.source, prepare, pair, epoch, pair, self.seed, self.salt)
+        return read_pair(self.source, prepare, pair, epoch, pair, self.seed)
 
     def skip(self, pair: int, reason: str) -> Skip:
         """What is noted of a pair that cannot be used."""
@@ -118,22 +113,17 @@ class IndexedStream:
         self.share = permutation(self.source.size, self.seed, epoch)[first :: self.streams].copy()
 
 
-def read_pair(
-    source: IndexedSource, prepare: Prepare, pair: int, epoch: int, place: int, seed: int, salt: int | None = None
-) -> Pair:
-    """The pair, with the text and the augmentation that belong to its place in the epoch; raises BadImage.
-
-    salt: the number of the source in a mixture.
-    """
+def read_pair(source: IndexedSource, prepare: Prepare, pair: int, epoch: int, place: int, seed: int) -> Pair:
+    """The pair, with the text and the augmentation that belong to its place in the epoch; raises BadImage."""
     image = int(source.image[pair])
     text = int(source.first_text[pair])
     if source.text_count[pair] > 1:
         text += draw("text", seed, epoch, place) % int(source.text_count[pair])
     return prepare.pair(
         partial(source.images.open, image),
-        salted(int(source.image_id[image]), salt),
+        int(source.image_id[image]),
         source.texts[text],
-        int(source.group[pair]) if source.templates else salted(int(source.group[pair]), salt),
-        salted(source.sample_id(pair, text), salt),
+        source.group_id(pair),
+        source.sample_id(pair, text),
         draw("augment", seed, epoch, place),
     )

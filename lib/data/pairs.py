@@ -1,15 +1,18 @@
-"""Owns what a training source is: images by number, the texts that go with them, groups and ids, and mixtures."""
+"""Training sources: images by number, the texts that go with them, groups and ids, and mixtures."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain, islice
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 from PIL import Image
 
 from lib.data.images import Extent
-from lib.data.order import sample_id, stable_hash
+from lib.data.order import salted, sample_id, stable_hash
+
+Captions = Literal["all", "one", "lines"]
+"""Every caption is a pair; an image is, with a caption drawn each time; or every line of shards' .txt is."""
 
 
 class Images(Protocol):
@@ -51,7 +54,9 @@ class Source:
     """Prompt templates with {} for the class name."""
     distinct_texts: int | None = None
     skipped: tuple[tuple[str, str], ...] = ()
-    """(key, reason) of the pairs found unusable without opening an image."""
+    """(key, reason) of the pairs found unusable without opening an image"""
+    part: int | None = None
+    """Number of this source in a mixture: equal keys and groups of two sources are not the same, but for classes."""
 
     def sample_texts(self, limit: int = 100_000) -> list[str]:
         """At most `limit` texts of this source, to train a tokenizer on."""
@@ -81,7 +86,8 @@ class IndexedSource(Source):
     """(number of images,) int64, hashes of the image keys"""
 
     def __post_init__(self) -> None:
-        ids = np.fromiter((stable_hash(key) for key in self.images.keys), np.int64, len(self.images))
+        hashes = (salted(stable_hash(key), self.part) for key in self.images.keys)
+        ids = np.fromiter(hashes, np.int64, len(self.images))
         object.__setattr__(self, "image_id", ids)
 
     def sample_texts(self, limit: int = 100_000) -> list[str]:
@@ -98,6 +104,11 @@ class IndexedSource(Source):
         """Stable id of a pair with the text drawn for it."""
         return sample_id(int(self.image_id[self.image[pair]]), int(self.text_number[text]))
 
+    def group_id(self, pair: int) -> int:
+        """The pair's group, as the losses compare it: a class is the same in every source of a mixture."""
+        group = int(self.group[pair])
+        return group if self.templates else salted(group, self.part)
+
 
 @dataclass(frozen=True, kw_only=True)
 class MixedSource(Source):
@@ -109,7 +120,8 @@ class MixedSource(Source):
 
     def __post_init__(self) -> None:
         texts = [part.distinct_texts for part in self.parts if part.distinct_texts is not None]
-        merged = {
+        merged: dict[str, object] = {
+            "parts": tuple(replace(part, part=number) for number, part in enumerate(self.parts)),
             "classes": _merged(part.classes for part in self.parts),
             "templates": _merged(part.templates for part in self.parts),
             "distinct_texts": sum(texts) if len(texts) == len(self.parts) else None,

@@ -1,4 +1,4 @@
-"""Owns the last part of a pair's way: an image that can be opened and a text become what a tower reads."""
+"""Preparation of pairs: an image that can be opened and a text become the inputs of the towers."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from lib.data.batch import Chunk, Tokenize
-from lib.data.images import Extent
+from lib.data.images import BadImage, Extent
 from lib.data.order import stable_hash
 from lib.data.outputs import StoredOutputs
 from lib.data.pipeline import ImagePipeline
@@ -58,7 +58,7 @@ class Prepare:
         image_id: hash of the image's key. seed: 0 to 2**63 - 1, decides the augmentation.
         """
         if self.image_outputs is None:
-            image = self.images(open_image(self.images.extent), seed)
+            image = self.images(_opened(open_image, self.images.extent), seed)
         else:
             image = _stored(self.image_outputs, "--cache-image", [image_id])[0]
         return Pair(image, text, group, sample_id)
@@ -91,6 +91,16 @@ class Prepare:
             return {"input_ids": None, "attention_mask": None, "text_pooled": pooled[rows], "text_id": text_id}
         input_ids, attention_mask = self.tokenize(list(row_of_text))
         return {"input_ids": input_ids[rows], "attention_mask": attention_mask[rows], "text_id": text_id}
+
+
+def _opened(open_image: OpenImage, extent: Extent) -> Image.Image:
+    """The image; whatever its file or its decoder raises makes it one bad image, and no end of the run."""
+    try:
+        return open_image(extent)
+    except (BadImage, InputError):
+        raise
+    except Exception as error:
+        raise BadImage("unreadable") from error
 
 
 def text_key(text: str) -> int:

@@ -1,9 +1,8 @@
-"""Owns the opening of data for training, validation and evaluation: which split serves for what, and mixtures."""
+"""Opening of data for training, validation and evaluation: which split serves for what, and mixtures."""
 
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from lib.data.captions.listing import CaptionedImages
 from lib.data.captions.source import captioned_evaluation, captioned_source
@@ -12,7 +11,7 @@ from lib.data.classes.prompt_banks import load_templates
 from lib.data.classes.torchvision_sets import TorchvisionSet
 from lib.data.evaluation_set import EvaluationSet
 from lib.data.hold_out import hold_out
-from lib.data.pairs import MixedSource, Source
+from lib.data.pairs import Captions, MixedSource, Source
 from lib.data.recognize import OpenedData, open_data
 from lib.data.remote.fetch import Fetcher, default_fetcher
 from lib.data.shards.evaluation import shard_evaluation
@@ -30,7 +29,7 @@ def open_sources(
     data: str | Sequence[str],
     val_data: str | None,
     prompts: str | None,
-    captions: Literal["one", "all"] = "all",
+    captions: Captions = "all",
     *,
     image_root: str | None = None,
     held_out_fraction: float | None = None,
@@ -40,7 +39,7 @@ def open_sources(
 
     Several `data` are mixed: a::0.7 b::0.3 by weight, a b by size; the first that has a held-out part is
     validated on. held_out_fraction: of data without parts, see `hold_out`.
-    Raises InputError, naming --data, --val-data, --hold-out or --prompts, for what cannot be used.
+    Raises InputError, naming --data, --val-data, --hold-out, --captions or --prompts, for what cannot be used.
     """
     fetcher = fetcher or default_fetcher()
     weighted = [split_weight(each) for each in ([data] if isinstance(data, str) else data)]
@@ -49,16 +48,18 @@ def open_sources(
     opened = [hold_out(open_data(n, "--data", image_root, fetcher), held_out_fraction, n) for n, _ in weighted]
     sources = [_training(each, prompts, captions, fetcher) for each in opened]
     source = sources[0] if len(sources) == 1 else _mix(sources, weighted)
+    lines = captions == "lines"
     held_out: OpenedData | None
     if val_data is not None:
         held_out = open_data(val_data, "--val-data", image_root, fetcher)
-        validation = _first_of(held_out, "--val-data", _TO_VALIDATE, prompts, fetcher)
+        validation = _first_of(held_out, "--val-data", _TO_VALIDATE, prompts, lines, fetcher)
     else:
         held_out = next((each for each in opened if set(_HELD_OUT) & set(each.splits)), None)
-        validation = _first_of(held_out, "--data", _HELD_OUT, prompts, fetcher) if held_out else None
+        validation = _first_of(held_out, "--data", _HELD_OUT, prompts, lines, fetcher) if held_out else None
     names = " ".join(name for name, _ in weighted)
     _check_prompts(prompts, names, *sources, validation)
     _check_image_root(image_root, names, [*opened, held_out])
+    _check_lines(lines, names, [*opened, held_out])
     return source, validation
 
 
@@ -71,6 +72,8 @@ class EvaluationData:
     image_root: str | None
     fetcher: Fetcher
     opened: OpenedData
+    lines: bool = False
+    """of shards: each line of .txt is a caption"""
 
     @classmethod
     def find(
@@ -80,13 +83,15 @@ class EvaluationData:
         *,
         image_root: str | None = None,
         held_out_fraction: float | None = None,
+        captions: Captions = "all",
         fetcher: Fetcher | None = None,
     ) -> "EvaluationData":
-        """Recognize the data; raises InputError, naming --data, --hold-out or --image-root, for what cannot be used."""
+        """Recognize the data; raises InputError, naming the flag, for what cannot be used."""
         fetcher = fetcher or default_fetcher()
         opened = hold_out(open_data(data, "--data", image_root, fetcher), held_out_fraction, data)
         _check_image_root(image_root, data, [opened])
-        return cls(data, prompts, image_root, fetcher, opened)
+        _check_lines(captions == "lines", data, [opened])
+        return cls(data, prompts, image_root, fetcher, opened, captions == "lines")
 
     def part_for(self, split: str) -> str:
         """The part that a --split means: of "auto" test, else val, else all there is; InputError if there is none."""
@@ -104,7 +109,7 @@ class EvaluationData:
 
     def of_split(self, part: str) -> EvaluationSet:
         """The images of a part that the data has, as `part_for` names it."""
-        evaluation_set = _evaluation(self.opened, "--data", part, self.prompts, self.fetcher)
+        evaluation_set = _evaluation(self.opened, "--data", part, self.prompts, self.lines, self.fetcher)
         _check_prompts(self.prompts, self.data, evaluation_set)
         return evaluation_set
 
@@ -116,6 +121,7 @@ def open_evaluation(
     *,
     image_root: str | None = None,
     held_out_fraction: float | None = None,
+    captions: Captions = "all",
     fetcher: Fetcher | None = None,
 ) -> EvaluationSet:
     """The images of one split, train, val or test, to evaluate on; "auto": test, else val, else all there is.
@@ -123,12 +129,17 @@ def open_evaluation(
     Raises InputError, naming --data, --split or --prompts, for what cannot be used.
     """
     found = EvaluationData.find(
-        data, prompts, image_root=image_root, held_out_fraction=held_out_fraction, fetcher=fetcher
+        data,
+        prompts,
+        image_root=image_root,
+        held_out_fraction=held_out_fraction,
+        captions=captions,
+        fetcher=fetcher,
     )
     return found.of_split(found.part_for(split))
 
 
-def _training(opened: OpenedData, prompts: str | None, captions: Literal["one", "all"], fetcher: Fetcher) -> Source:
+def _training(opened: OpenedData, prompts: str | None, captions: Captions, fetcher: Fetcher) -> Source:
     if isinstance(opened, ShardSet):
         return shard_source(opened, captions, load_templates(prompts or "simple"), fetcher)
     if isinstance(opened, CaptionedImages):
@@ -137,16 +148,18 @@ def _training(opened: OpenedData, prompts: str | None, captions: Literal["one", 
 
 
 def _first_of(
-    opened: OpenedData, flag: str, wanted: Sequence[str], prompts: str | None, fetcher: Fetcher
+    opened: OpenedData, flag: str, wanted: Sequence[str], prompts: str | None, lines: bool, fetcher: Fetcher
 ) -> EvaluationSet | None:
     """The first of the wanted splits that is there, or None."""
     split = next((split for split in wanted if split in opened.splits), None)
-    return None if split is None else _evaluation(opened, flag, split, prompts, fetcher)
+    return None if split is None else _evaluation(opened, flag, split, prompts, lines, fetcher)
 
 
-def _evaluation(opened: OpenedData, flag: str, split: str, prompts: str | None, fetcher: Fetcher) -> EvaluationSet:
+def _evaluation(
+    opened: OpenedData, flag: str, split: str, prompts: str | None, lines: bool, fetcher: Fetcher
+) -> EvaluationSet:
     if isinstance(opened, ShardSet):
-        return shard_evaluation(opened, split, flag, load_templates(prompts or "simple"), fetcher)
+        return shard_evaluation(opened, split, flag, load_templates(prompts or "simple"), fetcher, lines)
     if isinstance(opened, CaptionedImages):
         return captioned_evaluation(opened, split, flag)
     return labelled_evaluation(opened, split, load_templates(prompts or opened.bank))
@@ -192,6 +205,11 @@ def _mix(sources: list[Source], weighted: list[tuple[str, float | None]]) -> Mix
 def _check_prompts(prompts: str | None, data: str, *opened: Source | EvaluationSet | None) -> None:
     if prompts is not None and not any(each is not None and each.templates for each in opened):
         raise InputError(f"--prompts {prompts} goes with class names, and {data} has captions; leave it out")
+
+
+def _check_lines(lines: bool, data: str, opened: Sequence[OpenedData | None]) -> None:
+    if lines and not any(isinstance(each, ShardSet) for each in opened):
+        raise InputError(f"--captions lines splits the .txt members of tar shards, and {data} has none; leave it out")
 
 
 def _check_image_root(image_root: str | None, data: str, opened: Sequence[OpenedData | None]) -> None:

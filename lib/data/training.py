@@ -20,7 +20,7 @@ from lib.data.pairs import IndexedSource, Skip, Source, parts_of
 from lib.data.prepare import Prepare
 from lib.data.streams.layouts import Start, dealings, excluded_in, fresh_start, layout, take_over
 from lib.data.streams.parts import StreamParts
-from lib.data.streams.positions import loaded, saved
+from lib.data.streams.positions import ShardPosition, loaded, saved
 from lib.data.workers import LARGEST_PART, PARTS_A_WORKER, end_workers, lost_workers_reported, start_worker
 from lib.errors import InputError
 
@@ -155,6 +155,12 @@ class TrainingData:
         """(where, key, reason) of the pairs found unusable since the last call."""
         found, self._new_skips = self._new_skips, []
         return found
+
+    @property
+    def waiting(self) -> int:
+        """Pairs of shards that were read in the first pass and wait in the shuffle buffers for their turn."""
+        parts = (part for position in self._positions for part in position.parts)
+        return sum(len(part.buffer) for part in parts if isinstance(part, ShardPosition) and part.epoch == 0)
 
     def state_dict(self) -> dict:
         """Where this rank stands after the steps handed out, and its counts."""

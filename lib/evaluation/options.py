@@ -11,7 +11,7 @@ from lib.errors import InputError
 
 @dataclass(frozen=True)
 class Examined(Settings):
-    """What is measured on."""
+    """Data to evaluate on."""
 
     data: str = "digits"
     """As in training: digits, class folders, a table of captions, COCO, Flickr or Karpathy files, or tar shards."""
@@ -21,6 +21,8 @@ class Examined(Settings):
     """Part of the data; auto: test where there is one, else val, else everything."""
     hold_out: float | None = None
     """Of data without parts, evaluate on this fraction of the images: what training kept back by the same flag."""
+    captions: Literal["all", "lines"] = "all"
+    """lines: each line of the .txt members of tar shards is a caption of its own."""
     limit: int | None = None
     """Take only this many images of each part that is used, evenly spaced."""
     allow_pipe: bool = False

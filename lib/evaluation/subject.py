@@ -96,6 +96,7 @@ class Subject:
             prompts,
             image_root=options.data.image_root,
             held_out_fraction=options.data.hold_out,
+            captions=options.data.captions,
             fetcher=fetcher,
         )
         part = every_part.part_for(options.data.split)

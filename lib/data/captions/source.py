@@ -1,7 +1,6 @@
 """Owns captioned images once they are listed: training pairs and evaluation sets made of them."""
 
 from collections import Counter
-from typing import Literal
 
 import numpy as np
 
@@ -9,7 +8,7 @@ from lib.data.captions.listing import Captioned, CaptionedImages
 from lib.data.evaluation_set import EvaluationSet
 from lib.data.images import ImageFiles
 from lib.data.order import stable_hash
-from lib.data.pairs import IndexedSource
+from lib.data.pairs import Captions, IndexedSource
 from lib.errors import InputError
 
 
@@ -60,18 +59,18 @@ class _Kept:
         return np.array(groups, dtype=np.int64)
 
 
-def captioned_source(captioned: CaptionedImages, captions: Literal["one", "all"]) -> IndexedSource:
+def captioned_source(captioned: CaptionedImages, captions: Captions) -> IndexedSource:
     """The training images: every caption is a pair, or every image is one with a caption drawn each time."""
     split = "train" if "train" in captioned.splits else "all"
     rows = [image for image in captioned.images if image.split == split]
-    kept = _Kept(rows, per_caption=captions == "all")
+    kept = _Kept(rows, per_caption=captions != "one")
     if not kept.images:
         found = f"only {', '.join(captioned.splits)}"
         why = ", ".join(f"{reason} {count}" for reason, count in Counter(why for _, why in kept.skipped).items())
         reasons = f"only unusable rows ({why})" if rows else f"no rows whose split is train, {found}"
         raise InputError(f"--data {captioned.path} has {reasons}; nothing is left to train on")
     text_image = np.array(kept.text_image)
-    if captions == "all":
+    if captions != "one":
         image, first_text, text_count = text_image, np.arange(len(text_image)), np.ones_like(text_image)
     else:
         image, first_text, text_count = np.unique(text_image, return_index=True, return_counts=True)

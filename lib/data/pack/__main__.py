@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 from tqdm import tqdm
@@ -52,6 +52,8 @@ class PackConfig:
     """Seed of the order within a split; default: 0, and shards keep their order."""
     no_shuffle: bool = False
     """Keep the order of the source."""
+    captions: Literal["all", "lines"] = "all"
+    """lines: each line of a .txt member of shards is a caption of its own."""
     image_root: str | None = None
     """Folder of the images that a table or annotation file names, where they do not lie beside it."""
     cache_dir: Path | None = None
@@ -104,7 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     config.check()
     fetcher = Fetcher(config.cache_dir or default_fetcher().cache, default_fetcher().cache_bytes, config.allow_pipe)
     opened = open_data(config.source, "SOURCE", config.image_root, fetcher)
-    listing = list_samples(opened, "SOURCE", fetcher)
+    listing = list_samples(opened, "SOURCE", fetcher, config.captions == "lines")
     seed = config.seed(isinstance(opened, ShardSet))
     record = Record(config.out, _settings(config, listing, seed))
     try:

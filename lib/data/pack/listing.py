@@ -1,24 +1,22 @@
-"""Owns the list of what is to be packed: every sample of any kind of data, with its texts and where its image lies."""
+"""The list of samples to pack, of any kind of data, with their texts and where their images lie."""
 
 import io
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import NamedTuple
 
 from lib.data.captions.listing import Captioned, CaptionedImages
-from lib.data.images import BadImage, ImageFiles, open_header
+from lib.data.files import READABLE
+from lib.data.images import BadImage, ImageFiles, open_header, read_image_file
 from lib.data.pairs import Images
 from lib.data.recognize import OpenedData
 from lib.data.remote.fetch import Fetcher, Unreachable
-from lib.data.shards.annotations import annotate, shard_names
+from lib.data.shards.annotations import Annotation, annotate, shard_names
 from lib.data.shards.index import SPLITS
-from lib.data.shards.kind import classes_of
+from lib.data.shards.kind import text_form
 from lib.data.shards.shard_set import ShardSet
-from lib.data.shards.tars import IMAGE_SUFFIXES, Damage, Sample, index_samples, read_member
-
-_OF_FORMAT = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp", "TIFF": "tif", "PPM": "ppm"}
+from lib.data.shards.tars import IMAGE_SUFFIXES, Damage, index_samples, read_member
 
 
 class FileImage(NamedTuple):
@@ -28,29 +26,27 @@ class FileImage(NamedTuple):
 
     def read(self) -> tuple[bytes, str]:
         """The bytes as they are, and the suffix; raises BadImage."""
-        try:
-            with open(self.path, "rb") as file:
-                content = file.read()
-        except (FileNotFoundError, NotADirectoryError):
-            raise BadImage("missing") from None
-        except OSError as error:
-            raise BadImage("unreadable") from error
+        content = read_image_file(self.path)
         if not content:
             raise BadImage("empty")
         suffix = os.path.splitext(self.path)[1].lower().removeprefix(".")
-        return content, suffix if suffix in IMAGE_SUFFIXES else _OF_FORMAT[str(open_header(content).format)]
+        if suffix not in IMAGE_SUFFIXES:  # a table may name any file
+            suffix = READABLE[str(open_header(content).format)][0].removeprefix(".")
+        return content, suffix
 
 
 class MemberImage(NamedTuple):
     """An image in a tar."""
 
     shard: str
-    place: tuple[int, int]
+    place: tuple[int, int] | None
+    """(offset, size); None where a sample has no image"""
     suffix: str
     fetcher: Fetcher
 
     def read(self) -> tuple[bytes, str]:
         """The bytes as they are, and the suffix; raises BadImage."""
+        assert self.place is not None
         try:
             # Asked for every time: a fetched shard may have left the cache.
             content = read_member(self.fetcher.local(self.shard), self.place)
@@ -118,13 +114,16 @@ class Listing:
         return digest.hexdigest()
 
 
-def list_samples(opened: OpenedData, flag: str, fetcher: Fetcher) -> Listing:
-    """List the samples of all splits; InputError, naming `flag`, where the data holds none that can be read."""
+def list_samples(opened: OpenedData, flag: str, fetcher: Fetcher, lines: bool = False) -> Listing:
+    """List the samples of all splits; InputError, naming `flag`, where the data holds none that can be read.
+
+    lines: each line of a .txt member of shards is a caption.
+    """
     if isinstance(opened, CaptionedImages):
         entries = [_captioned(image) for image in opened.images]
         return Listing(_by_split(entries), None, list(opened.malformed))
     if isinstance(opened, ShardSet):
-        return _of_shards(opened, flag, fetcher)
+        return _of_shards(opened, flag, fetcher, lines)
     listing = Listing()
     for split in sorted(opened.splits, key=SPLITS.index):
         images, labels, listing.classes = opened.images(split)
@@ -149,54 +148,36 @@ def _captioned(image: Captioned) -> Entry:
     return Entry(image.split, image.key, image.group or image.key, found, captions, faults=tuple(faults))
 
 
-def _of_shards(shards: ShardSet, flag: str, fetcher: Fetcher) -> Listing:
+def _of_shards(shards: ShardSet, flag: str, fetcher: Fetcher, lines: bool) -> Listing:
     listing = Listing()
     names: set[str] = set()
     for split, paths in shards.splits.items():
-        classes, labelled = classes_of(shards, split, flag, fetcher)
+        form, labelled = text_form(shards, split, flag, fetcher, lines)
         for path, name in zip(paths, shard_names(paths), strict=True):
             try:
                 samples = index_samples(fetcher.local(path))
             except Unreachable as error:
                 listing.malformed.append((name, error.reason))
                 continue
-            entries = _of_shard(samples, split, path, name, classes, labelled, listing.malformed, fetcher)
-            listing.entries += entries
+            for sample in samples:
+                if isinstance(sample, Damage):
+                    listing.malformed.append((name, sample.reason))
+                    continue
+                image = MemberImage(path, sample.image_place, sample.image_suffix or "", fetcher)
+                listing.entries.append(_of_sample(annotate(sample, name, form), image, split, labelled))
         if labelled:
             names.update(entry.class_name for entry in listing.entries if entry.class_name is not None)
+            classes = form.classes
             listing.classes = classes if classes is not None and names <= set(classes) else tuple(sorted(names))
     return listing
 
 
-def _of_shard(
-    samples: Iterator[Sample | Damage],
-    split: str,
-    path: str,
-    name: str,
-    classes: tuple[str, ...] | None,
-    labelled: bool,
-    malformed: list[tuple[str, str]],
-    fetcher: Fetcher,
-) -> Iterator[Entry]:
-    for sample in samples:
-        if isinstance(sample, Damage):
-            malformed.append((name, sample.reason))
-            continue
-        note = annotate(sample.key, sample.members, name, classes)
-        group = note.group or (note.class_name if labelled else None) or note.key
-        place = sample.image_place
-        reason = note.reason or ("no_image" if place is None else None)
-        if reason is None and (note.class_name is None if labelled else not note.captions):
-            reason = "no_text"
-        if place is None or reason:
-            yield Entry(split, note.key, group, None, faults=((note.key, reason or "no_image"),))
-            continue
-        suffix = next(suffix for suffix in IMAGE_SUFFIXES if suffix in sample.members)
-        image = MemberImage(path, place, suffix, fetcher)
-        if labelled:
-            yield Entry(split, note.key, group, image, class_name=note.class_name)
-            continue
-        empty = tuple(
-            (f"{note.key}#{number}", "empty_caption") for number, text in enumerate(note.captions) if not text
-        )
-        yield Entry(split, note.key, group, image if any(note.captions) else None, note.captions, faults=empty)
+def _of_sample(note: Annotation, image: MemberImage, split: str, labelled: bool) -> Entry:
+    group = note.group or (note.class_name if labelled else None) or note.key
+    reason = note.fault(image.place is not None, labelled)
+    if reason and reason != "empty_caption":
+        return Entry(split, note.key, group, None, faults=((note.key, reason),))
+    if labelled:
+        return Entry(split, note.key, group, image, class_name=note.class_name)
+    found = None if reason else image
+    return Entry(split, note.key, group, found, note.captions, faults=tuple(note.empty_captions))

@@ -1,24 +1,56 @@
-"""Owns what the text members of a shard's samples say: captions, class, group and key."""
+"""Annotations of a shard's samples: captions, class, group and key, as their text members say them."""
 
 import json
 import os
+from dataclasses import dataclass
 from typing import NamedTuple
 
-from lib.data.fields import is_utf8
+from lib.data.fields import decode, is_utf8, name_of, texts_of
 from lib.data.remote.fetch import Fetcher
 from lib.data.remote.transfer import PIPE, is_away, is_url
+from lib.data.shards.tars import Sample
+
+_LONGEST_NUMBER = 9  # digits of a class number
+
+
+@dataclass(frozen=True)
+class TextForm:
+    """How the text members of shards are read."""
+
+    classes: tuple[str, ...] | None = None
+    """names of the class numbers of .cls members and of "class" in .json"""
+    own_keys: bool = False
+    """whether "key" in .json is unique over all shards, as the packer makes it; if not, the shard and the member's name
+    are the key, since every download numbers its samples from 0"""
+    lines: bool = False
+    """whether each line of .txt is a caption"""
 
 
 class Annotation(NamedTuple):
-    """What the text members of a sample say."""
+    """The texts of one sample."""
 
     key: str
+    """the sample's identity, the same in every run"""
     captions: tuple[str, ...] = ()
     """as written, empty ones included"""
     class_name: str | None = None
     group: str | None = None
     reason: str | None = None
-    """not_utf8 where the text cannot be read"""
+    """why the sample cannot be used: repeated_name, apart, not_utf8, malformed_json or unknown_class"""
+
+    def fault(self, has_image: bool, labelled: bool) -> str | None:
+        """Why the sample makes no pair at all: its own reason, no_image, no_text or empty_caption; None if it does."""
+        if self.reason or not has_image:
+            return self.reason or "no_image"
+        if labelled:
+            return "no_text" if self.class_name is None else None
+        return None if any(self.captions) else "empty_caption" if self.captions else "no_text"
+
+    @property
+    def empty_captions(self) -> list[tuple[str, str]]:
+        """(key#number, empty_caption) of each caption without text, in a sample without another fault."""
+        empty = [number for number, caption in enumerate(self.captions) if not caption and self.reason is None]
+        return [(f"{self.key}#{number}", "empty_caption") for number in empty]
 
 
 def shard_names(shards: tuple[str, ...]) -> tuple[str, ...]:
@@ -31,30 +63,47 @@ def shard_names(shards: tuple[str, ...]) -> tuple[str, ...]:
     return tuple("/".join(parts[len(common) :]) for parts in split)
 
 
-def annotate(key: str, members: dict, shard: str, classes: tuple[str, ...] | None) -> Annotation:
-    """Read what the text members (bytes by suffix) of the sample `key` of the shard so named say.
+def annotate(sample: Sample, shard: str, form: TextForm) -> Annotation:
+    """Read the text members of a sample of the shard so named; whatever is wrong with them is the reason it has.
 
-    Captions in .json go before .txt. `classes` names the class numbers of .cls members or of "class" in .json.
+    Captions in .json go before .txt. null and NaN are missing fields, see lib.data.fields.
     """
-    # Keys begin again in every shard, so the shard belongs to them.
-    own_key = f"{shard}/{key}"
+    own_key = f"{shard}/{sample.key}"
     try:
-        record = _record(members.get("json", b"{}"))
-        own_key = str(record.get("key", own_key))
-        label = _text(members["cls"]) if "cls" in members else record.get("class")
-        captions = record.get("captions", record.get("caption"))
-        if captions in (None, [], "") and "txt" in members:
-            captions = _text(members["txt"])
+        note = _read(sample, own_key, form)
+        # JSON can spell half a character, which no tokenizer takes.
+        if not is_utf8("".join((note.key, note.group or "", note.class_name or "", *note.captions))):
+            note = Annotation(ascii(note.key), reason="not_utf8")
     except UnicodeDecodeError:
-        return Annotation(own_key, reason="not_utf8")
-    captions = [captions] if isinstance(captions, str) else captions
-    captions = captions if isinstance(captions, list) else []
-    texts = tuple("" if caption is None else str(caption).strip() for caption in captions)
-    group = str(record["group"]) if "group" in record else None
-    # JSON can spell half a character, which no tokenizer takes.
-    if not is_utf8("".join((own_key, group or "", str(label or ""), *texts))):
-        return Annotation(ascii(own_key), reason="not_utf8")
-    return Annotation(own_key, texts, _class_name(label, classes), group)
+        note = Annotation(own_key, reason="not_utf8")
+    except Exception:  # no JSON, nested too deeply for its reader, numbers too long for it, a list as a key, ...
+        note = Annotation(own_key, reason="malformed_json")
+    return note._replace(reason=sample.fault or note.reason)
+
+
+def _read(sample: Sample, own_key: str, form: TextForm) -> Annotation:
+    members = sample.members
+    record = json.loads(decode(members.get("json") or b"{}"))
+    given_key, group = name_of(record.get("key")), name_of(record.get("group"))
+    if group == given_key:  # the packer's word for no group; two packed folders may have the same keys
+        group = None
+    label = record.get("class")
+    if "cls" in members:
+        label = decode(members["cls"])
+    elif isinstance(label, list | dict | bool):  # a field of another meaning, which is no fault of a captioned image
+        label = None
+    captions = texts_of(record.get("captions")) or texts_of(record.get("caption"))
+    if not any(captions) and "txt" in members:
+        text = decode(members["txt"])
+        captions = [each for line in text.splitlines() if (each := line.strip())] if form.lines else texts_of(text)
+    known, class_name = _class_name(name_of(label), form.classes)
+    return Annotation(
+        given_key or own_key if form.own_keys else own_key,
+        tuple(captions),
+        class_name,
+        group,
+        None if known or any(captions) else "unknown_class",
+    )
 
 
 def listed_classes(shards: tuple[str, ...], fetcher: Fetcher) -> tuple[str, ...] | None:
@@ -79,22 +128,11 @@ def _place(shard: str) -> str:
     return shown(shard) if is_away(shard) else os.path.abspath(shard.removeprefix("file://"))
 
 
-def _class_name(label: object, classes: tuple[str, ...] | None) -> str | None:
-    name = str(label).strip() if label is not None else ""
-    if classes is not None and name.isdecimal():
-        return classes[int(name)] if int(name) < len(classes) else None
-    return name.replace("_", " ") or None
-
-
-def _record(content: bytes) -> dict:
-    try:
-        record = json.loads(content.decode("utf-8"))
-    except UnicodeDecodeError:
-        raise
-    except (ValueError, RecursionError):
-        return {}
-    return record if isinstance(record, dict) else {}
-
-
-def _text(content: bytes) -> str:
-    return content.decode("utf-8").strip()
+def _class_name(label: str | None, classes: tuple[str, ...] | None) -> tuple[bool, str | None]:
+    """Whether the label is missing or has a name, and the name, underscores read as spaces."""
+    if label is None:
+        return True, None
+    if classes is None or not label.isdecimal():
+        return True, label.replace("_", " ")
+    number = int(label) if len(label) <= _LONGEST_NUMBER else len(classes)
+    return (True, classes[number]) if number < len(classes) else (False, None)

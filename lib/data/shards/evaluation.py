@@ -1,4 +1,4 @@
-"""Owns evaluation on tar shards: their images by number, found once and read where they lie."""
+"""Evaluation on tar shards: their images by number, found once and read where they lie."""
 
 import os
 from dataclasses import dataclass, field
@@ -10,8 +10,8 @@ from lib.data.evaluation_set import EvaluationSet
 from lib.data.images import BadImage, Extent, decode_image
 from lib.data.order import stable_hash
 from lib.data.remote.fetch import Fetcher, Unreachable
-from lib.data.shards.annotations import Annotation, annotate, shard_names, shown
-from lib.data.shards.kind import classes_of
+from lib.data.shards.annotations import Annotation, TextForm, annotate, shard_names, shown
+from lib.data.shards.kind import text_form
 from lib.data.shards.shard_set import ShardSet
 from lib.data.shards.source import ShardSource
 from lib.data.shards.tars import Damage, index_samples, read_member
@@ -51,7 +51,7 @@ def shard_images(source: ShardSource) -> TarImages:
     """The images of a training source's shards; remote ones are all fetched for that."""
     found = _Found()
     for shard, (path, name) in enumerate(zip(source.shards, source.names, strict=True)):
-        found.add(shard, path, name, source.classes, bool(source.templates), source.fetcher)
+        found.add(shard, path, name, source.form, bool(source.templates), source.fetcher)
     return TarImages([note.key for note in found.notes], source.shards, found.places, source.fetcher)
 
 
@@ -65,21 +65,24 @@ def _stamp(shard: str, fetcher: Fetcher) -> tuple:
 
 
 def shard_evaluation(
-    shards: ShardSet, split: str, flag: str, templates: tuple[str, ...], fetcher: Fetcher
+    shards: ShardSet, split: str, flag: str, templates: tuple[str, ...], fetcher: Fetcher, lines: bool = False
 ) -> EvaluationSet:
-    """All samples of a split's shards, with captions, or with labels where the first sample has no caption."""
+    """All samples of a split's shards, with captions, or with labels where the first sample has no caption.
+
+    lines: each line of a .txt member is a caption.
+    """
     paths = shards.splits[split]
-    classes, labelled = classes_of(shards, split, flag, fetcher)
+    form, labelled = text_form(shards, split, flag, fetcher, lines)
     found = _Found()
     for shard, (path, name) in enumerate(zip(paths, shard_names(paths), strict=True)):
-        found.add(shard, path, name, classes, labelled, fetcher)
+        found.add(shard, path, name, form, labelled, fetcher)
     if not found.notes:
         raise InputError(f"{flag} {shards.where}: no sample with an image and a text can be read")
     images = TarImages([note.key for note in found.notes], paths, found.places, fetcher)
     name = os.path.basename(shown(shards.where).rstrip("/"))
     name = name if split == "all" else f"{name} ({split})"
     if labelled:
-        return _labelled(name, images, found, classes, templates)
+        return _labelled(name, images, found, form.classes, templates)
     return _captioned(name, images, found)
 
 
@@ -89,9 +92,7 @@ class _Found:
     places: list[tuple[int, int, int]] = field(default_factory=list)
     skipped: list[tuple[str, str]] = field(default_factory=list)
 
-    def add(
-        self, shard: int, path: str, name: str, classes: tuple[str, ...] | None, labelled: bool, fetcher: Fetcher
-    ) -> None:
+    def add(self, shard: int, path: str, name: str, form: TextForm, labelled: bool, fetcher: Fetcher) -> None:
         """Note the samples of one shard, and why others cannot be used."""
         try:
             samples = index_samples(fetcher.local(path))
@@ -102,22 +103,15 @@ class _Found:
             if isinstance(sample, Damage):
                 self.skipped.append((name, sample.reason))
                 continue
-            note = annotate(sample.key, sample.members, name, classes)
-            place = sample.image_place
-            reason = "no_image" if place is None else note.reason or _without_text(note, labelled)
-            if place is None or reason:
+            note, place = annotate(sample, name, form), sample.image_place
+            reason = note.fault(place is not None, labelled)
+            if place is None or reason not in (None, "empty_caption"):
                 self.skipped.append((note.key, reason or "no_image"))
-            else:
+                continue
+            self.skipped += [] if labelled else note.empty_captions
+            if reason is None:
                 self.notes.append(note)
                 self.places.append((shard, *place))
-
-
-def _without_text(note: Annotation, labelled: bool) -> str | None:
-    if labelled:
-        return None if note.class_name is not None else "no_text"
-    if not note.captions:
-        return "no_text"
-    return None if any(note.captions) else "empty_caption"
 
 
 def _captioned(name: str, images: TarImages, found: _Found) -> EvaluationSet:

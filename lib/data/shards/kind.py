@@ -1,52 +1,63 @@
-"""Owns what kind of text the samples of shards go with: captions, or classes and their names."""
+"""The kind of text that the samples of shards have: captions, or classes and their names."""
 
 from collections.abc import Iterator
 from itertools import islice
 
 from lib.data.remote.fetch import Fetcher, Unreachable
-from lib.data.shards.annotations import Annotation, annotate, listed_classes, shard_names, shown
+from lib.data.shards.annotations import Annotation, TextForm, annotate, listed_classes, shard_names, shown
 from lib.data.shards.shard_set import ShardSet
 from lib.data.shards.tars import Damage, Sample, index_samples
 from lib.errors import InputError
 
+_LOOKED_AT = 1000
 _MOST_UNREACHABLE = 3
 
 
-def notes(path: str, name: str, classes: tuple[str, ...] | None) -> Iterator[Annotation]:
-    """The annotations of all samples of a local tar that have an image, without reading the images."""
+def notes(path: str, name: str, form: TextForm) -> Iterator[Annotation]:
+    """The annotations of all samples of a local tar that have an image and no fault, without reading the images."""
     for sample in index_samples(path):
-        if isinstance(sample, Sample) and sample.image is not None:
-            yield annotate(sample.key, sample.members, name, classes)
+        if isinstance(sample, Sample) and sample.image_suffix and sample.fault is None:
+            yield annotate(sample, name, form)
 
 
-def classes_of(shards: ShardSet, split: str, flag: str, fetcher: Fetcher) -> tuple[tuple[str, ...] | None, bool]:
-    """Class names by number, if they are listed, and whether the shards hold classes and no captions.
+def text_form(shards: ShardSet, split: str, flag: str, fetcher: Fetcher, lines: bool = False) -> tuple[TextForm, bool]:
+    """How the shards' texts are read, and whether they hold classes and no captions.
 
-    Told from the index or the first of a thousand samples that has an image and text; InputError where none has.
+    The index tells, or the first of a thousand samples that has an image and text; InputError where none has.
     """
     if shards.index:
-        return shards.index.classes, shards.index.classes is not None
+        form = TextForm(shards.index.classes, own_keys=True, lines=lines)
+        return form, shards.index.classes is not None
     paths = shards.splits[split]
-    classes = listed_classes(paths, fetcher)
-    for note in islice(_first_notes(shards, paths, classes, flag, fetcher), 1000):
+    form = TextForm(listed_classes(paths, fetcher), lines=lines)
+    apart = False
+    for sample, name in islice(_first_samples(shards, paths, flag, fetcher), _LOOKED_AT):
+        apart |= sample.fault == "apart"
+        note = annotate(sample, name, form)
+        if note.fault(sample.image_suffix is not None, labelled=not note.captions) not in (None, "empty_caption"):
+            continue
         if note.captions:
-            return classes, False
-        if note.class_name is not None:
-            if classes is None and note.class_name.isdecimal():
-                raise InputError(
-                    f"{flag} {shown(paths[0])}: classes are numbers and have no names; put classes.txt, one name a "
-                    "line, beside the shards"
-                )
-            return classes, True
-    damage = _damage(paths[0], fetcher)
+            return form, False
+        if form.classes is None and note.class_name and note.class_name.isdecimal():
+            raise InputError(
+                f"{flag} {shown(paths[0])}: classes are numbers and have no names; put classes.txt, one name a line, "
+                "beside the shards"
+            )
+        return form, True
+    raise InputError(f"{flag} {shown(paths[0])}{_nothing(paths[0], apart, fetcher)}")
+
+
+def _nothing(path: str, apart: bool, fetcher: Fetcher) -> str:
+    """Why nothing of the shards can be used, and what to do."""
+    damage = _damage(path, fetcher)
     if damage:
-        raise InputError(
-            f"{flag} {shown(paths[0])} is no tar that can be read ({damage}); check the file, or pack anew"
+        return f" is no tar that can be read ({damage}); check the file, or pack anew"
+    if apart:
+        return (
+            ": the image and the text of a sample are not next to each other in the tar; sort its members by name, as "
+            "tar --sort=name does, or pack anew"
         )
-    raise InputError(
-        f"{flag} {shown(paths[0])}: no sample with an image (.jpg, .png, .webp) and a text (.txt, .json or .cls) of "
-        "the same name was found"
-    )
+    return ": no sample with an image (.jpg, .png, .webp) and a text (.txt, .json or .cls) of the same name was found"
 
 
 def _damage(path: str, fetcher: Fetcher) -> str | None:
@@ -58,9 +69,10 @@ def _damage(path: str, fetcher: Fetcher) -> str | None:
     return first.reason if isinstance(first, Damage) else None
 
 
-def _first_notes(
-    shards: ShardSet, paths: tuple[str, ...], classes: tuple[str, ...] | None, flag: str, fetcher: Fetcher
-) -> Iterator[Annotation]:
+def _first_samples(
+    shards: ShardSet, paths: tuple[str, ...], flag: str, fetcher: Fetcher
+) -> Iterator[tuple[Sample, str]]:
+    """Samples with their shards' names; InputError where the first shards cannot be had."""
     unreachable = 0
     for path, name in zip(paths, shard_names(paths), strict=True):
         try:
@@ -73,4 +85,6 @@ def _first_notes(
                     "the network and the file"
                 ) from None
             continue
-        yield from notes(local, name, classes)
+        for sample in index_samples(local):
+            if isinstance(sample, Sample):
+                yield sample, name

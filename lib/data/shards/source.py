@@ -1,20 +1,21 @@
-"""Owns tar shards as a training source: which files they are and the pairs that their samples make."""
+"""Tar shards as a training source: their files, and the pairs that their samples make."""
 
 import os
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from tqdm import tqdm
 
-from lib.data.order import stable_hash
-from lib.data.pairs import Source, fill, parts_of
+from lib.data.order import salted, stable_hash
+from lib.data.pairs import Captions, Source, fill, parts_of
 from lib.data.remote.fetch import Fetcher, Unreachable
 from lib.data.remote.transfer import ZIPPED, is_away
-from lib.data.shards.annotations import Annotation, annotate, shard_names, shown
-from lib.data.shards.kind import classes_of, notes
+from lib.data.shards.annotations import Annotation, TextForm, annotate, shard_names, shown
+from lib.data.shards.kind import notes, text_form
 from lib.data.shards.shard_set import ShardSet
 from lib.data.shards.tars import ALL, Damage, Sample, index_samples, read_samples
 from lib.errors import InputError
@@ -31,6 +32,7 @@ class Item(NamedTuple):
     where: str
     key: str
     image: bytes = b""
+    image_id: int = 0
     texts: tuple[str, ...] = ()
     numbers: tuple[int, ...] = ()
     """the texts' numbers within the image; zeros for prompts"""
@@ -48,7 +50,9 @@ class ShardSource(Source):
     """of the shards, as they appear in the samples' keys"""
     samples: tuple[int, ...] | None = None
     """in each shard, where that is known"""
-    captions: Literal["one", "all"]
+    form: TextForm
+    one_caption: bool
+    """an image is one pair with a caption drawn each time; if not, every caption is a pair"""
     fetcher: Fetcher
 
     def read(self, shard: int, wanted: range | frozenset[int] = ALL) -> Iterator[tuple[int, list[Item]]]:
@@ -85,15 +89,34 @@ class ShardSource(Source):
     def items(self, shard: int, sample: Sample) -> Iterator[Item]:
         """The pairs that one sample makes, and what is wrong with the others; at least one of either."""
         where = shown(self.shards[shard])
-        note = annotate(sample.key, sample.members, self.names[shard], self.classes)
-        if sample.image is None:
-            yield Item(where, note.key, reason="no_image")
-        elif note.reason:
-            yield Item(where, note.key, reason=note.reason)
-        elif self.templates:
-            yield self._prompted(where, note, sample.image)
-        else:
-            yield from self._captioned(where, note, sample.image)
+        note = annotate(sample, self.names[shard], self.form)
+        image = sample.image
+        reason = note.fault(image is not None, labelled=bool(self.templates))
+        if image is None or (reason and reason != "empty_caption"):
+            yield Item(where, note.key, reason=reason)
+            return
+        image_id = salted(stable_hash(note.key), self.part)
+        item = partial(Item, where, note.key, image, image_id)
+        if self.templates:
+            prompts = tuple(fill(template, note.class_name or "") for template in self.templates)
+            yield item(prompts, (0,) * len(prompts), stable_hash(note.group or note.class_name))
+            return
+        written = [(number, caption) for number, caption in enumerate(note.captions) if caption]
+        group = salted(stable_hash(note.group or note.key), self.part)
+        if self.one_caption and written:
+            numbers, texts = zip(*written, strict=True)
+            yield item(texts, numbers, group)
+            return
+        for number, caption in enumerate(note.captions[:1] if self.one_caption else note.captions):
+            empty = Item(where, note.key, reason="empty_caption")
+            yield item((caption,), (number,), group) if caption else empty
+
+    def pairs_of(self, shard: int, sample: Sample) -> int:
+        """How many pairs `items` makes of a sample, without making them."""
+        note = annotate(sample, self.names[shard], self.form)
+        if note.fault(sample.image_suffix is not None, labelled=bool(self.templates)):
+            return 0
+        return 1 if self.templates or self.one_caption else sum(map(bool, note.captions))
 
     def sample_texts(self, limit: int = _SAMPLE_TEXTS) -> list[str]:
         """At most `limit` texts, to train a tokenizer on.
@@ -107,7 +130,7 @@ class ShardSource(Source):
             if len(texts) >= limit or (texts and limit <= _SAMPLE_TEXTS and is_away(shard)):
                 break
             try:
-                found = notes(self.fetcher.local(shard), name, self.classes)
+                found = notes(self.fetcher.local(shard), name, self.form)
             except Unreachable:
                 continue
             texts += islice(self._texts(found), limit - len(texts))
@@ -120,40 +143,15 @@ class ShardSource(Source):
             elif note.class_name:
                 yield from (fill(template, note.class_name) for template in self.templates)
 
-    def _prompted(self, where: str, note: Annotation, image: bytes) -> Item:
-        if note.class_name is None:
-            return Item(where, note.key, reason="no_text")
-        prompts = tuple(fill(template, note.class_name) for template in self.templates or ())
-        group = stable_hash(note.group or note.class_name)
-        return Item(where, note.key, image, prompts, (0,) * len(prompts), group)
 
-    def _captioned(self, where: str, note: Annotation, image: bytes) -> Iterator[Item]:
-        written = [(number, caption) for number, caption in enumerate(note.captions) if caption]
-        group = stable_hash(note.group or note.key)
-        if not note.captions:
-            yield Item(where, note.key, reason="no_text")
-        elif self.captions == "one" and written:
-            numbers, texts = zip(*written, strict=True)
-            yield Item(where, note.key, image, texts, numbers, group)
-        elif self.captions == "one":
-            yield Item(where, note.key, reason="empty_caption")
-        else:
-            for number, caption in enumerate(note.captions):
-                if caption:
-                    yield Item(where, note.key, image, (caption,), (number,), group)
-                else:
-                    yield Item(where, note.key, reason="empty_caption")
-
-
-def shard_source(
-    shards: ShardSet, captions: Literal["one", "all"], templates: tuple[str, ...], fetcher: Fetcher
-) -> ShardSource:
+def shard_source(shards: ShardSet, captions: Captions, templates: tuple[str, ...], fetcher: Fetcher) -> ShardSource:
     """The shards to train on; captions where the first sample has some, else class prompts."""
     split = next((split for split in ("train", "all") if split in shards.splits), None)
     if split is None:
         raise InputError(f"--data {shards.where} has no shards of split train, only {', '.join(shards.splits)}")
     paths = shards.splits[split]
-    classes, prompted = classes_of(shards, split, "--data", fetcher)
+    form, prompted = text_form(shards, split, "--data", fetcher, captions == "lines")
+    classes = form.classes
     source = ShardSource(
         where=shards.where,
         description="",
@@ -163,13 +161,14 @@ def shard_source(
         distinct_texts=len(classes) * len(templates) if prompted and classes else None,
         shards=paths,
         names=shard_names(paths),
-        captions=captions,
+        form=form,
+        one_caption=captions == "one",
         fetcher=fetcher,
     )
     if shards.index:
         entries = [shards.index.shards[os.path.basename(shown(path))] for path in paths]
         samples = tuple(entry.samples for entry in entries)
-        pairs = sum(entry.pairs for entry in entries) if captions == "all" and not prompted else sum(samples)
+        pairs = sum(entry.pairs for entry in entries) if captions != "one" and not prompted else sum(samples)
         source = replace(source, samples=samples, size=pairs)
     elif not any(map(is_away, paths)) and _bytes(paths) < COUNTED_AT_ONCE:
         samples, pairs = _count(source)
@@ -211,9 +210,10 @@ def _count(source: ShardSource) -> tuple[tuple[int, ...], int]:
         for sample in found:
             if isinstance(sample, Sample):
                 samples[-1] += 1
-                pairs += sum(item.reason is None for item in source.items(shard, sample))
+                pairs += source.pairs_of(shard, sample)
     return tuple(samples), pairs
 
 
 def _bytes(paths: tuple[str, ...]) -> int:
-    return sum(os.path.getsize(path.removeprefix("file://")) for path in paths)
+    places = (path.removeprefix("file://") for path in paths)
+    return sum(os.path.getsize(place) for place in places if os.path.isfile(place))  # reading says what the others are

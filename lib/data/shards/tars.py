@@ -1,4 +1,4 @@
-"""Owns the reading of tar files: samples as webdataset groups them, by their headers, whole or damaged."""
+"""Reading of tar files: neighbouring members of one name are a sample; every name is a sample, whole or damaged."""
 
 import os
 import sys
@@ -6,9 +6,9 @@ import tarfile
 from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
 
-from webdataset.tariterators import base_plus_ext, group_by_keys
+from webdataset.tariterators import base_plus_ext
 
-from lib.data.files import IMAGE_EXTENSIONS
+from lib.data.files import IMAGE_EXTENSIONS, is_hidden, open_file
 from lib.data.remote.fetch import fault
 
 IMAGE_SUFFIXES = tuple(extension.removeprefix(".") for extension in IMAGE_EXTENSIONS)
@@ -17,29 +17,37 @@ ALL = range(sys.maxsize)
 """Every sample, and the damage after them."""
 
 _SUFFIXES = IMAGE_SUFFIXES + TEXT_SUFFIXES
+_MOST_TEXT = 2**24  # bytes of a text member that are read
 
 
 class Sample(NamedTuple):
-    """The members of a tar that share a name up to its first dot."""
+    """The members of a tar that share a name up to their extension."""
 
     key: str
     members: dict
-    """bytes by suffix; of an image that is only indexed, (offset, size)"""
+    """bytes by suffix, in lower case; of a member that is only indexed, (offset, size)"""
+    fault: str | None = None
+    """repeated_name: the tar has a sample of this name already; apart: a part of one that lies elsewhere in the tar"""
+
+    @property
+    def image_suffix(self) -> str | None:
+        """The suffix of the image member that is used, the first of the list of suffixes; None without an image."""
+        return next((suffix for suffix in IMAGE_SUFFIXES if suffix in self.members), None)
 
     @property
     def image(self) -> bytes | None:
-        """The first image member, or None."""
-        return next((self.members[suffix] for suffix in IMAGE_SUFFIXES if suffix in self.members), None)
+        """The image's bytes, or None."""
+        return self.members.get(self.image_suffix)
 
     @property
     def image_place(self) -> tuple[int, int] | None:
-        """(offset, size) of the first image member where it is only indexed, or None."""
-        return next((self.members[suffix] for suffix in IMAGE_SUFFIXES if suffix in self.members), None)
+        """(offset, size) of the image where it is only indexed, or None."""
+        return self.members.get(self.image_suffix)
 
     @property
     def complete(self) -> bool:
         """Whether there is an image, and text for it."""
-        return self.image is not None and any(suffix in self.members for suffix in TEXT_SUFFIXES)
+        return self.image_suffix is not None and any(suffix in self.members for suffix in TEXT_SUFFIXES)
 
 
 class Damage(NamedTuple):
@@ -60,7 +68,7 @@ def read_samples(path: str, wanted: range | frozenset[int]) -> Iterator[tuple[in
     last = wanted[-1] if isinstance(wanted, range) else max(wanted)
     number = 0
     try:
-        with open(path, "rb") as file:
+        with open_file(path) as file:
             for number, sample in enumerate(_samples(file, path)):
                 if number > last:
                     return
@@ -74,7 +82,7 @@ def read_samples(path: str, wanted: range | frozenset[int]) -> Iterator[tuple[in
 def index_samples(path: str) -> Iterator[Sample | Damage]:
     """All samples of an uncompressed tar, with (offset, size) of their images and the bytes of their texts."""
     try:
-        with open(path, "rb") as file:
+        with open_file(path) as file:
             for sample in _samples(file, path):
                 yield sample if isinstance(sample, Damage) else _loaded(file, sample, TEXT_SUFFIXES)
     except OSError:
@@ -83,7 +91,7 @@ def index_samples(path: str) -> Iterator[Sample | Damage]:
 
 def read_member(path: str, place: tuple[int, int]) -> bytes:
     """The bytes at (offset, size) of a tar."""
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         file.seek(place[0])
         return file.read(place[1])
 
@@ -93,40 +101,82 @@ def _loaded(file: BinaryIO, sample: Sample, suffixes: tuple[str, ...]) -> Sample
     for suffix in members.keys() & set(suffixes):
         offset, size = members[suffix]
         file.seek(offset)
-        members[suffix] = file.read(size)
-    return Sample(sample.key, members)
+        members[suffix] = file.read(min(size, _MOST_TEXT) if suffix in TEXT_SUFFIXES else size)
+    return sample._replace(members=members)
 
 
 def _samples(file: BinaryIO, path: str) -> Iterator[Sample | Damage]:
     """Samples, then Damage if there were faults; it counts for a last sample that lost a part."""
     faults: list[Exception] = []
     last = None
-    # The handler passes over a name that comes twice in one sample: the first is kept.
-    for members in group_by_keys(_files(file, path, faults), handler=lambda _: True):
+    for sample in _named(_neighbours(_members(file, faults))):
         if last is not None:
             yield last
-        key = members.pop("__key__")
-        last = Sample(key, {name: value for name, value in members.items() if not name.startswith("__")})
+        last = sample
     if last is not None and (last.complete or not faults):
         yield last
     if faults:
         yield Damage(fault(path) or ("truncated_tar" if last is not None else "unreadable_tar"))
 
 
-def _files(file: BinaryIO, path: str, faults: list[Exception]) -> Iterator[dict]:
-    """The members of the kinds above, as group_by_keys takes them, with the places of their data."""
+def _named(samples: Iterator[Sample]) -> Iterator[Sample]:
+    """The samples, with a fault on those whose name was there before: one name must not be two pairs' identity."""
+    seen: set[int] = set()
+    for sample in samples:
+        name = hash(sample.key)  # a number in place of a text, for tars of millions of samples
+        if name in seen:
+            sample = sample._replace(fault="repeated_name" if sample.complete else "apart")
+        seen.add(name)
+        yield sample
+
+
+def _neighbours(members: Iterator[tuple[str, tuple[int, int] | None]]) -> Iterator[Sample]:
+    """Samples of neighbouring members: those that share a name up to its first dot are looked at together.
+
+    A name goes up to its last dot: photo.v1.jpg and photo.v2.jpg are two samples. But beside 0001.jpg webdataset's
+    convention makes 0001.seg.png a further member of sample 0001: so it is, unless it has an image and a text itself.
+    """
+    run: dict[str, list[dict]] = {}
+    base = None
+    for name, place in members:
+        stem, suffix = _split(name)
+        up_to_first_dot = base_plus_ext(name)[0] or stem
+        if up_to_first_dot != base:
+            yield from _of_run(run, base)
+            run, base = {}, up_to_first_dot
+        found = run.setdefault(stem, [{}])
+        if suffix in _SUFFIXES and place is not None:
+            free = next((sample for sample in found if suffix not in sample), None)
+            if free is None:
+                found.append(free := {})
+            free[suffix] = place
+    yield from _of_run(run, base)
+
+
+def _split(name: str) -> tuple[str, str]:
+    """The name up to its last dot, and what follows in lower case; "" where the file's own name has no dot."""
+    stem, _, suffix = name.rpartition(".")
+    return (stem, suffix.lower()) if stem and "/" not in suffix else (name, "")
+
+
+def _of_run(run: dict[str, list[dict]], base: str | None) -> Iterator[Sample]:
+    for stem, found in run.items():
+        for members in found:
+            sample = Sample(stem, members)
+            if stem == base or base not in run or sample.complete:
+                yield sample
+
+
+def _members(file: BinaryIO, faults: list[Exception]) -> Iterator[tuple[str, tuple[int, int] | None]]:
+    """The name of every member that is no folder and not hidden, with (offset, size) of its data; None for a link."""
     length = os.fstat(file.fileno()).st_size
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
                 if member.offset_data + member.size > length:
                     raise tarfile.ReadError("unexpected end of data")
-                if member.isreg() and _wanted(member.name):
-                    yield {
-                        "fname": member.name,
-                        "data": (member.offset_data, member.size),
-                        "__url__": path,
-                    }
+                if not member.isdir() and not is_hidden(member.name):
+                    yield member.name, (member.offset_data, member.size) if member.isreg() else None
                 tar.members = []  # type: ignore[attr-defined]  # tarfile would keep them all; its stubs hide them
             # Where a header is damaged or missing, tarfile stops as if the archive ended: an end is a block of zeros.
             file.seek(tar.offset)
@@ -135,8 +185,3 @@ def _files(file: BinaryIO, path: str, faults: list[Exception]) -> Iterator[dict]
                 raise tarfile.ReadError("no end of archive")
     except Exception as error:  # damaged headers make tarfile raise what it likes
         faults.append(error)
-
-
-def _wanted(name: str) -> bool:
-    suffix = base_plus_ext(name)[1]
-    return suffix is not None and suffix.lower() in _SUFFIXES

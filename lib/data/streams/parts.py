@@ -66,12 +66,11 @@ class StreamParts(IterableDataset):
         for number, (part, dealing, where) in enumerate(parts):
             if isinstance(part, ShardSource):
                 assert dealing is not None and isinstance(where, ShardPosition)
-                salt = None if weights is None else number
-                readers.append(ShardStream(part, dealing, stream, self.buffer_size, salt, where))
+                readers.append(ShardStream(part, dealing, stream, self.buffer_size, where))
             else:
                 assert isinstance(part, IndexedSource) and isinstance(where, IndexedPosition)
                 seed = part_seed(self.source, self.seed, number)
-                readers.append(IndexedStream(part, seed, stream, streams, number, where))
+                readers.append(IndexedStream(part, seed, stream, streams, where))
         return _Stream(self.prepare, readers, weights or (1.0,), draw("mixture", self.seed, stream), position.draws)
 
 

@@ -8,7 +8,7 @@ from functools import partial
 import numpy as np
 
 from lib.data.images import BadImage, decode_image
-from lib.data.order import draw, salted, sample_id, stable_hash
+from lib.data.order import draw, sample_id
 from lib.data.pairs import Skip
 from lib.data.prepare import Pair, Prepare
 from lib.data.shards.source import Item, ShardSource
@@ -20,10 +20,7 @@ _MOST_EMPTY_PASSES = 20  # for each stream there is: one that gets a few samples
 
 
 class ShardStream:
-    """Gives out the items of this stream's parts, each at random from a buffer of at most `buffer_size`.
-
-    salt: the number of the source in a mixture, else None.
-    """
+    """Gives out the items of this stream's parts, each at random from a buffer of at most `buffer_size`."""
 
     def __init__(
         self,
@@ -31,10 +28,9 @@ class ShardStream:
         dealing: Dealing,
         stream: int,
         buffer_size: int,
-        salt: int | None,
         position: ShardPosition,
     ) -> None:
-        self.source, self.dealing, self.stream, self.salt = source, dealing, stream, salt
+        self.source, self.dealing, self.stream = source, dealing, stream
         self.buffer_size = max(1, buffer_size)
         self._begin(position.epoch)
         self.part, self.sample, self.taken, self.handed = position[1:5]
@@ -60,14 +56,14 @@ class ShardStream:
         """The pair of an item that `next` gave out; raises BadImage."""
         if item.reason is not None:
             raise BadImage(item.reason)
-        seed, image_id = self.dealing.seed, salted(stable_hash(item.key), self.salt)
+        seed, image_id = self.dealing.seed, item.image_id
         choice = draw("text", seed, epoch, image_id) % len(item.texts)
         number = item.numbers[choice]
         return prepare.pair(
             partial(decode_image, item.image),
             image_id,
             item.texts[choice],
-            item.group if self.source.templates else salted(item.group, self.salt),
+            item.group,
             sample_id(image_id, number),
             draw("augment", seed, epoch, image_id, number),
         )
