@@ -49,6 +49,7 @@ def announce(run: Run, report: Reporter) -> dict[str, int]:
         *_steps_lines(run),
         f"run        {run.folder}",
     )
+    known_faults = run.source.skipped + run.source.unusable
     for warning in (
         oversize_warning(config.effective_batch, config.xbm_size, run.source.size),
         useless_memory_warning(config.effective_batch, config.xbm_size, run.source.size),
@@ -63,7 +64,7 @@ def announce(run: Run, report: Reporter) -> dict[str, int]:
         if config.eval_every and not run.validation
         else None,
         run.loading.warning,
-        f"left out: {counted(reason for _, reason in run.source.skipped)}" if run.source.skipped else None,
+        f"left out: {counted(reason for _, reason in known_faults)}" if known_faults else None,
         f"left out of the validation data: {counted(reason for _, reason in run.validation.skipped)}"
         if run.validation and run.validation.skipped
         else None,

@@ -55,6 +55,8 @@ class Source:
     distinct_texts: int | None = None
     skipped: tuple[tuple[str, str], ...] = ()
     """(key, reason) of the pairs found unusable without opening an image"""
+    unusable: tuple[tuple[str, str], ...] = ()
+    """(key, reason) of samples that reading will count as skipped, as far as they are known in advance."""
     part: int | None = None
     """Number of this source in a mixture: equal keys and groups of two sources are not the same, but for classes."""
 
@@ -126,6 +128,7 @@ class MixedSource(Source):
             "templates": _merged(part.templates for part in self.parts),
             "distinct_texts": sum(texts) if len(texts) == len(self.parts) else None,
             "skipped": tuple(chain.from_iterable(part.skipped for part in self.parts)),
+            "unusable": tuple(chain.from_iterable(part.unusable for part in self.parts)),
         }
         for name, value in merged.items():
             object.__setattr__(self, name, value)

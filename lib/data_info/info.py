@@ -82,7 +82,9 @@ def _shard_facts(source: ShardSource, seed: int) -> dict:
             captions[item.key] += len(item.texts)
         facts |= _caption_facts(np.array(list(captions.values())), [text for item in good for text in item.texts])
     images = {item.key: item.image for item in good}  # with several captions an image comes several times
-    left_out = [(item.key, item.reason) for item in items if item.reason]
+    # All of them where the shards were counted; else those that were looked at.
+    counted = source.samples is not None and not source.form.own_keys
+    left_out = source.unusable if counted else [(item.key, item.reason) for item in items if item.reason]
     return facts | {"image_headers": shard_headers(list(images.values())), "left_out": _left_out(left_out)}
 
 

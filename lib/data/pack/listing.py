@@ -174,10 +174,14 @@ def _of_shards(shards: ShardSet, flag: str, fetcher: Fetcher, lines: bool) -> Li
 
 def _of_sample(note: Annotation, image: MemberImage, split: str, labelled: bool) -> Entry:
     group = note.group or (note.class_name if labelled else None) or note.key
-    reason = note.fault(image.place is not None, labelled)
-    if reason and reason != "empty_caption":
-        return Entry(split, note.key, group, None, faults=((note.key, reason),))
-    if labelled:
-        return Entry(split, note.key, group, image, class_name=note.class_name)
-    found = None if reason else image
-    return Entry(split, note.key, group, found, note.captions, faults=tuple(note.empty_captions))
+    has_image = image.place is not None
+    usable = note.fault(has_image, labelled) is None
+    return Entry(
+        split,
+        note.key,
+        group,
+        image if usable else None,
+        () if labelled else note.captions,
+        note.class_name if labelled else None,
+        tuple(note.skipped(has_image, labelled)),
+    )

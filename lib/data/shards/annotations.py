@@ -46,11 +46,12 @@ class Annotation(NamedTuple):
             return "no_text" if self.class_name is None else None
         return None if any(self.captions) else "empty_caption" if self.captions else "no_text"
 
-    @property
-    def empty_captions(self) -> list[tuple[str, str]]:
-        """(key#number, empty_caption) of each caption without text, in a sample without another fault."""
-        empty = [number for number, caption in enumerate(self.captions) if not caption and self.reason is None]
-        return [(f"{self.key}#{number}", "empty_caption") for number in empty]
+    def skipped(self, has_image: bool, labelled: bool, per_caption: bool = True) -> list[tuple[str, str]]:
+        """(key, reason) of what the sample has no use for: itself, or where captions are pairs each without text."""
+        reason = self.fault(has_image, labelled)
+        if reason not in (None, "empty_caption") or labelled or not per_caption:
+            return [(self.key, reason)] if reason else []
+        return [(f"{self.key}#{number}", "empty_caption") for number, text in enumerate(self.captions) if not text]
 
 
 def shard_names(shards: tuple[str, ...]) -> tuple[str, ...]:

@@ -104,12 +104,8 @@ class _Found:
                 self.skipped.append((name, sample.reason))
                 continue
             note, place = annotate(sample, name, form), sample.image_place
-            reason = note.fault(place is not None, labelled)
-            if place is None or reason not in (None, "empty_caption"):
-                self.skipped.append((note.key, reason or "no_image"))
-                continue
-            self.skipped += [] if labelled else note.empty_captions
-            if reason is None:
+            self.skipped += note.skipped(place is not None, labelled)
+            if place is not None and note.fault(True, labelled) is None:
                 self.notes.append(note)
                 self.places.append((shard, *place))
 

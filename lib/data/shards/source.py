@@ -111,13 +111,6 @@ class ShardSource(Source):
             empty = Item(where, note.key, reason="empty_caption")
             yield item((caption,), (number,), group) if caption else empty
 
-    def pairs_of(self, shard: int, sample: Sample) -> int:
-        """How many pairs `items` makes of a sample, without making them."""
-        note = annotate(sample, self.names[shard], self.form)
-        if note.fault(sample.image_suffix is not None, labelled=bool(self.templates)):
-            return 0
-        return 1 if self.templates or self.one_caption else sum(map(bool, note.captions))
-
     def sample_texts(self, limit: int = _SAMPLE_TEXTS) -> list[str]:
         """At most `limit` texts, to train a tokenizer on.
 
@@ -171,8 +164,8 @@ def shard_source(shards: ShardSet, captions: Captions, templates: tuple[str, ...
         pairs = sum(entry.pairs for entry in entries) if captions != "one" and not prompted else sum(samples)
         source = replace(source, samples=samples, size=pairs)
     elif not any(map(is_away, paths)) and _bytes(paths) < COUNTED_AT_ONCE:
-        samples, pairs = _count(source)
-        source = replace(source, samples=samples, size=pairs)
+        count = _count(source)
+        source = replace(source, samples=count.samples, size=count.pairs, unusable=count.unusable)
     if source.size == 0:
         raise InputError(f"--data {shards.where}: not one sample has an image and a text that is not empty")
     texts = "class prompts" if prompted else f"captions ({captions})"
@@ -194,24 +187,41 @@ def _pairs(source: Source) -> int:
     assert isinstance(source, ShardSource)
     if any(map(is_away, source.shards)):
         raise InputError(f"--epochs: nobody has counted the pairs of {source.where}; give --steps instead")
-    return _count(source)[1]
+    return _count(source).pairs
 
 
-def _count(source: ShardSource) -> tuple[tuple[int, ...], int]:
-    """Samples of each shard, and pairs with a text of all."""
-    samples, pairs = [], 0
+class _Count(NamedTuple):
+    samples: tuple[int, ...]
+    """of each shard"""
+    pairs: int
+    unusable: tuple[tuple[str, str], ...]
+
+
+def _count(source: ShardSource) -> _Count:
+    """Samples of each shard, pairs of all, and what reading will skip; images are not looked at."""
+    samples, pairs, unusable = [], 0, []
+    labelled = bool(source.templates)
     quiet = os.environ.get("RANK", "0") != "0"
-    for shard, path in enumerate(tqdm(source.shards, desc="counting", unit="shard", delay=2, disable=quiet)):
+    for path, name in zip(
+        tqdm(source.shards, desc="counting", unit="shard", delay=2, disable=quiet), source.names, strict=True
+    ):
         samples.append(0)
         try:
             found = index_samples(source.fetcher.local(path))
-        except Unreachable:
+        except Unreachable as error:
+            unusable.append((name, error.reason))
             continue
         for sample in found:
-            if isinstance(sample, Sample):
-                samples[-1] += 1
-                pairs += source.pairs_of(shard, sample)
-    return tuple(samples), pairs
+            if isinstance(sample, Damage):
+                unusable.append((name, sample.reason))
+                continue
+            samples[-1] += 1
+            note = annotate(sample, name, source.form)
+            has_image = sample.image_suffix is not None
+            unusable += note.skipped(has_image, labelled, per_caption=not source.one_caption)
+            if note.fault(has_image, labelled) is None:
+                pairs += 1 if labelled or source.one_caption else sum(map(bool, note.captions))
+    return _Count(tuple(samples), pairs, tuple(unusable))
 
 
 def _bytes(paths: tuple[str, ...]) -> int:
