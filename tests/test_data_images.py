@@ -1,6 +1,7 @@
 """Any image file becomes upright RGB or a named reason, and pixels depend on image and seed alone."""
 
 import io
+import os
 import struct
 import zlib
 
@@ -10,6 +11,7 @@ import torch
 from PIL import Image, ImageOps
 
 from lib.data import BadImage, ImagePipeline, decode_image
+from lib.data.files import READABLE
 from lib.data.images import MAX_PIXELS, Extent
 from lib.errors import InputError
 
@@ -33,7 +35,7 @@ def difference(one: Image.Image, other: Image.Image) -> float:
     return float(np.abs(np.asarray(one).astype(float) - np.asarray(other).astype(float)).mean())
 
 
-@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM"])
+@pytest.mark.parametrize("format", [*READABLE])
 def test_usual_formats_come_out_as_they_went_in(format):
     assert difference(decode_image(encode(picture(), format)), picture()) < 8
 
@@ -64,6 +66,38 @@ def test_sixteen_bits_are_scaled_and_not_clipped():
     values = np.arange(0, 65536, 64, dtype=np.uint16).reshape(32, 32)
     decoded = np.asarray(decode_image(encode(Image.fromarray(values), "PNG")))
     assert np.abs(decoded[..., 0] - values / 257).max() <= 0.5
+
+
+def test_floats_that_are_not_finite_leave_the_others_as_they_are():
+    values = np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)
+    whole = np.asarray(decode_image(encode(Image.fromarray(values), "TIFF")))
+    for bad, shown in ((np.nan, 0), (np.inf, 255), (-np.inf, 0)):
+        with_bad = values.copy()
+        with_bad[3, 4] = bad
+        decoded = np.asarray(decode_image(encode(Image.fromarray(with_bad), "TIFF")))
+        assert (decoded[3, 4] == shown).all()
+        decoded = np.where(np.arange(64).reshape(8, 8, 1) == 28, whole, decoded)
+        assert np.array_equal(decoded, whole) and whole[7, 7, 0] == 255
+    with pytest.raises(BadImage, match="unreadable"):
+        decode_image(encode(Image.fromarray(np.full((8, 8), np.nan, np.float32)), "TIFF"))
+
+
+@pytest.mark.parametrize("kind", ["zTXt", "iTXt", "tEXt"])
+def test_a_png_with_megabytes_of_text_is_read_without_it(kind):
+    from PIL.PngImagePlugin import PngInfo
+
+    texts = PngInfo()
+    texts.add_itxt("note", "x" * 2**22, zip=True) if kind == "iTXt" else texts.add_text(
+        "note", "x" * 2**22, zip=kind == "zTXt"
+    )
+    content = encode(picture(), "PNG", pnginfo=texts)
+    assert kind.encode() in content and difference(decode_image(content), picture()) == 0
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    turned = encode(picture().transpose(Image.Transpose.ROTATE_180), "PNG", pnginfo=texts, exif=exif)
+    assert difference(decode_image(turned), picture()) == 0  # the other blocks are kept
+    with pytest.raises(BadImage, match="truncated"):
+        decode_image(content[:-40])
 
 
 def test_gray_palette_and_cmyk_become_rgb():
@@ -101,6 +135,8 @@ def test_every_way_of_being_bad_has_its_reason(tmp_path):
         bomb(int(MAX_PIXELS**0.5) + 1): "oversized",
         bomb(60_000): "oversized",
         b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n": "not_an_image",
+        b"\0\0\0\x18ftypheic\0\0\0\0mif1heic": "unknown_format",
+        b"\0\0\0\x0cJXL \r\n\x87\n": "unknown_format",
     }
     for content, reason in reasons.items():
         with pytest.raises(BadImage) as bad:
@@ -109,12 +145,28 @@ def test_every_way_of_being_bad_has_its_reason(tmp_path):
         (tmp_path / "image.jpg").write_bytes(content)
         with pytest.raises(BadImage, match=reason):
             decode_image(tmp_path / "image.jpg")
-    for path, reason in ((tmp_path / "none.jpg", "missing"), (tmp_path, "not_a_file")):
+    os.mkfifo(tmp_path / "fifo.jpg")  # opening it would wait for a writer
+    not_files = [(tmp_path, "not_a_file"), (tmp_path / "fifo.jpg", "not_a_file"), ("/dev/zero", "not_a_file")]
+    missing = [(tmp_path / "none.jpg", "missing"), (f"{tmp_path}/a\0b.jpg", "missing")]
+    for path, reason in not_files + missing:
         with pytest.raises(BadImage, match=reason):
             decode_image(path)
 
 
 @pytest.mark.filterwarnings("ignore:Truncated File Read")
+def test_whatever_opening_an_image_raises_is_one_bad_image():
+    def broken(extent):
+        raise ZeroDivisionError
+
+    def lost(extent):
+        raise InputError("--data is gone")
+
+    with pytest.raises(BadImage, match="unreadable"):
+        ImagePipeline(8).read(broken, seed=0)
+    with pytest.raises(InputError, match="--data is gone"):
+        ImagePipeline(8).read(lost, seed=0)
+
+
 def test_no_cut_of_a_file_raises_anything_else():
     for format in ("PNG", "JPEG", "GIF", "WEBP", "TIFF", "BMP"):
         content = encode(picture(), format)

@@ -1,5 +1,6 @@
-"""Owns the way from a decoded image to the pixels a tower sees: resize, crop, augmentation."""
+"""From a decoded image to the pixels that a tower sees: resize, crop, augmentation."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from math import sqrt
@@ -11,8 +12,11 @@ from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
 
-from lib.data.images import Extent
-from lib.errors import InputError
+from lib.data.images import BadImage, Extent
+from lib.errors import InputError, RunError
+
+OpenImage = Callable[[Extent], Image.Image]
+"""Decodes an image, RGB and upright, at the extent or larger; raises BadImage."""
 
 Resize = Literal["crop", "pad", "squash"]
 Augment = Literal["none", "light", "jitter", "strong"]
@@ -78,6 +82,18 @@ class ImagePipeline:
         elif self.augment != "jitter" and self.resize == "crop":
             side = int(side / sqrt(self.crop_scale[0]))
         return Extent(side, "longer" if self.resize == "pad" else "shorter")
+
+    def read(self, open_image: OpenImage, seed: int) -> Tensor:
+        """Pixels of the image that `open_image` decodes; raises BadImage.
+
+        Whatever the image's file or its decoder raises makes it one bad image, and is not the end of a run.
+        """
+        try:
+            return self(open_image(self.extent), seed)
+        except (BadImage, InputError, RunError, MemoryError):
+            raise
+        except Exception as error:
+            raise BadImage("unreadable") from error
 
     def __call__(self, image: Image.Image, seed: int) -> Tensor:
         """Pixels of one image, uint8 (3, size, size); `seed`, 0 to 2**63 - 1, decides the augmentation."""

@@ -1,22 +1,16 @@
 """Preparation of pairs: an image that can be opened and a text become the inputs of the towers."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from lib.data.batch import Chunk, Tokenize
-from lib.data.images import BadImage, Extent
 from lib.data.order import stable_hash
 from lib.data.outputs import StoredOutputs
-from lib.data.pipeline import ImagePipeline
+from lib.data.pipeline import ImagePipeline, OpenImage
 from lib.errors import InputError
-
-OpenImage = Callable[[Extent], Image.Image]
-"""Decodes an image, RGB and upright, at the extent or larger; raises BadImage."""
 
 
 class Pair(NamedTuple):
@@ -58,7 +52,7 @@ class Prepare:
         image_id: hash of the image's key. seed: 0 to 2**63 - 1, decides the augmentation.
         """
         if self.image_outputs is None:
-            image = self.images(_opened(open_image, self.images.extent), seed)
+            image = self.images.read(open_image, seed)
         else:
             image = _stored(self.image_outputs, "--cache-image", [image_id])[0]
         return Pair(image, text, group, sample_id)
@@ -91,16 +85,6 @@ class Prepare:
             return {"input_ids": None, "attention_mask": None, "text_pooled": pooled[rows], "text_id": text_id}
         input_ids, attention_mask = self.tokenize(list(row_of_text))
         return {"input_ids": input_ids[rows], "attention_mask": attention_mask[rows], "text_id": text_id}
-
-
-def _opened(open_image: OpenImage, extent: Extent) -> Image.Image:
-    """The image; whatever its file or its decoder raises makes it one bad image, and no end of the run."""
-    try:
-        return open_image(extent)
-    except (BadImage, InputError):
-        raise
-    except Exception as error:
-        raise BadImage("unreadable") from error
 
 
 def text_key(text: str) -> int:

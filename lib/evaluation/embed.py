@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -174,7 +175,7 @@ class _Images(Dataset):
     def __getitem__(self, position: int) -> tuple[Tensor, str]:
         row = self.rows[position]
         try:
-            return self.pipeline(self.open_image(row, self.pipeline.extent), seed=row), ""
+            return self.pipeline.read(partial(self.open_image, row), seed=row), ""
         except BadImage as fault:
             # A blank keeps the batch, and with it the number of forwards on every rank, as planned.
             return torch.zeros(3, self.pipeline.size, self.pipeline.size, dtype=torch.uint8), fault.reason
