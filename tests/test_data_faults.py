@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import replace
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 from made_shards import Remote, all_ranks, captioned, first_step, make_tar, tar_bytes, totals, training_data
@@ -35,7 +36,9 @@ def first_pass(source, world_size: int, workers: int, steps: int = 10):
     for part in parts:
         list(part.steps(0, steps))
     skips = sorted(
-        (skip.where.rpartition("/")[2], skip.key, skip.reason) for part in parts for skip in part.new_skips()
+        (skip.where.partition(" (its copy")[0].rpartition("/")[2], skip.key, skip.reason)
+        for part in parts
+        for skip in part.new_skips()
     )
     return sorted(id for part in parts for id in part.first_pass), totals(parts), skips
 
@@ -172,6 +175,17 @@ def test_a_shard_that_was_down_is_tried_again_in_the_next_pass(tmp_path):
     second.load_state_dict(first.state_dict())
     later = {id for step in second.steps(2, 4) for chunk in step for id in chunk.sample_id.tolist()}
     assert later == set(good("0.tar", range(4)) + good("1.tar", range(4)) + good("2.tar", range(4)))
+
+
+def test_a_bad_shard_in_the_cache_is_named_with_its_copy(server, tmp_path):
+    fetcher = Fetcher(tmp_path / "cache", 0)
+    source, _ = open_sources(f"{server}/{{0..1}}.tar", None, None, fetcher=fetcher)
+    copy = Path(fetcher.local(source.shards[1]))
+    copy.write_bytes(copy.read_bytes()[:5000])
+    (data,) = all_ranks(source, 1, augment="none")
+    list(data.steps(0, 2))
+    (skip,) = data.new_skips()
+    assert skip.reason == "truncated_tar" and skip.where == f"{server}/1.tar (its copy in the cache: {copy})"
 
 
 def test_shards_that_all_stay_down_are_an_error_and_no_endless_loop(tmp_path):

@@ -49,9 +49,10 @@ def text_form(shards: ShardSet, split: str, flag: str, fetcher: Fetcher, lines: 
 
 def _nothing(path: str, apart: bool, fetcher: Fetcher) -> str:
     """Why nothing of the shards can be used, and what to do."""
-    damage = _damage(path, fetcher)
+    damage, local = _damage(path, fetcher)
     if damage:
-        return f" is no tar that can be read ({damage}); check the file, or pack anew"
+        copy = "" if local in (None, path) else f" remove its copy {local} to fetch it again,"
+        return f" is no tar that can be read ({damage});{copy} check the file, or pack anew"
     if apart:
         return (
             ": the image and the text of a sample are not next to each other in the tar; sort its members by name, as "
@@ -60,13 +61,14 @@ def _nothing(path: str, apart: bool, fetcher: Fetcher) -> str:
     return ": no sample with an image (.jpg, .png, .webp) and a text (.txt, .json or .cls) of the same name was found"
 
 
-def _damage(path: str, fetcher: Fetcher) -> str | None:
-    """Why nothing of a shard can be read, None where it begins with a sample."""
+def _damage(path: str, fetcher: Fetcher) -> tuple[str | None, str | None]:
+    """Why nothing of a shard can be read, None where it begins with a sample; and the local file, if there is one."""
     try:
-        first = next(index_samples(fetcher.local(path)), None)
+        local = fetcher.local(path)
+        first = next(index_samples(local), None)
     except Unreachable as error:
-        return error.reason
-    return first.reason if isinstance(first, Damage) else None
+        return error.reason, None
+    return first.reason if isinstance(first, Damage) else None, local
 
 
 def _first_samples(

@@ -69,7 +69,7 @@ class ShardSource(Source):
             return
         for number, sample in read_samples(path, wanted):
             if isinstance(sample, Damage):
-                yield number, [self.fault(shard, sample.reason)]
+                yield number, [self.fault(shard, sample.reason, path)]
             else:
                 yield number, list(self.items(shard, sample))
 
@@ -82,9 +82,11 @@ class ShardSource(Source):
         with suppress(Unreachable, InputError):
             self.fetcher.local(self.shards[shard])
 
-    def fault(self, shard: int, reason: str) -> Item:
-        """What is noted of a shard as a whole."""
-        return Item(shown(self.shards[shard]), self.names[shard], reason=reason)
+    def fault(self, shard: int, reason: str, path: str | None = None) -> Item:
+        """The note of a shard as a whole; `path`, if it was read: a bad copy in the cache is named, to be removed."""
+        where = shown(self.shards[shard])
+        copy = f" (its copy in the cache: {path})" if path and self.is_away(shard) else ""
+        return Item(where + copy, self.names[shard], reason=reason)
 
     def items(self, shard: int, sample: Sample) -> Iterator[Item]:
         """The pairs that one sample makes, and what is wrong with the others; at least one of either."""
