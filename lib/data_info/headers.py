@@ -1,13 +1,14 @@
-"""Owns what the headers of a sample of images say: sizes, formats and modes, without decoding a pixel."""
+"""Sizes, formats and modes of a sample of images, from their headers: no pixel is decoded."""
 
 import io
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from PIL import Image
 
+from lib.data.files import open_file
 from lib.data.images import BadImage, ImageFiles
 from lib.data.pairs import Images
 from lib.data.remote.fetch import Unreachable
@@ -37,9 +38,10 @@ def shard_headers(contents: Sequence[bytes]) -> dict:
 
 
 def _header_of(images: Images, row: int) -> _Header | None:
-    if isinstance(images, ImageFiles):
-        return _read(images.paths[row])
     try:
+        if isinstance(images, ImageFiles):
+            with open_file(images.paths[row]) as file:
+                return _read(file)
         if isinstance(images, TarImages):
             shard, offset, size = images.places[row]
             content = read_member(images.fetcher.local(images.shards[shard]), (offset, size))
@@ -50,7 +52,7 @@ def _header_of(images: Images, row: int) -> _Header | None:
     return _Header(image.width, image.height, "in memory", image.mode)
 
 
-def _read(file: str | io.BytesIO) -> _Header | None:
+def _read(file: BinaryIO) -> _Header | None:
     try:
         with Image.open(file) as image:
             return _Header(image.width, image.height, image.format or "unknown", image.mode)

@@ -1,4 +1,4 @@
-"""Owns what --data-info tells of training data and of its held-out part: counts, texts, sizes and what is left out."""
+"""The report of --data-info on training and held-out data: counts, texts, sizes and skipped samples."""
 
 import json
 from collections import Counter
