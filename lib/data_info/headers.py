@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from lib.data.hub.row_images import RowImages
 from lib.data.images import BadImage, ImageFiles
 from lib.data.pairs import Images
 from lib.data.remote.fetch import Unreachable
@@ -39,6 +40,9 @@ def shard_headers(contents: Sequence[bytes]) -> dict:
 def _header_of(images: Images, row: int) -> _Header | None:
     if isinstance(images, ImageFiles):
         return _read(images.paths[row])
+    if isinstance(images, RowImages):
+        stored = images.content(row)
+        return _read(io.BytesIO(stored) if isinstance(stored, bytes) else stored)
     try:
         if isinstance(images, TarImages):
             shard, offset, size = images.places[row]

@@ -8,6 +8,9 @@ from hashlib import blake2b
 from typing import NamedTuple
 
 from lib.data.captions.listing import Captioned, CaptionedImages
+from lib.data.files import READABLE
+from lib.data.hub.row_images import RowImages
+from lib.data.hub.samples import LabelledRows
 from lib.data.images import BadImage, ImageFiles, open_header
 from lib.data.pairs import Images
 from lib.data.recognize import OpenedData
@@ -18,7 +21,7 @@ from lib.data.shards.kind import classes_of
 from lib.data.shards.shard_set import ShardSet
 from lib.data.shards.tars import IMAGE_SUFFIXES, Damage, Sample, index_samples, read_member
 
-_OF_FORMAT = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp", "TIFF": "tif", "PPM": "ppm"}
+_OF_FORMAT = {name: extensions[0].removeprefix(".") for name, extensions in READABLE.items()}
 
 
 class FileImage(NamedTuple):
@@ -35,10 +38,8 @@ class FileImage(NamedTuple):
             raise BadImage("missing") from None
         except OSError as error:
             raise BadImage("unreadable") from error
-        if not content:
-            raise BadImage("empty")
         suffix = os.path.splitext(self.path)[1].lower().removeprefix(".")
-        return content, suffix if suffix in IMAGE_SUFFIXES else _OF_FORMAT[str(open_header(content).format)]
+        return (content, suffix) if content and suffix in IMAGE_SUFFIXES else _with_suffix(content)
 
 
 class MemberImage(NamedTuple):
@@ -63,15 +64,25 @@ class MemberImage(NamedTuple):
         return content, self.suffix
 
 
+def _with_suffix(content: bytes) -> tuple[bytes, str]:
+    """The bytes and the suffix of their format; raises BadImage."""
+    if not content:
+        raise BadImage("empty")
+    return content, _OF_FORMAT.get(str(open_header(content).format), "jpg")  # MPO is a JPEG of several pictures
+
+
 @dataclass(frozen=True)
 class HeldImage:
-    """An image that is only in memory."""
+    """An image that is only in memory, or in a row of a data set."""
 
     images: Images
     index: int
 
     def read(self) -> tuple[bytes, str]:
-        """The image as PNG, and the suffix."""
+        """The bytes as they are in a row, or the image as PNG, and the suffix; raises BadImage."""
+        if isinstance(self.images, RowImages):
+            content = self.images.content(self.index)
+            return _with_suffix(content) if isinstance(content, bytes) else FileImage(content).read()
         file = io.BytesIO()
         self.images.open(self.index).save(file, "PNG")
         return file.getvalue(), "png"
@@ -121,11 +132,13 @@ class Listing:
 def list_samples(opened: OpenedData, flag: str, fetcher: Fetcher) -> Listing:
     """List the samples of all splits; InputError, naming `flag`, where the data holds none that can be read."""
     if isinstance(opened, CaptionedImages):
-        entries = [_captioned(image) for image in opened.images]
+        entries = [_captioned(image, opened.stored) for image in opened.images]
         return Listing(_by_split(entries), None, list(opened.malformed))
     if isinstance(opened, ShardSet):
         return _of_shards(opened, flag, fetcher)
     listing = Listing()
+    if isinstance(opened, LabelledRows):
+        listing.malformed += [skip for skips in opened.left_out.values() for skip in skips]
     for split in sorted(opened.splits, key=SPLITS.index):
         images, labels, listing.classes = opened.images(split)
         names = [listing.classes[label] for label in labels]
@@ -139,14 +152,19 @@ def _by_split(entries: list[Entry]) -> list[Entry]:
     return sorted(entries, key=lambda entry: SPLITS.index(entry.split))
 
 
-def _captioned(image: Captioned) -> Entry:
+def _captioned(image: Captioned, stored: RowImages | None) -> Entry:
     """A caption that cannot be used keeps its place: its number is part of the others' ids."""
     faults = [(f"{image.key}#{caption.number}", caption.fault) for caption in image.captions if caption.fault]
     captions = tuple("" if caption.fault else caption.text for caption in image.captions)
-    if image.path is None or not captions:
-        faults = [(image.key, "missing" if image.path is None else "no_text")]
-    found = FileImage(image.path) if image.path is not None and any(captions) else None
-    return Entry(image.split, image.key, image.group or image.key, found, captions, faults=tuple(faults))
+    if not image.is_there or not captions:
+        faults = [(image.key, "no_text" if image.is_there else "missing")]
+    found: FileImage | HeldImage | None = None
+    if stored is not None and image.row is not None:
+        found = HeldImage(stored, image.row)
+    elif image.path is not None:
+        found = FileImage(image.path)
+    usable = found if any(captions) else None
+    return Entry(image.split, image.key, image.group or image.key, usable, captions, faults=tuple(faults))
 
 
 def _of_shards(shards: ShardSet, flag: str, fetcher: Fetcher) -> Listing:
