@@ -165,8 +165,8 @@ def _rows(found: Any, asked: str, wanted: str | None, one_split: str) -> Rows:
 def _library(asked: str) -> Any:
     try:
         import datasets  # here, because it takes a second and a half, and is installed only where it is wanted
-    except ImportError:
-        raise InputError(f"{asked} needs a package that is not installed: pip install datasets") from None
+    except ImportError as error:
+        raise InputError(f"{asked} needs a package that is not installed ({error}): pip install datasets") from None
     return datasets
 
 

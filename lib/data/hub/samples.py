@@ -158,8 +158,8 @@ def _stored_or_named(table: Any, image: str) -> Iterator[tuple[bool, str | None]
     import pyarrow.compute as pc
     import pyarrow.types as arrow
 
-    for start in range(0, len(table), _AT_ONCE):
-        stored = named = column = _slice(table, image, range(start, start + _AT_ONCE))
+    for some in _batches(table, [image]):
+        stored = named = column = some[image]
         if arrow.is_struct(column.type):
             stored, named = pc.struct_field(column, "bytes"), pc.struct_field(column, "path")
         elif arrow.is_string(column.type) or arrow.is_large_string(column.type):
@@ -182,15 +182,16 @@ def _encoded(table: Any, image: str) -> Any:
 
 def _values(table: Any, columns: list[str]) -> Iterator[tuple]:
     """The values of these columns, row by row; None of a column that the table lacks."""
-    for start in range(0, len(table), _AT_ONCE):
-        rows = range(start, min(start + _AT_ONCE, len(table)))
-        there = {name: _python(_slice(table, name, rows)) for name in columns if name in table.column_names}
-        yield from zip(*(there.get(name, [None] * len(rows)) for name in columns), strict=True)
+    there = [name for name in columns if name in table.column_names]
+    for some in _batches(table, there):
+        values = {name: _python(some[name]) for name in there}
+        yield from zip(*(values.get(name, [None] * len(some)) for name in columns), strict=True)
 
 
-def _slice(table: Any, column: str, rows: range) -> Any:
-    """Some values of a column as a pyarrow array, not copied."""
-    return table.select_columns([column]).with_format("arrow")[rows.start : rows.stop][column]
+def _batches(table: Any, columns: list[str]) -> Iterator[Any]:
+    """The columns as pyarrow tables of some rows each, not copied."""
+    chosen = table.select_columns(columns).with_format("arrow")
+    return (chosen[start : start + _AT_ONCE] for start in range(0, len(chosen), _AT_ONCE))
 
 
 def _python(array: Any) -> list:
