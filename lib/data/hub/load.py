@@ -66,8 +66,8 @@ def load_parquet(name: str, flag: str, cache: Path) -> Rows:
     The splits of a folder are those of its README.md, if it came from the hub, else those in the names of its files.
     """
     asked, folder = f"{flag} {name}", Path(name) if os.path.isdir(name) else None
-    files = _files_below(folder) if folder else [Path(path) for path in sorted(glob.glob(name)) or [name]]
-    files = [file for file in files if file.is_file()]
+    named = [name] if os.path.exists(name) else sorted(glob.glob(name))  # a name may look like a glob
+    files = [file for file in (_files_below(folder) if folder else map(Path, named)) if file.is_file()]
     if not files:
         raise InputError(f"{asked}: there is no such {PARQUET} file; give a file, a glob or a folder of this machine")
     datasets = _library(asked)
@@ -204,6 +204,8 @@ def _fault_of_hub(error: Exception, repository: str) -> str:
         return f"is not on the hub, or not for everyone ({message}); check the name, or log in with `hf auth login`"
     if "scripts are no longer supported" in message:
         return f"needs code of its own to be read, which is never run ({message}); look for a copy in parquet"
+    if isinstance(error, ValueError | NotImplementedError) or type(error).__name__.startswith("DatasetGeneration"):
+        return f"cannot be read ({message}); look for a copy in parquet"
     return (
         f"cannot be fetched ({message}): download it where there is a network with `hf download {repository} "
         "--repo-type dataset --local-dir DIR`, then give --data DIR"
