@@ -111,6 +111,7 @@ def test_data_without_splits_is_one_split_in_its_order(tmp_path, make):
         for number in (0, 1):
             write(captioned(3, 3 * number), tmp_path / "set" / f"train-[{number}].parquet")
         write(captioned(6), tmp_path / "one[1].parquet")
+        write(captioned(1), tmp_path / "one1.parquet")  # which one[1] as a glob would match
         names = {"file": "one[1].parquet", "glob": "set/train-*.parquet", "prefixed": "set/*.parquet"}
         data = "parquet:" * (make == "prefixed") + str(tmp_path / names[make])
     source, validation = open_sources(data, None, None)
@@ -395,6 +396,7 @@ def test_a_name_of_the_hub_says_what_is_asked_of_it(tmp_path, monkeypatch):
             datasets.exceptions.DatasetNotFoundError("Dataset 'a/b' doesn't exist"),
             "is not on the hub, or not for every",
         ),
+        (ValueError("Couldn't infer the same format"), "cannot be read .Couldn't infer .*; look for a copy in parquet"),
         (RuntimeError("Dataset scripts are no longer supported, but found b.py"), "needs code of its own .*never run"),
         (
             ConnectionError("Couldn't reach\nit"),
