@@ -19,6 +19,7 @@ from lib.config import TrainConfig
 from lib.data import EvaluationSet, ImagePipeline, IndexedSource, Prepare, Source, open_sources
 from lib.data.batch import Tokenize, padded_to
 from lib.data.classes.prompt_banks import load_negative_prompts
+from lib.data.fields import Columns
 from lib.data.remote.fetch import Fetcher, default_fetcher
 from lib.data.shards.source import count_pairs
 from lib.data.workers import LARGEST_PART, SHARED_MEMORY, free_shared_memory, shared_memory_for, workers_that_fit
@@ -47,6 +48,7 @@ def open_data(config: TrainConfig, fetcher: Fetcher) -> tuple[Source, Evaluation
         config.prompts,
         config.captions,
         image_root=config.image_root,
+        columns=Columns(config.image_column, config.caption_column),
         held_out_fraction=config.hold_out,
         fetcher=fetcher,
     )

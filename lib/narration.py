@@ -132,6 +132,8 @@ def next_command(run: Run) -> str:
         "--hold-out": f"{config.hold_out:g}" if config.hold_out and not config.val_data else None,
         "--prompts": config.prompts if run.source.classes else None,
         "--image-root": config.image_root,
+        "--image-column": config.image_column,
+        "--caption-column": config.caption_column,
         "--output-dir": str(run.folder / task),
     }
     here = sys.executable.removeprefix(f"{os.getcwd()}/")

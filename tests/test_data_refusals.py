@@ -32,7 +32,7 @@ def index_of_another_version(folder: Path) -> list[str]:
 @pytest.mark.parametrize(
     "make, words",
     [
-        (only_held_out_folders, "has no train folder, only val"),
+        (only_held_out_folders, "has no split for training, only val"),
         (index_of_another_version, "is of version 99, read here is"),
     ],
 )

@@ -13,7 +13,8 @@ class Data(Settings):
 
     data: tuple[str, ...] = ("digits",)
     """Training pairs: `digits` (embedded), a folder with train/<class>/ images, a .csv/.tsv/.jsonl table of captions,
-    COCO, Flickr or Karpathy files, cifar10, cifar100, imagenette, or WebDataset .tar shards (glob, braces, URL).
+    COCO, Flickr or Karpathy files, cifar10, cifar100, imagenette, WebDataset .tar shards (glob, braces, URL), parquet
+    files or their folder, a folder of save_to_disk, or hub:OWNER/NAME[:SPLIT] of the Hugging Face Hub.
     Several are mixed, by weight where each has one: a::0.7 b::0.3."""
     val_data: str | None = None
     """Validation pairs, as --data; None: the val or test part of --data where it has one."""
@@ -28,6 +29,10 @@ class Data(Settings):
     of the .txt members of tar shards is a pair."""
     image_root: str | None = None
     """Folder of the images that a table or annotation file names; None: beside it."""
+    image_column: str | None = None
+    """Column of a table or of hub or parquet data that holds or names the image; None: found by its name and type."""
+    caption_column: str | None = None
+    """The same for the captions, or for the class; None: found by its name and type."""
     max_bad: float = 0.5
     """Stop when more than this fraction of the pairs cannot be read."""
     workers: int | Literal["auto"] = "auto"

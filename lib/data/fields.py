@@ -1,8 +1,21 @@
 """Reading of text, key, group and class fields, the same for shards and tables: null, NaN, numbers, lists and marks."""
 
 from math import isfinite
+from typing import NamedTuple
 
 _BYTE_ORDER_MARK = "\ufeff"
+
+
+class Columns(NamedTuple):
+    """Names that the user gave of the columns to read; None: they are found by their names and types."""
+
+    image: str | None = None
+    """--image-column"""
+    caption: str | None = None
+    """--caption-column"""
+
+
+FOUND_COLUMNS = Columns()
 
 
 class NotText(ValueError):

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from lib.data.captions.listing import Captioned, CaptionedImages
 from lib.data.classes.folders import ClassFolders
+from lib.data.hub.samples import LabelledRows
 from lib.data.order import stable_hash
 from lib.data.recognize import OpenedData
 from lib.errors import InputError
@@ -21,13 +22,17 @@ def hold_out(opened: OpenedData, fraction: float | None, data: str) -> OpenedDat
         return opened
     if not 0 < fraction < 1:
         raise InputError(f"--hold-out {fraction:g} must be between 0 and 1; 0.1 keeps a tenth of the images")
-    if not isinstance(opened, ClassFolders | CaptionedImages):
-        raise InputError(f"--hold-out {fraction:g} divides class folders and captions, and --data {data} is neither")
+    if not isinstance(opened, ClassFolders | CaptionedImages | LabelledRows):
+        raise InputError(
+            f"--hold-out {fraction:g} divides class folders, captions, parquet and hub data, and --data {data} is none"
+        )
     if len(opened.splits) != 1 or not set(opened.splits) & {"all", "train"}:
         parts = ", ".join(opened.splits)
         raise InputError(f"--hold-out {fraction:g}: --data {data} has its parts already ({parts}); leave it out")
     if isinstance(opened, ClassFolders):
         return _divided_folders(opened, fraction)
+    if isinstance(opened, LabelledRows):
+        return _divided_rows(opened, fraction)
     kept = _chosen(sorted({_unit(image) for image in opened.images}), fraction)
     images = [replace(image, split="test" if _unit(image) in kept else "train") for image in opened.images]
     return replace(opened, images=images)
@@ -47,6 +52,21 @@ def _divided_folders(folders: ClassFolders, fraction: float) -> ClassFolders:
         test[folder] = [name for key, name in name_of.items() if key in kept]
         train[folder] = [name for key, name in name_of.items() if key not in kept]
     return replace(folders, splits={"train": train, "test": {folder: names for folder, names in test.items() if names}})
+
+
+def _divided_rows(rows: LabelledRows, fraction: float) -> LabelledRows:
+    ((split, every_row),) = rows.rows.items()
+    keys = rows.every_image.keys
+    of_class: dict[int, list[str]] = {}
+    for row in every_row:
+        of_class.setdefault(int(rows.labels[row]), []).append(keys[row])
+    kept = set().union(*(_chosen(names, fraction) for names in of_class.values()))
+    parts = {
+        "train": [row for row in every_row if keys[row] not in kept],
+        "test": [row for row in every_row if keys[row] in kept],
+    }
+    left_out = {"train": rows.left_out.get(split, ())}
+    return replace(rows, rows={part: chosen for part, chosen in parts.items() if chosen}, left_out=left_out)
 
 
 def _chosen(keys: list[str], fraction: float) -> set[str]:

@@ -181,10 +181,11 @@ class ImageFiles:
 
     def identity(self, rows: np.ndarray) -> str:
         """Changes when one of these images does: sizes and times of the files, in nanoseconds."""
-        return repr([_stamp(self.paths[row]) for row in rows])
+        return repr([file_stamp(self.paths[row]) for row in rows])
 
 
-def _stamp(path: str) -> tuple[int, int] | None:
+def file_stamp(path: str) -> tuple[int, int] | None:
+    """Size and time of change in nanoseconds; None where there is no such file."""
     try:
         status = os.stat(path)
     except OSError:

@@ -162,6 +162,7 @@ def prompted_source(
     templates: tuple[str, ...],
     where: str,
     kind: str,
+    skipped: tuple[tuple[str, str], ...] = (),
 ) -> IndexedSource:
     """A source whose texts are class prompts: every image once, its label as group."""
     prompts = f"{len(templates)} prompt template{'s' * (len(templates) > 1)}"
@@ -175,6 +176,7 @@ def prompted_source(
         classes=classes,
         templates=templates,
         distinct_texts=len(set(texts)),
+        skipped=skipped,
         images=images,
         image=np.arange(len(images)),
         texts=texts,

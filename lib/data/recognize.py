@@ -13,6 +13,9 @@ from lib.data.classes.digits import Digits
 from lib.data.classes.folders import check_no_captions, find_class_folders
 from lib.data.classes.labelled import LabelledImages
 from lib.data.classes.torchvision_sets import NAMES, TorchvisionSet
+from lib.data.fields import FOUND_COLUMNS, Columns
+from lib.data.hub.load import PARQUET, holds_parquet, is_saved, load_hub, load_parquet, load_saved
+from lib.data.hub.samples import LabelledRows, read_rows
 from lib.data.remote.fetch import Fetcher
 from lib.data.remote.transfer import TARS
 from lib.data.shards.shard_set import ShardSet, find_shards
@@ -28,6 +31,9 @@ _KINDS = {
     "flickr": "a captions file of Flickr8k or Flickr30k, or its folder",
     "karpathy": "Karpathy's split file (dataset_coco.json)",
     "shards": "tar shards ('shards/*.tar')",
+    "hub": "a data set of the Hugging Face Hub (hub:OWNER/NAME)",
+    "parquet": "parquet files or their folder",
+    "arrow": "a folder of save_to_disk",
     "torchvision": f"one of {', '.join(NAMES)}",
 }
 """What each prefix stands for."""
@@ -35,9 +41,12 @@ _KINDS = {
 _SHARDS = re.compile(r".*\.(tar|tar\.gz|tgz)\}*")
 
 
-def open_data(data: str, flag: str, image_root: str | None, fetcher: Fetcher) -> OpenedData:
+def open_data(
+    data: str, flag: str, image_root: str | None, fetcher: Fetcher, columns: Columns = FOUND_COLUMNS
+) -> OpenedData:
     """Find out what kind of data is meant, by its prefix or by what is there, and list what it holds.
 
+    columns: those to read of data that has columns, see `has_columns`.
     Raises InputError, naming `flag`, for what cannot be used.
     """
     if data == "digits":
@@ -55,12 +64,17 @@ def open_data(data: str, flag: str, image_root: str | None, fetcher: Fetcher) ->
         raise InputError(f"{flag} {data} {what}; give digits, {', '.join(_KINDS.values())}")
     if not named and kinds[0] == "folders":
         check_no_captions(Path(name), flag)
-    return _open(prefix if named else kinds[0], name, flag, image_root, fetcher)
+    return _open(prefix if named else kinds[0], name, flag, image_root, fetcher, columns)
+
+
+def has_columns(opened: OpenedData) -> bool:
+    """Whether the data is a table, whose columns can be chosen by name."""
+    return isinstance(opened, LabelledRows) or (isinstance(opened, CaptionedImages) and opened.has_columns)
 
 
 def _check_prefix(prefix: str, name: str, kinds: list[str], flag: str) -> None:
     """Refuse what is plainly something else; where nothing is recognized, the reader that was asked for decides."""
-    if prefix in kinds or prefix == "shards" or (not kinds and os.path.exists(name) and prefix != "torchvision"):
+    if prefix in ("shards", "hub", *kinds) or (not kinds and os.path.exists(name) and prefix != "torchvision"):
         return
     if not kinds:
         found = f"{name} is not there" if prefix != "torchvision" else f"{name} is none of them"
@@ -71,8 +85,14 @@ def _check_prefix(prefix: str, name: str, kinds: list[str], flag: str) -> None:
     raise InputError(f"{flag} {prefix}:{name}: {prefix}: stands for {_KINDS[prefix]}, but {found}")
 
 
-def _open(kind: str, name: str, flag: str, image_root: str | None, fetcher: Fetcher) -> OpenedData:
+def _open(kind: str, name: str, flag: str, image_root: str | None, fetcher: Fetcher, columns: Columns) -> OpenedData:
     path = Path(name)
+    if kind == "hub":
+        return read_rows(load_hub(name, flag), Path(f"hub:{name}"), "hub data", flag, image_root, columns)
+    if kind in ("parquet", "arrow"):
+        cache = fetcher.cache / "datasets"
+        rows = load_parquet(name, flag, cache) if kind == "parquet" else load_saved(path, flag)
+        return read_rows(rows, path, kind, flag, image_root, columns)
     if kind == "torchvision":
         return TorchvisionSet(name, Path(image_root) if image_root else fetcher.cache / "torchvision", flag)
     if kind == "shards":
@@ -80,7 +100,7 @@ def _open(kind: str, name: str, flag: str, image_root: str | None, fetcher: Fetc
     if kind == "folders":
         return find_class_folders(path, flag)
     if kind == "table":
-        return read_table(path, flag, image_root)
+        return read_table(path, flag, image_root, columns)
     if kind == "coco":
         return (read_coco_folder if path.is_dir() else read_coco)(path, flag, image_root)
     if kind == "karpathy":
@@ -94,6 +114,8 @@ def _kinds(name: str) -> list[str]:
     kinds = []
     if path.is_dir():
         kinds = _kinds_of_folder(path)
+    elif name.lower().endswith(PARQUET):
+        kinds = ["parquet"]
     elif name.startswith("pipe:") or "://" in name or _SHARDS.fullmatch(name.lower()):
         kinds = ["shards"]
     elif path.is_file():
@@ -118,8 +140,12 @@ def _kinds_of_folder(folder: Path) -> list[str]:
     # A folder of images beside a captions file would pass for a class: the captions go first.
     if (folder / "index.json").is_file() and any(name.endswith(TARS) for name in os.listdir(folder)):
         return ["shards"]
+    if is_saved(folder):
+        return ["arrow"]
+    # Before Karpathy's: the hub's own dataset_infos.json is called as his files are.
+    parquet = ["parquet"] * holds_parquet(folder)
     captions = [("coco", coco_files), ("karpathy", karpathy_files), ("flickr", flickr_file)]
-    return [kind for kind, find in captions if find(folder)] + ["folders"]
+    return parquet + [kind for kind, find in captions if find(folder)] + ["folders"]
 
 
 def _only(path: Path, found: list[Path], flag: str) -> Path:

@@ -10,9 +10,11 @@ from lib.data.classes.labelled import labelled_evaluation, labelled_source
 from lib.data.classes.prompt_banks import load_templates
 from lib.data.classes.torchvision_sets import TorchvisionSet
 from lib.data.evaluation_set import EvaluationSet
+from lib.data.fields import FOUND_COLUMNS, Columns
 from lib.data.hold_out import hold_out
+from lib.data.hub.samples import LabelledRows
 from lib.data.pairs import Captions, MixedSource, Source
-from lib.data.recognize import OpenedData, open_data
+from lib.data.recognize import OpenedData, has_columns, open_data
 from lib.data.remote.fetch import Fetcher, default_fetcher
 from lib.data.shards.evaluation import shard_evaluation
 from lib.data.shards.shard_set import ShardSet
@@ -32,6 +34,7 @@ def open_sources(
     captions: Captions = "all",
     *,
     image_root: str | None = None,
+    columns: Columns = FOUND_COLUMNS,
     held_out_fraction: float | None = None,
     fetcher: Fetcher | None = None,
 ) -> tuple[Source, EvaluationSet | None]:
@@ -45,13 +48,14 @@ def open_sources(
     weighted = [split_weight(each) for each in ([data] if isinstance(data, str) else data)]
     if not weighted:
         raise InputError("--data is given without a source; name one, or digits")
-    opened = [hold_out(open_data(n, "--data", image_root, fetcher), held_out_fraction, n) for n, _ in weighted]
+    found = [open_data(name, "--data", image_root, fetcher, columns) for name, _ in weighted]
+    opened = [hold_out(each, held_out_fraction, name) for each, (name, _) in zip(found, weighted, strict=True)]
     sources = [_training(each, prompts, captions, fetcher) for each in opened]
     source = sources[0] if len(sources) == 1 else _mix(sources, weighted)
     lines = captions == "lines"
     held_out: OpenedData | None
     if val_data is not None:
-        held_out = open_data(val_data, "--val-data", image_root, fetcher)
+        held_out = open_data(val_data, "--val-data", image_root, fetcher, columns)
         validation = _first_of(held_out, "--val-data", _TO_VALIDATE, prompts, lines, fetcher)
     else:
         held_out = next((each for each in opened if set(_HELD_OUT) & set(each.splits)), None)
@@ -60,6 +64,7 @@ def open_sources(
     _check_prompts(prompts, names, *sources, validation)
     _check_image_root(image_root, names, [*opened, held_out])
     _check_lines(lines, names, [*opened, held_out])
+    check_columns(columns, names, [*opened, held_out])
     return source, validation
 
 
@@ -82,14 +87,16 @@ class EvaluationData:
         prompts: str | None,
         *,
         image_root: str | None = None,
+        columns: Columns = FOUND_COLUMNS,
         held_out_fraction: float | None = None,
         captions: Captions = "all",
         fetcher: Fetcher | None = None,
     ) -> "EvaluationData":
         """Recognize the data; raises InputError, naming the flag, for what cannot be used."""
         fetcher = fetcher or default_fetcher()
-        opened = hold_out(open_data(data, "--data", image_root, fetcher), held_out_fraction, data)
+        opened = hold_out(open_data(data, "--data", image_root, fetcher, columns), held_out_fraction, data)
         _check_image_root(image_root, data, [opened])
+        check_columns(columns, data, [opened])
         _check_lines(captions == "lines", data, [opened])
         return cls(data, prompts, image_root, fetcher, opened, captions == "lines")
 
@@ -120,6 +127,7 @@ def open_evaluation(
     prompts: str | None,
     *,
     image_root: str | None = None,
+    columns: Columns = FOUND_COLUMNS,
     held_out_fraction: float | None = None,
     captions: Captions = "all",
     fetcher: Fetcher | None = None,
@@ -132,6 +140,7 @@ def open_evaluation(
         data,
         prompts,
         image_root=image_root,
+        columns=columns,
         held_out_fraction=held_out_fraction,
         captions=captions,
         fetcher=fetcher,
@@ -213,7 +222,16 @@ def _check_lines(lines: bool, data: str, opened: Sequence[OpenedData | None]) ->
 
 
 def _check_image_root(image_root: str | None, data: str, opened: Sequence[OpenedData | None]) -> None:
-    if image_root is not None and not any(isinstance(each, CaptionedImages | TorchvisionSet) for each in opened):
+    if image_root is not None and not any(
+        isinstance(each, CaptionedImages | TorchvisionSet | LabelledRows) for each in opened
+    ):
         raise InputError(
             f"--image-root {image_root} is for files that name images, and {data} holds its own; leave it out"
         )
+
+
+def check_columns(columns: Columns, data: str, opened: Sequence[OpenedData | None]) -> None:
+    """Raise InputError where columns are chosen and none of the data has any."""
+    if any(columns) and not any(each is not None and has_columns(each) for each in opened):
+        meaning, name = next((meaning, name) for meaning, name in columns._asdict().items() if name)
+        raise InputError(f"--{meaning}-column {name} is for tables and data sets of the hub, not {data}; leave it out")

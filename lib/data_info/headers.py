@@ -3,13 +3,13 @@
 import io
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from lib.data.files import open_file
-from lib.data.images import BadImage, ImageFiles
+from lib.data.hub.row_images import RowImages
+from lib.data.images import BadImage, ImageFiles, read_image_file
 from lib.data.pairs import Images
 from lib.data.remote.fetch import Unreachable
 from lib.data.shards.evaluation import TarImages
@@ -34,27 +34,28 @@ def image_headers(images: Images, seed: int) -> dict:
 def shard_headers(contents: Sequence[bytes]) -> dict:
     """The same of image files given as bytes, evenly spaced among them."""
     step = max(1, len(contents) // SAMPLED)
-    return _summary([_read(io.BytesIO(content)) for content in contents[::step][:SAMPLED]])
+    return _summary([_read(content) for content in contents[::step][:SAMPLED]])
 
 
 def _header_of(images: Images, row: int) -> _Header | None:
     try:
         if isinstance(images, ImageFiles):
-            with open_file(images.paths[row]) as file:
-                return _read(file)
+            return _read(read_image_file(images.paths[row]))
+        if isinstance(images, RowImages):
+            stored = images.content(row)
+            return _read(stored if isinstance(stored, bytes) else read_image_file(stored))
         if isinstance(images, TarImages):
             shard, offset, size = images.places[row]
-            content = read_member(images.fetcher.local(images.shards[shard]), (offset, size))
-            return _read(io.BytesIO(content))
+            return _read(read_member(images.fetcher.local(images.shards[shard]), (offset, size)))
         image = images.open(row)
     except (BadImage, Unreachable, OSError):
         return None
     return _Header(image.width, image.height, "in memory", image.mode)
 
 
-def _read(file: BinaryIO) -> _Header | None:
+def _read(content: bytes) -> _Header | None:
     try:
-        with Image.open(file) as image:
+        with Image.open(io.BytesIO(content)) as image:
             return _Header(image.width, image.height, image.format or "unknown", image.mode)
     except Exception:  # Pillow's readers raise what they like
         return None

@@ -14,9 +14,14 @@ class Examined(Settings):
     """Data to evaluate on."""
 
     data: str = "digits"
-    """As in training: digits, class folders, a table of captions, COCO, Flickr or Karpathy files, or tar shards."""
+    """As in training: digits, class folders, a table of captions, COCO, Flickr or Karpathy files, tar shards, parquet
+    files, a folder of save_to_disk, or hub:OWNER/NAME[:SPLIT]."""
     image_root: str | None = None
     """Folder of the images that a table or annotation file names; None: beside it."""
+    image_column: str | None = None
+    """Column of a table or of hub or parquet data that holds or names the image; None: found by its name and type."""
+    caption_column: str | None = None
+    """The same for the captions, or for the class; None: found by its name and type."""
     split: Literal["auto", "train", "val", "test"] = "auto"
     """Part of the data; auto: test where there is one, else val, else everything."""
     hold_out: float | None = None

@@ -15,6 +15,7 @@ from transformers import PretrainedConfig
 from lib.backends import Precision, auto_workers, choose_precision
 from lib.collectives import rank_and_world_size
 from lib.data.evaluation_set import EvaluationSet
+from lib.data.fields import Columns
 from lib.data.pipeline import ImagePipeline
 from lib.data.remote.fetch import default_fetcher
 from lib.data.sources import EvaluationData
@@ -95,6 +96,7 @@ class Subject:
             options.data.data,
             prompts,
             image_root=options.data.image_root,
+            columns=Columns(options.data.image_column, options.data.caption_column),
             held_out_fraction=options.data.hold_out,
             captions=options.data.captions,
             fetcher=fetcher,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lib.data.fields import is_utf8
+from lib.data.hub.row_images import RowImages
 from lib.errors import InputError
 
 SPLITS = {
@@ -43,10 +44,17 @@ class Captioned:
     key: str
     """as its file names it"""
     path: str | None
-    """None where the file is missing"""
+    """None where the file is missing, or the image is no file"""
     split: str
     group: str | None
     captions: list[Caption]
+    row: int | None = None
+    """its number in `CaptionedImages.stored`, where it is no file"""
+
+    @property
+    def is_there(self) -> bool:
+        """Whether there is an image to open."""
+        return self.path is not None or self.row is not None
 
 
 @dataclass(frozen=True)
@@ -60,6 +68,10 @@ class CaptionedImages:
     images: list[Captioned]
     malformed: list[tuple[str, str]]
     """(line, reason) of what names no image or is not readable"""
+    stored: RowImages | None = None
+    """where the images are, if they are no files"""
+    has_columns: bool = False
+    """whether --image-column and --caption-column choose what is read"""
 
     @property
     def splits(self) -> tuple[str, ...]:

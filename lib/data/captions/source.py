@@ -6,9 +6,10 @@ import numpy as np
 
 from lib.data.captions.listing import Captioned, CaptionedImages
 from lib.data.evaluation_set import EvaluationSet
+from lib.data.hub.row_images import RowImages
 from lib.data.images import ImageFiles
 from lib.data.order import stable_hash
-from lib.data.pairs import Captions, IndexedSource
+from lib.data.pairs import Captions, Images, IndexedSource
 from lib.errors import InputError
 
 
@@ -17,7 +18,6 @@ class _Kept:
 
     def __init__(self, images: list[Captioned], per_caption: bool):
         self.images: list[Captioned] = []
-        self.paths: list[str] = []
         self.texts: list[str] = []
         self.text_number: list[int] = []
         self.text_image: list[int] = []
@@ -33,8 +33,8 @@ class _Kept:
         """
         faults = [caption.fault for caption in image.captions]
         good = [caption for caption, fault in zip(image.captions, faults, strict=True) if fault is None]
-        if image.path is None or not image.captions:
-            self.skipped.append((image.key, "missing" if image.path is None else "no_text"))
+        if not image.is_there or not image.captions:
+            self.skipped.append((image.key, "no_text" if image.is_there else "missing"))
             return
         if per_caption:
             numbered = zip(image.captions, faults, strict=True)
@@ -46,11 +46,13 @@ class _Kept:
             self.texts += [caption.text for caption in good]
             self.text_number += [caption.number for caption in good]
             self.images.append(image)
-            self.paths.append(image.path)
 
-    @property
-    def files(self) -> ImageFiles:
-        return ImageFiles([image.key for image in self.images], self.paths)
+    def opened_from(self, stored: RowImages | None) -> Images:
+        """The images by number: of the stored ones those that are kept, or files."""
+        if stored is not None:
+            return stored.chosen(image.row for image in self.images if image.row is not None)
+        paths = [image.path for image in self.images if image.path is not None]
+        return ImageFiles([image.key for image in self.images], paths)
 
     @property
     def group(self) -> np.ndarray:
@@ -81,7 +83,7 @@ def captioned_source(captioned: CaptionedImages, captions: Captions) -> IndexedS
         size=len(image),
         distinct_texts=len(set(kept.texts)),
         skipped=tuple(captioned.malformed + kept.skipped),
-        images=kept.files,
+        images=kept.opened_from(captioned.stored),
         image=image,
         texts=kept.texts,
         text_number=np.array(kept.text_number),
@@ -99,7 +101,7 @@ def captioned_evaluation(captioned: CaptionedImages, split: str, flag: str) -> E
     path = captioned.path.resolve()
     return EvaluationSet(
         name=f"{path.parent.name}/{path.name} ({split})",
-        images=kept.files,
+        images=kept.opened_from(captioned.stored),
         group=kept.group,
         captions=kept.texts,
         caption_image=np.array(kept.text_image),

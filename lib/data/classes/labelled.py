@@ -6,6 +6,7 @@ from typing import Protocol
 import numpy as np
 
 from lib.data.evaluation_set import EvaluationSet
+from lib.data.hub.samples import LabelledRows
 from lib.data.pairs import Images, IndexedSource, class_groups, prompted_source
 from lib.errors import InputError
 
@@ -13,10 +14,12 @@ from lib.errors import InputError
 class LabelledImages(Protocol):
     """Images with class labels, in splits."""
 
-    kind: str
-    """for descriptions: "class folders" """
     bank: str
     """the prompt templates that go with them, unless others are asked for"""
+
+    @property
+    def kind(self) -> str:
+        """For descriptions: "class folders"."""
 
     @property
     def name(self) -> str:
@@ -37,9 +40,10 @@ def labelled_source(labelled: LabelledImages, templates: tuple[str, ...]) -> Ind
     """The training images with class prompts."""
     split = "train" if "train" in labelled.splits else "all"
     if split not in labelled.splits:
-        raise InputError(f"--data {labelled.where('')} has no train folder, only {', '.join(labelled.splits)}")
+        raise InputError(f"--data {labelled.where('')} has no split for training, only {', '.join(labelled.splits)}")
     images, labels, classes = labelled.images(split)
-    return prompted_source(images, labels, classes, templates, labelled.where(split), labelled.kind)
+    left_out = _left_out(labelled, split)
+    return prompted_source(images, labels, classes, templates, labelled.where(split), labelled.kind, left_out)
 
 
 def labelled_evaluation(labelled: LabelledImages, split: str, templates: tuple[str, ...]) -> EvaluationSet:
@@ -52,4 +56,10 @@ def labelled_evaluation(labelled: LabelledImages, split: str, templates: tuple[s
         labels=labels,
         classes=classes,
         templates=templates,
+        skipped=_left_out(labelled, split),
     )
+
+
+def _left_out(labelled: LabelledImages, split: str) -> tuple[tuple[str, str], ...]:
+    """(key, reason) of what is not used; only rows may lack an image or a class."""
+    return labelled.left_out.get(split, ()) if isinstance(labelled, LabelledRows) else ()

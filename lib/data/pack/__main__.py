@@ -16,6 +16,7 @@ from typing import Annotated, Literal
 import tyro
 from tqdm import tqdm
 
+from lib.data.fields import Columns
 from lib.data.order import permutation
 from lib.data.pack.listing import Entry, Listing, list_samples
 from lib.data.pack.samples import ImageOrReason, members_of, read_ahead, read_image
@@ -24,6 +25,7 @@ from lib.data.recognize import open_data
 from lib.data.remote.fetch import Fetcher, default_fetcher
 from lib.data.shards.index import SPLITS, ShardIndex, write_index
 from lib.data.shards.shard_set import ShardSet
+from lib.data.sources import check_columns
 from lib.errors import InputError, RunError, told_in_one_line
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -35,7 +37,8 @@ class PackConfig:
     """What to pack, and how."""
 
     source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE")]
-    """As --data in training: class folders, a table, COCO, Flickr or Karpathy files, a set's name, shards."""
+    """As --data in training: class folders, a table, COCO, Flickr or Karpathy files, a set's name, shards, parquet
+    files, a folder of save_to_disk, hub:OWNER/NAME."""
     out: Path
     """New or empty folder for the shards, or the one that an interrupted run left."""
     shard_size: int | None = None
@@ -56,6 +59,10 @@ class PackConfig:
     """lines: each line of a .txt member of shards is a caption of its own."""
     image_root: str | None = None
     """Folder of the images that a table or annotation file names, where they do not lie beside it."""
+    image_column: str | None = None
+    """Column of a table or of hub or parquet data that holds or names the image, where its name does not say so."""
+    caption_column: str | None = None
+    """The same for the captions, or for the class."""
     cache_dir: Path | None = None
     """Folder for remote shards; default: contrastive-training in ~/.cache."""
     allow_pipe: bool = False
@@ -105,7 +112,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     config.check()
     fetcher = Fetcher(config.cache_dir or default_fetcher().cache, default_fetcher().cache_bytes, config.allow_pipe)
-    opened = open_data(config.source, "SOURCE", config.image_root, fetcher)
+    columns = Columns(config.image_column, config.caption_column)
+    opened = open_data(config.source, "SOURCE", config.image_root, fetcher, columns)
+    check_columns(columns, config.source, [opened])
     listing = list_samples(opened, "SOURCE", fetcher, config.captions == "lines")
     seed = config.seed(isinstance(opened, ShardSet))
     record = Record(config.out, _settings(config, listing, seed))
@@ -128,6 +137,8 @@ def _settings(config: PackConfig, listing: Listing, seed: int | None) -> dict[st
     return {
         "source": source,
         "image-root": config.image_root and os.path.abspath(config.image_root),
+        "image-column": config.image_column,
+        "caption-column": config.caption_column,
         "shard-size": config.most_samples,
         "shard-bytes": config.most_bytes,
         "max-side": config.max_side,

@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 from lib.data.captions.listing import Captioned, CaptionedImages
 from lib.data.files import READABLE
+from lib.data.hub.row_images import RowImages
+from lib.data.hub.samples import LabelledRows
 from lib.data.images import BadImage, ImageFiles, open_header, read_image_file
 from lib.data.pairs import Images
 from lib.data.recognize import OpenedData
@@ -18,6 +20,8 @@ from lib.data.shards.kind import text_form
 from lib.data.shards.shard_set import ShardSet
 from lib.data.shards.tars import IMAGE_SUFFIXES, Damage, index_samples, read_member
 
+_OF_FORMAT = {name: extensions[0].removeprefix(".") for name, extensions in READABLE.items()}
+
 
 class FileImage(NamedTuple):
     """An image that is a file."""
@@ -26,13 +30,8 @@ class FileImage(NamedTuple):
 
     def read(self) -> tuple[bytes, str]:
         """The bytes as they are, and the suffix; raises BadImage."""
-        content = read_image_file(self.path)
-        if not content:
-            raise BadImage("empty")
-        suffix = os.path.splitext(self.path)[1].lower().removeprefix(".")
-        if suffix not in IMAGE_SUFFIXES:  # a table may name any file
-            suffix = READABLE[str(open_header(content).format)][0].removeprefix(".")
-        return content, suffix
+        content, suffix = read_image_file(self.path), os.path.splitext(self.path)[1].lower().removeprefix(".")
+        return (content, suffix) if content and suffix in IMAGE_SUFFIXES else _with_suffix(content)
 
 
 class MemberImage(NamedTuple):
@@ -59,15 +58,25 @@ class MemberImage(NamedTuple):
         return content, self.suffix
 
 
+def _with_suffix(content: bytes) -> tuple[bytes, str]:
+    """The bytes and the suffix of their format; raises BadImage."""
+    if not content:
+        raise BadImage("empty")
+    return content, _OF_FORMAT.get(str(open_header(content).format), "jpg")  # MPO is a JPEG of several pictures
+
+
 @dataclass(frozen=True)
 class HeldImage:
-    """An image that is only in memory."""
+    """An image that is only in memory, or in a row of a data set."""
 
     images: Images
     index: int
 
     def read(self) -> tuple[bytes, str]:
-        """The image as PNG, and the suffix."""
+        """The bytes as they are in a row, or the image as PNG, and the suffix; raises BadImage."""
+        if isinstance(self.images, RowImages):
+            content = self.images.content(self.index)
+            return _with_suffix(content) if isinstance(content, bytes) else FileImage(content).read()
         file = io.BytesIO()
         self.images.open(self.index).save(file, "PNG")
         return file.getvalue(), "png"
@@ -120,11 +129,13 @@ def list_samples(opened: OpenedData, flag: str, fetcher: Fetcher, lines: bool = 
     lines: each line of a .txt member of shards is a caption.
     """
     if isinstance(opened, CaptionedImages):
-        entries = [_captioned(image) for image in opened.images]
+        entries = [_captioned(image, opened.stored) for image in opened.images]
         return Listing(_by_split(entries), None, list(opened.malformed))
     if isinstance(opened, ShardSet):
         return _of_shards(opened, flag, fetcher, lines)
     listing = Listing()
+    if isinstance(opened, LabelledRows):
+        listing.malformed += [skip for skips in opened.left_out.values() for skip in skips]
     for split in sorted(opened.splits, key=SPLITS.index):
         images, labels, listing.classes = opened.images(split)
         names = [listing.classes[label] for label in labels]
@@ -138,14 +149,19 @@ def _by_split(entries: list[Entry]) -> list[Entry]:
     return sorted(entries, key=lambda entry: SPLITS.index(entry.split))
 
 
-def _captioned(image: Captioned) -> Entry:
+def _captioned(image: Captioned, stored: RowImages | None) -> Entry:
     """A caption that cannot be used keeps its place: its number is part of the others' ids."""
     faults = [(f"{image.key}#{caption.number}", caption.fault) for caption in image.captions if caption.fault]
     captions = tuple("" if caption.fault else caption.text for caption in image.captions)
-    if image.path is None or not captions:
-        faults = [(image.key, "missing" if image.path is None else "no_text")]
-    found = FileImage(image.path) if image.path is not None and any(captions) else None
-    return Entry(image.split, image.key, image.group or image.key, found, captions, faults=tuple(faults))
+    if not image.is_there or not captions:
+        faults = [(image.key, "no_text" if image.is_there else "missing")]
+    found: FileImage | HeldImage | None = None
+    if stored is not None and image.row is not None:
+        found = HeldImage(stored, image.row)
+    elif image.path is not None:
+        found = FileImage(image.path)
+    usable = found if any(captions) else None
+    return Entry(image.split, image.key, image.group or image.key, usable, captions, faults=tuple(faults))
 
 
 def _of_shards(shards: ShardSet, flag: str, fetcher: Fetcher, lines: bool) -> Listing:
