@@ -57,8 +57,7 @@ def read_index(folder: str, fetcher: Fetcher) -> ShardIndex | None:
     except InputError:
         raise
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        fault = f"{type(error).__name__}: {error}"[:200]
-        raise InputError(f"{path} is damaged ({fault}); pack the shards again, or remove it") from None
+        raise InputError(f"{path} is damaged ({_told(error)}); pack the shards again, or remove it") from None
 
 
 def write_index(folder: Path, index: ShardIndex) -> None:
@@ -68,6 +67,12 @@ def write_index(folder: Path, index: ShardIndex) -> None:
     unfinished = folder / f".{INDEX}.unfinished"
     unfinished.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(unfinished, folder / INDEX)
+
+
+def _told(error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    return f"{error} is missing" if isinstance(error, KeyError) else str(error)[:200]
 
 
 def _entries(shards: object) -> dict[str, ShardEntry]:
@@ -94,7 +99,7 @@ def _count(record: dict, name: str) -> int:
 def _checked_name(name: str) -> str:
     """The shard's name, which is that of a file in the index's own folder."""
     if not _FILE_NAME.fullmatch(name) or not is_utf8(name):
-        raise ValueError(f"{name!r} is not the name of a file beside the index")
+        raise ValueError(f"no name of a file beside the index: {name!r}")
     return name
 
 
