@@ -64,6 +64,7 @@ def announce(run: Run, report: Reporter) -> dict[str, int]:
         if config.eval_every and not run.validation
         else None,
         run.loading.warning,
+        _cut_texts_warning(run),
         f"left out: {counted(reason for _, reason in known_faults)}" if known_faults else None,
         f"left out of the validation data: {counted(reason for _, reason in run.validation.skipped)}"
         if run.validation and run.validation.skipped
@@ -173,6 +174,17 @@ def _text_lines(run: Run) -> list[str]:
     return known + ([f"           {count:,} negative prompts more, candidates of every image"] if count else [])
 
 
+def _cut_texts_warning(run: Run) -> str | None:
+    """How many texts are longer than the model reads, if there are any."""
+    found, texts = run.text_lengths, "prompts" if run.source.templates else "captions"
+    if not found or not found.cut:
+        return None
+    return (
+        f"{found.cut:,} of {found.looked_at:,} {texts} are longer than the model's {found.token_limit} tokens: their "
+        "ends are not read"
+    )
+
+
 def _validation_lines(run: Run) -> list[str]:
     """What the run is validated on, and how often."""
     data, every = run.validation, run.config.eval_every
@@ -244,8 +256,9 @@ def step_timing(run: Run, seconds: float, data_seconds: float) -> dict:
 
 
 def all_counts(run: Run) -> dict:
-    """Pairs read, used and skipped in the first pass over the data, over all ranks."""
-    return merge_counts(gather_objects(dataclasses.asdict(run.data.counts)))
+    """Pairs read, used and skipped in the first pass over the data, over all ranks; on rank 0 texts that are cut."""
+    counts = merge_counts(gather_objects(dataclasses.asdict(run.data.counts)))
+    return counts | ({"texts": dataclasses.asdict(run.text_lengths)} if run.text_lengths else {})
 
 
 def counts_at_the_end(run: Run) -> dict:

@@ -15,7 +15,7 @@ from lib.cached_step import StepResult
 from lib.checkpoint import TrainingState
 from lib.config import TrainConfig
 from lib.data import EvaluationSet, Prepare, Source, TrainingData
-from lib.data_setup import Loading
+from lib.data_setup import Loading, TextLengths
 from lib.errors import RunError
 from lib.first_pass import Recompute, Recomputed
 from lib.lora import merged_weights
@@ -68,6 +68,8 @@ class Run:
     """The towers did not start from random weights."""
     share_texts: bool
     """Each distinct text of a step is encoded once."""
+    text_lengths: TextLengths | None
+    """None on ranks other than 0, which do not count."""
     negatives: list[Inputs]
     """Texts that fit no image, in chunks, encoded at every step."""
     first_step: int = 0

@@ -64,7 +64,8 @@ def test_a_run_leaves_the_promised_files(siglip_run):
     assert first["replay_difference"] < 1e-5  # pass 1 embeds several chunks at once: other kernels, other last bits
     summary = json.loads((siglip_run / "summary.json").read_text())
     assert (summary["steps"], summary["pairs"]) == (4, 256)
-    assert summary["data"] == {"read": 256, "used": 256, "skipped": {}, "images": 1442}
+    texts = {"looked_at": 40, "cut": 0, "token_limit": 32}
+    assert summary["data"] == {"read": 256, "used": 256, "skipped": {}, "images": 1442, "texts": texts}
     assert {"wall_seconds", "peak_memory_bytes", "eval"} <= summary.keys()
     assert 0 <= summary["eval"]["accuracy"] <= 1
     evaluations = [line["step"] for line in read_metrics(siglip_run) if "eval" in line]
