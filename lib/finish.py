@@ -32,7 +32,9 @@ def finish(run: Run, report: Reporter, expected: dict[str, int], step: int, comp
         "best": run.best,
         "stopped_early": complete and step < run.steps,
         "parting": parting,
-        "data": all_counts(run) | ({"images": len(run.source.images)} if isinstance(run.source, IndexedSource) else {}),
+        "data": all_counts(run)
+        | ({"images": len(run.source.images)} if isinstance(run.source, IndexedSource) else {})
+        | {"same_text": {"mode": run.same_text, "pairs": run.source.shared_text_pairs}},
     }
     if parting:
         report.say(f"warning: {parting_words(parting)}")
