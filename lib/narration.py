@@ -164,12 +164,16 @@ def compile_lines(config: TrainConfig, backend: Backend) -> list[str]:
 
 
 def _text_lines(run: Run) -> list[str]:
-    """How many texts are different: with class prompts, far fewer than there are pairs."""
+    """How many texts are different, with class prompts far fewer than there are pairs; how many are of two images."""
     distinct, batch = run.source.distinct_texts, run.plan.effective_batch
     once = ""
     if distinct is not None and distinct < batch and run.config.shared_texts == "auto":
         once = "; each is encoded once a step" if run.share_texts else ": each pair's is encoded, as dropout is its own"
-    known = [] if distinct is None else [f"texts      {distinct:,} distinct texts{once}"]
+    shared, same = run.source.shared_text_pairs, ""
+    if shared:
+        count_as = {"exclude": "no negatives", "positive": "positives", "negative": "negatives"}[run.same_text]
+        same = f"; {shared:,} captions have the words of another image's: {count_as} of each other (--same-text)"
+    known = [] if distinct is None else [f"texts      {distinct:,} distinct texts{once}{same}"]
     count = sum(len(next(iter(chunk.values()))) for chunk in run.negatives)
     return known + ([f"           {count:,} negative prompts more, candidates of every image"] if count else [])
 
@@ -256,9 +260,8 @@ def step_timing(run: Run, seconds: float, data_seconds: float) -> dict:
 
 
 def all_counts(run: Run) -> dict:
-    """Pairs read, used and skipped in the first pass over the data, over all ranks; on rank 0 texts that are cut."""
-    counts = merge_counts(gather_objects(dataclasses.asdict(run.data.counts)))
-    return counts | ({"texts": dataclasses.asdict(run.text_lengths)} if run.text_lengths else {})
+    """Pairs read, used and skipped in the first pass over the data, over all ranks."""
+    return merge_counts(gather_objects(dataclasses.asdict(run.data.counts)))
 
 
 def counts_at_the_end(run: Run) -> dict:

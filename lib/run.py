@@ -22,6 +22,7 @@ from lib.lora import merged_weights
 from lib.optim import move_schedule
 from lib.plan import BatchPlan
 from lib.processing import Processing
+from lib.relation import SameText
 from lib.replay import RandomState
 from lib.step_inputs import Inputs
 from lib.towers import TwoTowers
@@ -90,6 +91,13 @@ class Run:
     @property
     def checkpoints(self) -> Path:
         return self.folder / "checkpoints"
+
+    @property
+    def same_text(self) -> SameText:
+        """How equal texts of different groups count. Prompts of one class are of one group: auto leaves them alone."""
+        if self.config.same_text != "auto":
+            return self.config.same_text
+        return "negative" if self.source.templates else "exclude"
 
     @property
     def out_of_patience(self) -> bool:

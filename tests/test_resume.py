@@ -203,10 +203,10 @@ def test_a_checkpoint_of_two_ranks_goes_on_on_one_with_the_same_pairs(tmp_path):
     train_clip.main([*flags, "--steps=6", resume, f"--output-dir={tmp_path / 'went_on'}"])
     curves = {name: [line["loss"] for line in read_metrics(tmp_path / name)] for name in ("one", "went_on")}
     assert curves["went_on"] == pytest.approx(curves["one"][3:], rel=1e-4)
-    texts = {"looked_at": 40, "cut": 0, "token_limit": 32}
-    for name in ("one", "two", "went_on"):
-        data = json.loads((tmp_path / name / "summary.json").read_text())["data"]
-        assert data == {"read": 288, "used": 288, "skipped": {}, "images": 1442, "texts": texts}
+    counts = {
+        json.dumps(json.loads((tmp_path / n / "summary.json").read_text())["data"]) for n in ("one", "two", "went_on")
+    }
+    assert counts == {json.dumps({"read": 288, "used": 288, "skipped": {}, "images": 1442})}
 
 
 @pytest.mark.parametrize(

@@ -85,5 +85,5 @@ def test_a_run_tells_of_captions_that_are_cut(tmp_path, capsys, long):
     folder = train(tmp_path / "run", "--data", table(tmp_path, long, short=25), "--steps=1", "--save-every=0")
     warning = "warning: 7 of 32 captions are longer than the model's 32 tokens: their ends are not read"
     assert capsys.readouterr().out.splitlines().count(warning) == (long > 0)
-    found = json.loads((folder / "summary.json").read_text())["data"]["texts"]
-    assert found == {"looked_at": 25 + long, "cut": long, "token_limit": 32}
+    found = json.loads((folder / "summary.json").read_text())["texts"]
+    assert found.items() >= {"looked_at": 25 + long, "cut": long, "token_limit": 32}.items()
