@@ -110,18 +110,18 @@ class Relation:
         return positive & ~self._equal(("sample_id",), r, c) if self.remembered and self.some_left_out else positive
 
     def left_out(self, r: slice, c: slice) -> Tensor:
-        """(tile rows, tile columns) bool: the other does not count for the anchor."""
+        """(tile rows, tile columns) bool: the other does not count for the anchor. Only where some are left out."""
+        assert self.some_left_out
         if self.remembered == "ignore":
             return self._equal(self._compared, r, c)
-        left_out = self._equal(("sample_id",), r, c) if self.remembered else None
         if self.same_text != "exclude":
-            return torch.zeros_like(self.positive(r, c)) if left_out is None else left_out
+            return self._equal(("sample_id",), r, c)
         text_alone = self._equal(("text_id",), r, c) & ~self._equal(("group",), r, c)
-        return text_alone if left_out is None else text_alone | left_out
+        return text_alone | self._equal(("sample_id",), r, c) if self.remembered else text_alone
 
     def _any_left_out(self) -> bool:
         self.some_left_out = True  # or nothing would be subtracted
-        candidates = self.counts(torch.float64)[1]
+        candidates = self.counts(torch.float32)[1]  # exact up to 16 million others
         return bool((candidates < len(self.others.group)).any())
 
     def _equal(self, any_of: Names, r: slice, c: slice) -> Tensor:
