@@ -82,7 +82,7 @@ def captioned_source(captioned: CaptionedImages, captions: Captions) -> IndexedS
         description=f"{captioned.kind} {captioned.path}: {size}",
         size=len(image),
         distinct_texts=len(set(kept.texts)),
-        skipped=tuple(captioned.malformed + kept.skipped),
+        skipped=(*captioned.left_out.get(split, ()), *kept.skipped),
         images=kept.opened_from(captioned.stored),
         image=image,
         texts=kept.texts,
@@ -105,5 +105,5 @@ def captioned_evaluation(captioned: CaptionedImages, split: str, flag: str) -> E
         group=kept.group,
         captions=kept.texts,
         caption_image=np.array(kept.text_image),
-        skipped=tuple(kept.skipped),
+        skipped=(*captioned.left_out.get(split, ()), *kept.skipped),
     )
