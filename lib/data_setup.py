@@ -21,6 +21,7 @@ from lib.data.batch import Tokenize, padded_to
 from lib.data.classes.prompt_banks import load_negative_prompts
 from lib.data.fields import Columns
 from lib.data.pairs import parts_of
+from lib.data.recognize import Output
 from lib.data.remote.fetch import Fetcher, default_fetcher
 from lib.data.shards.source import ShardSource, count_pairs
 from lib.data.workers import LARGEST_PART, SHARED_MEMORY, free_shared_memory, shared_memory_for, workers_that_fit
@@ -43,8 +44,8 @@ def make_fetcher(config: TrainConfig) -> Fetcher:
     return Fetcher(cache, int(config.shard_cache_gib * 2**30), config.allow_pipe)
 
 
-def open_data(config: TrainConfig, fetcher: Fetcher) -> tuple[Source, EvaluationSet | None]:
-    """The training source, and what to validate on, if there is anything."""
+def open_data(config: TrainConfig, fetcher: Fetcher, folder: Path) -> tuple[Source, EvaluationSet | None]:
+    """The training source, and what to validate on, if there is anything; folder: of the run."""
     source, validation = open_sources(
         config.data,
         config.val_data,
@@ -53,7 +54,9 @@ def open_data(config: TrainConfig, fetcher: Fetcher) -> tuple[Source, Evaluation
         image_root=config.image_root,
         columns=Columns(config.image_column, config.caption_column),
         held_out_fraction=config.hold_out,
+        class_names=config.class_names,
         fetcher=fetcher,
+        output=Output("--output-dir", folder),
     )
     if source.classes is not None and len(source.classes) == 1 and config.negative_prompts is None:
         raise InputError(
@@ -66,8 +69,8 @@ def open_data(config: TrainConfig, fetcher: Fetcher) -> tuple[Source, Evaluation
 def show_data(config: TrainConfig) -> None:
     """What --data-info asks for, from rank 0."""
     if os.environ.get("RANK", "0") == "0":
-        source, validation = open_data(config, make_fetcher(config))
         folder = config.output_dir or Path("runs/data_info")
+        source, validation = open_data(config, make_fetcher(config), folder)
         try:
             data_info(source, validation, folder, config.seed)
         except OSError as error:

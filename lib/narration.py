@@ -132,6 +132,7 @@ def next_command(run: Run) -> str:
         "--data": config.val_data or split_weight(config.data[0])[0],
         "--hold-out": f"{config.hold_out:g}" if config.hold_out and not config.val_data else None,
         "--prompts": config.prompts if run.source.classes else None,
+        "--class-names": str(config.class_names) if config.class_names else None,
         "--image-root": config.image_root,
         "--image-column": config.image_column,
         "--caption-column": config.caption_column,

@@ -43,7 +43,7 @@ def make_run(config: TrainConfig, family: Family, backend: Backend, folder: Path
         _check_same_run(config, family, state.progress)
     with device_faults_reported(None, lambda: resume_from):
         fetcher = make_fetcher(config)
-        source, validation = open_data(config, fetcher)
+        source, validation = open_data(config, fetcher, folder)
         torch.manual_seed(config.seed)
         towers, processing, pretrained = make_towers(config, family, source, resume_from, state)
         towers.to(accelerator.device).train()

@@ -169,10 +169,14 @@ def test_errors_name_the_flag_the_value_and_the_remedy(tmp_path):
 def test_a_folder_of_images_beside_a_table_is_no_class(tmp_path):
     make_images(tmp_path, "images/1.jpg", "images/2.jpg")
     table = make_table(tmp_path / "captions.csv", [["image", "caption"], ["1.jpg", "a"]])
-    with pytest.raises(InputError, match=f"one folder of images and no classes; .* give {table}"):
+    with pytest.raises(InputError, match=f"holds images and a table of their captions; give {table}, or folders:"):
         open_sources(str(tmp_path), None, None)
+    with pytest.raises(InputError, match=f"one folder of images and no classes; .* give {table}"):
+        open_sources(f"folders:{tmp_path}", None, None)
     make_images(tmp_path, "more/3.jpg")
-    assert open_sources(str(tmp_path), None, None)[0].classes == ("images", "more")
+    with pytest.raises(InputError, match="holds images and a table of their captions"):
+        open_sources(str(tmp_path), None, None)
+    assert open_sources(f"folders:{tmp_path}", None, None)[0].classes == ("images", "more")
 
 
 def test_a_prefix_says_what_is_meant(tmp_path):

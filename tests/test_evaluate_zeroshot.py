@@ -15,12 +15,12 @@ from small_evaluation import SmallImages, unit
 from torch import Tensor
 
 import evaluate
+from lib.data.classes.class_names import renamed
 from lib.errors import InputError
 from lib.evaluation import class_plots
 from lib.evaluation.class_plots import plot_confusions
 from lib.evaluation.zeroshot import plots, task
 from lib.evaluation.zeroshot.calibration import BINS, calibrate, fit_scale, reliability
-from lib.evaluation.zeroshot.class_names import renamed
 from lib.evaluation.zeroshot.held_out import Fold, Labelled, folds
 from lib.evaluation.zeroshot.metrics import class_embeddings, ensemble, zeroshot_metrics, zeroshot_scores
 from lib.evaluation.zeroshot.prompt_study import study_prompts

@@ -39,7 +39,7 @@ WRONG = [
     ("train_clip --data file", "--data file|of no kind that is read here|give digits", 2),
     ("train_clip --data empty", "--data empty|no class folders|must hold train/<class>/", 2),
     ("train_clip --data one_class", "--data one_class|has one class, 'red'|give two classes", 2),
-    ("train_clip --data loose", "--data loose|no class folders|give loose/captions.csv", 2),
+    ("train_clip --data loose", "--data loose|a table of their captions|give loose/captions.csv", 2),
     ("train_clip --data with_texts", "--data with_texts|red/a.txt|in a .csv|folders:with_texts", 2),
     ("train_clip --data broken", "--data broken/train|cannot be read|not_an_image|check that they are images", 1),
     ("train_clip --data no_caption.csv", "--data no_caption.csv|no column for the caption|image, weight", 2),

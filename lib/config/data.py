@@ -12,9 +12,10 @@ class Data(Settings):
     """What is trained on, and how it is read."""
 
     data: tuple[str, ...] = ("digits",)
-    """Training pairs: `digits` (embedded), a folder with train/<class>/ images, a .csv/.tsv/.jsonl table of captions,
-    COCO, Flickr or Karpathy files, cifar10, cifar100, imagenette, WebDataset .tar shards (glob, braces, URL), parquet
-    files or their folder, a folder of save_to_disk, or hub:OWNER/NAME[:SPLIT] of the Hugging Face Hub.
+    """Training pairs: `digits` (embedded), a folder with train/<class>/ images, images with metadata.csv or
+    metadata.jsonl (imagefolder), a .csv/.tsv/.jsonl table of captions or classes, COCO, Flickr or Karpathy files,
+    cifar10, cifar100, imagenette, WebDataset .tar shards (glob, braces, URL), parquet files or their folder, a folder
+    of save_to_disk, or hub:OWNER/NAME[:SPLIT] of the Hugging Face Hub.
     Several are mixed, by weight where each has one: a::0.7 b::0.3."""
     val_data: str | None = None
     """Validation pairs, as --data; None: the val or test part of --data where it has one."""
@@ -24,6 +25,9 @@ class Data(Settings):
     prompts: str | None = None
     """Prompt templates for class names: a shipped bank (digits, activities, objects, simple) or a YAML file.
     None: those of the data set, or simple."""
+    class_names: Path | None = None
+    """YAML file with names to use instead of the data's, as n01440764: a list in its order, or a mapping "data's name:
+    name"; evaluate.py takes the same flag."""
     captions: Literal["all", "one", "lines"] = "all"
     """all: every caption is a pair; one: one pair per image with a caption drawn anew in each epoch; lines: every line
     of the .txt members of tar shards is a pair."""

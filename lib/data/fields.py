@@ -17,6 +17,18 @@ class Columns(NamedTuple):
 
 FOUND_COLUMNS = Columns()
 
+COLUMNS = {
+    "image": ("filename", "image", "image_path", "file_name", "filepath", "path", "image_name"),
+    "caption": (
+        *("caption", "captions", "text", "texts", "txt", "title", "sentence", "sentences", "comment"),
+        *("description", "alt_text", "raw", "prompt"),
+    ),
+    "label": ("label", "labels", "fine_label", "class", "class_name", "class_label", "category", "target"),
+    "split": ("split",),
+    "group": ("group",),
+}
+"""Names of the columns, by what they hold; the first that is there is read, a label only without a caption."""
+
 
 class NotText(ValueError):
     """A field that holds an object, a list or a boolean where a text belongs."""
@@ -65,3 +77,13 @@ def is_utf8(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def shown(name: str) -> str:
+    """The name as it may be printed: with escapes where it is not UTF-8."""
+    return name if is_utf8(name) else ascii(name)
+
+
+def readable_class(name: str) -> str:
+    """A class's name in prompts: underscores and any white space of a folder's name read as one space."""
+    return " ".join(name.replace("_", " ").split()) or name

@@ -1,8 +1,10 @@
 """Files that data consists of: which names are images, which names are hidden, and opening what is surely a file."""
 
+import codecs
+import io
 import os
 import stat
-from typing import BinaryIO
+from typing import BinaryIO, TextIO
 
 READABLE = {
     "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
@@ -52,3 +54,23 @@ def open_file(path: str | os.PathLike) -> BinaryIO:
         os.close(descriptor)
         raise NotAFile(f"{os.fspath(path)!r} is not a regular file")
     return os.fdopen(descriptor, "rb")
+
+
+def open_text(path: str | os.PathLike) -> TextIO:
+    """Open a regular file as text: UTF-16 with a byte order mark, else UTF-8, whose bad bytes become surrogates.
+
+    A line ends where the file's first line does, at a line feed or, in files of old Macs, at a carriage return: the
+    other one is a character like any. Raises OSError as `open_file` does.
+    """
+    file = open_file(path)
+    start = file.read(2**16)
+    file.seek(0)
+    newline = "\r" if b"\r" in start and b"\n" not in start else "\n"
+    if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return io.TextIOWrapper(file, encoding="utf-16", errors="replace", newline=newline)
+    return io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline=newline)
+
+
+def fault_of(error: OSError) -> str:
+    """The operating system's words for an error, or our own."""
+    return error.strerror or str(error)

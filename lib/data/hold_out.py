@@ -1,13 +1,15 @@
 """Owns the division of data without parts: a fraction of the images is kept from training, to evaluate on."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import replace
 
 from lib.data.captions.listing import Captioned, CaptionedImages
 from lib.data.classes.folders import ClassFolders
-from lib.data.hub.samples import LabelledRows
+from lib.data.classes.labelled_rows import LabelledRows
 from lib.data.order import stable_hash
 from lib.data.recognize import OpenedData
+from lib.data.skipped import Skips
 from lib.errors import InputError
 
 
@@ -35,7 +37,12 @@ def hold_out(opened: OpenedData, fraction: float | None, data: str) -> OpenedDat
         return _divided_rows(opened, fraction)
     kept = _chosen(sorted({_unit(image) for image in opened.images}), fraction)
     images = [replace(image, split="test" if _unit(image) in kept else "train") for image in opened.images]
-    return replace(opened, images=images)
+    return replace(opened, images=images, left_out=_of_training(opened.left_out))
+
+
+def _of_training(left_out: Mapping[str, Skips]) -> dict[str, Skips]:
+    """Entries without a usable image are counted with the part that is trained on."""
+    return {"train": tuple(skip for skips in left_out.values() for skip in skips)}
 
 
 def _unit(image: Captioned) -> str:
@@ -51,7 +58,8 @@ def _divided_folders(folders: ClassFolders, fraction: float) -> ClassFolders:
         kept = _chosen(list(name_of), fraction)
         test[folder] = [name for key, name in name_of.items() if key in kept]
         train[folder] = [name for key, name in name_of.items() if key not in kept]
-    return replace(folders, splits={"train": train, "test": {folder: names for folder, names in test.items() if names}})
+    splits = {"train": train, "test": {folder: names for folder, names in test.items() if names}}
+    return replace(folders, splits=splits, left_out=_of_training(folders.left_out))
 
 
 def _divided_rows(rows: LabelledRows, fraction: float) -> LabelledRows:
@@ -65,7 +73,7 @@ def _divided_rows(rows: LabelledRows, fraction: float) -> LabelledRows:
         "train": [row for row in every_row if keys[row] not in kept],
         "test": [row for row in every_row if keys[row] in kept],
     }
-    left_out = {"train": rows.left_out.get(split, ())}
+    left_out = _of_training({split: rows.left_out.get(split, ())})
     return replace(rows, rows={part: chosen for part, chosen in parts.items() if chosen}, left_out=left_out)
 
 

@@ -4,6 +4,7 @@ import io
 import os
 import re
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -182,6 +183,10 @@ class ImageFiles:
     def identity(self, rows: np.ndarray) -> str:
         """Changes when one of these images does: sizes and times of the files, in nanoseconds."""
         return repr([file_stamp(self.paths[row]) for row in rows])
+
+    def chosen(self, rows: Sequence[int]) -> "ImageFiles":
+        """These of the images, numbered anew."""
+        return ImageFiles([self.keys[row] for row in rows], [self.paths[row] for row in rows])
 
 
 def file_stamp(path: str) -> tuple[int, int] | None:

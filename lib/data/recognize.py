@@ -3,19 +3,24 @@
 import os
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 from lib.data.captions.coco import coco_files, read_coco, read_coco_folder
 from lib.data.captions.flickr import flickr_file, flickr_form, read_flickr
+from lib.data.captions.imagefolder import PARQUET, is_imagefolder, metadata_files, read_imagefolder
 from lib.data.captions.karpathy import karpathy_files, read_karpathy
 from lib.data.captions.listing import CaptionedImages
-from lib.data.captions.tables import SUFFIXES, read_table
+from lib.data.captions.tables import SUFFIXES, names_images_below, read_table
 from lib.data.classes.digits import Digits
 from lib.data.classes.folders import check_no_captions, find_class_folders
 from lib.data.classes.labelled import LabelledImages
+from lib.data.classes.labelled_rows import LabelledRows
 from lib.data.classes.torchvision_sets import NAMES, TorchvisionSet
 from lib.data.fields import FOUND_COLUMNS, Columns
-from lib.data.hub.load import PARQUET, holds_parquet, is_saved, load_hub, load_parquet, load_saved
-from lib.data.hub.samples import LabelledRows, read_rows
+from lib.data.files import fault_of, open_file
+from lib.data.hub.load import PARQUET as PARQUET_SUFFIX
+from lib.data.hub.load import has_card, holds_parquet, is_saved, load_hub, load_parquet, load_saved
+from lib.data.hub.samples import read_rows
 from lib.data.remote.fetch import Fetcher
 from lib.data.remote.transfer import TARS
 from lib.data.shards.shard_set import ShardSet, find_shards
@@ -26,6 +31,7 @@ OpenedData = ShardSet | CaptionedImages | LabelledImages
 
 _KINDS = {
     "folders": "a folder of class folders",
+    "imagefolder": "images with metadata.csv or metadata.jsonl (the imagefolder layout)",
     "table": f"a table of captions ({', '.join(SUFFIXES)})",
     "coco": "COCO's captions file or its folder",
     "flickr": "a captions file of Flickr8k or Flickr30k, or its folder",
@@ -38,33 +44,80 @@ _KINDS = {
 }
 """What each prefix stands for."""
 
+_LISTED_HERE = ("folders", "imagefolder", "table", "coco", "flickr", "karpathy")
+"""Kinds of which every file is on this machine and is listed at once."""
+
 _SHARDS = re.compile(r".*\.(tar|tar\.gz|tgz)\}*")
 
 
+class Output(NamedTuple):
+    """Where results go."""
+
+    flag: str
+    folder: Path
+
+
 def open_data(
-    data: str, flag: str, image_root: str | None, fetcher: Fetcher, columns: Columns = FOUND_COLUMNS
+    data: str,
+    flag: str,
+    image_root: str | None,
+    fetcher: Fetcher,
+    columns: Columns = FOUND_COLUMNS,
+    output: Output | None = None,
 ) -> OpenedData:
     """Find out what kind of data is meant, by its prefix or by what is there, and list what it holds.
 
-    columns: those to read of data that has columns, see `has_columns`.
+    columns: those to read of data that has columns, see `has_columns`. output: a folder whose pictures must not become
+    data.
     Raises InputError, naming `flag`, for what cannot be used.
     """
     if data == "digits":
         return Digits()
     if not data:  # as of a variable of the shell that is not set: Path("") would be the working folder
         raise InputError(f"{flag} '' is empty; give digits, {', '.join(_KINDS.values())}")
+    try:
+        kind, name = _meant(data, flag)
+        if kind in ("folders", "imagefolder") and output is not None:
+            _check_output(name, flag, output)
+        if kind in _LISTED_HERE:
+            return _open(kind, name, flag, image_root, fetcher, columns)
+    except OSError as error:
+        raise InputError(f"{flag} {data} cannot be read: {fault_of(error)}") from None
+    return _open(kind, name, flag, image_root, fetcher, columns)
+
+
+def _meant(data: str, flag: str) -> tuple[str, str]:
+    """The kind of data, and its path or name; InputError for what is of no kind, or of another than its prefix says."""
     prefix, _, rest = data.partition(":")
-    named = prefix in _KINDS and bool(rest) and not os.path.exists(data)
-    name = rest if named else data
-    kinds = _kinds(name)
-    if named:
-        _check_prefix(prefix, name, kinds, flag)
-    elif not kinds:
-        what = "is of no kind that is read here" if os.path.exists(name) else "is not there"
+    if prefix in _KINDS and rest and not os.path.exists(data):
+        _check_prefix(prefix, rest, _kinds(rest), flag)
+        return prefix, rest
+    kinds = _kinds(data)
+    if not kinds:
+        what = "is of no kind that is read here" if os.path.exists(data) else "is not there"
         raise InputError(f"{flag} {data} {what}; give digits, {', '.join(_KINDS.values())}")
-    if not named and kinds[0] == "folders":
-        check_no_captions(Path(name), flag)
-    return _open(prefix if named else kinds[0], name, flag, image_root, fetcher, columns)
+    if kinds[0] == "folders":
+        check_no_captions(Path(data), flag)
+        _check_no_table(Path(data), flag)
+    return kinds[0], data
+
+
+def _check_no_table(folder: Path, flag: str) -> None:
+    """Refuse class folders with a table of captions of their images beside them: either may be meant."""
+    tables = (file for file in sorted(folder.iterdir()) if file.suffix.lower() in SUFFIXES and file.is_file())
+    if file := next(filter(names_images_below, tables), None):
+        raise InputError(
+            f"{flag} {folder} holds images and a table of their captions; give {file}, or folders:{folder} to train on "
+            "the folders' names"
+        )
+
+
+def _check_output(folder: str, flag: str, output: Output) -> None:
+    if output.folder.resolve().is_relative_to(Path(folder).resolve()):
+        raise InputError(
+            f"{output.flag} {output.folder} lies in {flag} {folder}, where its pictures would become data; name a "
+            "folder elsewhere"
+        )
 
 
 def has_columns(opened: OpenedData) -> bool:
@@ -99,6 +152,8 @@ def _open(kind: str, name: str, flag: str, image_root: str | None, fetcher: Fetc
         return find_shards(name, flag, fetcher)
     if kind == "folders":
         return find_class_folders(path, flag)
+    if kind == "imagefolder":
+        return read_imagefolder(path, flag, image_root, columns)
     if kind == "table":
         return read_table(path, flag, image_root, columns)
     if kind == "coco":
@@ -114,7 +169,7 @@ def _kinds(name: str) -> list[str]:
     kinds = []
     if path.is_dir():
         kinds = _kinds_of_folder(path)
-    elif name.lower().endswith(PARQUET):
+    elif name.lower().endswith(PARQUET_SUFFIX):
         kinds = ["parquet"]
     elif name.startswith("pipe:") or "://" in name or _SHARDS.fullmatch(name.lower()):
         kinds = ["shards"]
@@ -126,7 +181,7 @@ def _kinds(name: str) -> list[str]:
 def _kinds_of_file(path: Path) -> list[str]:
     if path.suffix.lower() == ".json":
         # Both are lists of images, and large: the beginning tells them apart.
-        with open(path, "rb") as file:
+        with open_file(path) as file:
             has_sentences = re.search(rb'"sentences"\s*:', file.read(2**20))
         return ["karpathy", "coco"] if has_sentences else ["coco", "karpathy"]
     table = ["table"] * (path.suffix.lower() in SUFFIXES)
@@ -142,10 +197,14 @@ def _kinds_of_folder(folder: Path) -> list[str]:
         return ["shards"]
     if is_saved(folder):
         return ["arrow"]
+    imagefolder = ["imagefolder"] * is_imagefolder(folder)
     # Before Karpathy's: the hub's own dataset_infos.json is called as his files are.
     parquet = ["parquet"] * holds_parquet(folder)
+    if metadata_files(folder, (PARQUET,)) and not has_card(folder):  # refused there: its paths need --image-root
+        imagefolder = ["imagefolder"]
     captions = [("coco", coco_files), ("karpathy", karpathy_files), ("flickr", flickr_file)]
-    return parquet + [kind for kind, find in captions if find(folder)] + ["folders"]
+    kinds = imagefolder + parquet + [kind for kind, find in captions if find(folder)] + ["folders"]
+    return kinds + ["imagefolder"] * bool(metadata_files(folder) and not imagefolder)
 
 
 def _only(path: Path, found: list[Path], flag: str) -> Path:

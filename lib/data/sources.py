@@ -3,18 +3,20 @@
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
 
 from lib.data.captions.listing import CaptionedImages
 from lib.data.captions.source import captioned_evaluation, captioned_source
 from lib.data.classes.labelled import labelled_evaluation, labelled_source
+from lib.data.classes.labelled_rows import LabelledRows
 from lib.data.classes.prompt_banks import load_templates
 from lib.data.classes.torchvision_sets import TorchvisionSet
 from lib.data.evaluation_set import EvaluationSet
 from lib.data.fields import FOUND_COLUMNS, Columns
 from lib.data.hold_out import hold_out
-from lib.data.hub.samples import LabelledRows
 from lib.data.pairs import Captions, MixedSource, Source
-from lib.data.recognize import OpenedData, has_columns, open_data
+from lib.data.recognize import OpenedData, Output, has_columns, open_data
 from lib.data.remote.fetch import Fetcher, default_fetcher
 from lib.data.shards.evaluation import shard_evaluation
 from lib.data.shards.shard_set import ShardSet
@@ -36,34 +38,39 @@ def open_sources(
     image_root: str | None = None,
     columns: Columns = FOUND_COLUMNS,
     held_out_fraction: float | None = None,
+    class_names: Path | None = None,
     fetcher: Fetcher | None = None,
+    output: Output | None = None,
 ) -> tuple[Source, EvaluationSet | None]:
     """The training source, and what to validate on: of `val_data`, else held out of `data`, else nothing.
 
     Several `data` are mixed: a::0.7 b::0.3 by weight, a b by size; the first that has a held-out part is
-    validated on. held_out_fraction: of data without parts, see `hold_out`.
-    Raises InputError, naming --data, --val-data, --hold-out, --captions or --prompts, for what cannot be used.
+    validated on. held_out_fraction: of data without parts, see `hold_out`. class_names: a file, see `renamed`.
+    output: the folder of the run, which may not lie in folders of images.
+    Raises InputError, naming --data, --val-data, --hold-out, --captions, --prompts or --class-names, for what cannot be
+    used.
     """
     fetcher = fetcher or default_fetcher()
     weighted = [split_weight(each) for each in ([data] if isinstance(data, str) else data)]
     if not weighted:
         raise InputError("--data is given without a source; name one, or digits")
-    found = [open_data(name, "--data", image_root, fetcher, columns) for name, _ in weighted]
+    found = [open_data(name, "--data", image_root, fetcher, columns, output) for name, _ in weighted]
     opened = [hold_out(each, held_out_fraction, name) for each, (name, _) in zip(found, weighted, strict=True)]
-    sources = [_training(each, prompts, captions, fetcher) for each in opened]
+    texts = _Texts(prompts, captions, class_names)
+    sources = [_training(each, texts, fetcher) for each in opened]
     source = sources[0] if len(sources) == 1 else _mix(sources, weighted)
-    lines = captions == "lines"
     held_out: OpenedData | None
     if val_data is not None:
-        held_out = open_data(val_data, "--val-data", image_root, fetcher, columns)
-        validation = _first_of(held_out, "--val-data", _TO_VALIDATE, prompts, lines, fetcher)
+        held_out = open_data(val_data, "--val-data", image_root, fetcher, columns, output)
+        validation = _first_of(held_out, "--val-data", _TO_VALIDATE, texts, fetcher)
     else:
         held_out = next((each for each in opened if set(_HELD_OUT) & set(each.splits)), None)
-        validation = _first_of(held_out, "--data", _HELD_OUT, prompts, lines, fetcher) if held_out else None
+        validation = _first_of(held_out, "--data", _HELD_OUT, texts, fetcher) if held_out else None
     names = " ".join(name for name, _ in weighted)
     _check_prompts(prompts, names, *sources, validation)
     _check_image_root(image_root, names, [*opened, held_out])
-    _check_lines(lines, names, [*opened, held_out])
+    _check_lines(captions, names, [*opened, held_out])
+    _check_class_names(class_names, names, opened)
     check_columns(columns, names, [*opened, held_out])
     return source, validation
 
@@ -77,8 +84,7 @@ class EvaluationData:
     image_root: str | None
     fetcher: Fetcher
     opened: OpenedData
-    lines: bool = False
-    """of shards: each line of .txt is a caption"""
+    captions: Captions = "all"
 
     @classmethod
     def find(
@@ -91,14 +97,15 @@ class EvaluationData:
         held_out_fraction: float | None = None,
         captions: Captions = "all",
         fetcher: Fetcher | None = None,
+        output: Output | None = None,
     ) -> "EvaluationData":
         """Recognize the data; raises InputError, naming the flag, for what cannot be used."""
         fetcher = fetcher or default_fetcher()
-        opened = hold_out(open_data(data, "--data", image_root, fetcher, columns), held_out_fraction, data)
+        opened = hold_out(open_data(data, "--data", image_root, fetcher, columns, output), held_out_fraction, data)
         _check_image_root(image_root, data, [opened])
         check_columns(columns, data, [opened])
-        _check_lines(captions == "lines", data, [opened])
-        return cls(data, prompts, image_root, fetcher, opened, captions == "lines")
+        _check_lines(captions, data, [opened])
+        return cls(data, prompts, image_root, fetcher, opened, captions)
 
     def part_for(self, split: str) -> str:
         """The part that a --split means: of "auto" test, else val, else all there is; InputError if there is none."""
@@ -116,7 +123,7 @@ class EvaluationData:
 
     def of_split(self, part: str) -> EvaluationSet:
         """The images of a part that the data has, as `part_for` names it."""
-        evaluation_set = _evaluation(self.opened, "--data", part, self.prompts, self.lines, self.fetcher)
+        evaluation_set = _evaluation(self.opened, "--data", part, _Texts(self.prompts, self.captions), self.fetcher)
         _check_prompts(self.prompts, self.data, evaluation_set)
         return evaluation_set
 
@@ -148,30 +155,39 @@ def open_evaluation(
     return found.of_split(found.part_for(split))
 
 
-def _training(opened: OpenedData, prompts: str | None, captions: Captions, fetcher: Fetcher) -> Source:
+class _Texts(NamedTuple):
+    """What is asked of the texts."""
+
+    prompts: str | None
+    captions: Captions
+    class_names: Path | None = None
+
+    def templates(self, bank: str) -> tuple[str, ...]:
+        return load_templates(self.prompts or bank)
+
+
+def _training(opened: OpenedData, texts: _Texts, fetcher: Fetcher) -> Source:
     if isinstance(opened, ShardSet):
-        return shard_source(opened, captions, load_templates(prompts or "simple"), fetcher)
+        return shard_source(opened, texts.captions, texts.templates("simple"), fetcher)
     if isinstance(opened, CaptionedImages):
-        return captioned_source(opened, captions)
-    return labelled_source(opened, load_templates(prompts or opened.bank))
+        return captioned_source(opened, texts.captions)
+    return labelled_source(opened, texts.templates(opened.bank), texts.class_names)
 
 
 def _first_of(
-    opened: OpenedData, flag: str, wanted: Sequence[str], prompts: str | None, lines: bool, fetcher: Fetcher
+    opened: OpenedData, flag: str, wanted: Sequence[str], texts: _Texts, fetcher: Fetcher
 ) -> EvaluationSet | None:
     """The first of the wanted splits that is there, or None."""
     split = next((split for split in wanted if split in opened.splits), None)
-    return None if split is None else _evaluation(opened, flag, split, prompts, lines, fetcher)
+    return None if split is None else _evaluation(opened, flag, split, texts, fetcher)
 
 
-def _evaluation(
-    opened: OpenedData, flag: str, split: str, prompts: str | None, lines: bool, fetcher: Fetcher
-) -> EvaluationSet:
+def _evaluation(opened: OpenedData, flag: str, split: str, texts: _Texts, fetcher: Fetcher) -> EvaluationSet:
     if isinstance(opened, ShardSet):
-        return shard_evaluation(opened, split, flag, load_templates(prompts or "simple"), fetcher, lines)
+        return shard_evaluation(opened, split, flag, texts.templates("simple"), fetcher, texts.captions == "lines")
     if isinstance(opened, CaptionedImages):
         return captioned_evaluation(opened, split, flag)
-    return labelled_evaluation(opened, split, load_templates(prompts or opened.bank))
+    return labelled_evaluation(opened, split, texts.templates(opened.bank), texts.class_names)
 
 
 def split_weight(data: str) -> tuple[str, float | None]:
@@ -216,8 +232,16 @@ def _check_prompts(prompts: str | None, data: str, *opened: Source | EvaluationS
         raise InputError(f"--prompts {prompts} goes with class names, and {data} has captions; leave it out")
 
 
-def _check_lines(lines: bool, data: str, opened: Sequence[OpenedData | None]) -> None:
-    if lines and not any(isinstance(each, ShardSet) for each in opened):
+def _check_class_names(class_names: Path | None, data: str, opened: Sequence[OpenedData]) -> None:
+    if class_names is None or not all(isinstance(each, CaptionedImages | ShardSet) for each in opened):
+        return
+    if any(isinstance(each, ShardSet) for each in opened):
+        raise InputError(f"--class-names {class_names}: shards have their class names in classes.txt beside them")
+    raise InputError(f"--class-names {class_names} goes with class names, and {data} has captions; leave it out")
+
+
+def _check_lines(captions: Captions, data: str, opened: Sequence[OpenedData | None]) -> None:
+    if captions == "lines" and not any(isinstance(each, ShardSet) for each in opened):
         raise InputError(f"--captions lines splits the .txt members of tar shards, and {data} has none; leave it out")
 
 

@@ -17,6 +17,7 @@ from lib.collectives import rank_and_world_size
 from lib.data.evaluation_set import EvaluationSet
 from lib.data.fields import Columns
 from lib.data.pipeline import ImagePipeline
+from lib.data.recognize import Output
 from lib.data.remote.fetch import default_fetcher
 from lib.data.sources import EvaluationData
 from lib.errors import InputError, on_rank_0
@@ -100,6 +101,7 @@ class Subject:
             held_out_fraction=options.data.hold_out,
             captions=options.data.captions,
             fetcher=fetcher,
+            output=Output("--output-dir", options.output_dir),
         )
         part = every_part.part_for(options.data.split)
         data = _limited(every_part.of_split(part), options.data.limit)

@@ -3,7 +3,16 @@
 import re
 from pathlib import Path
 
-from lib.data.captions.listing import CaptionedImages, ImageFinder, Listing, load_json, shape_of
+from lib.data.captions.listing import (
+    CaptionedImages,
+    ImageFinder,
+    Listing,
+    counted_fault,
+    image_name,
+    load_json,
+    shape_of,
+)
+from lib.data.fields import NotText, name_of, shown, text_of
 from lib.errors import InputError
 
 _PARTS = ("val2017", "train2017", "val2014", "train2014")
@@ -57,20 +66,30 @@ def _finder(path: Path, image_root: str | None) -> ImageFinder:
 def _read(path: Path, split: str, finder: ImageFinder, listing: Listing) -> None:
     content = load_json(path, listing.flag)
     images, annotations = _parts(content, path, listing.flag)
-    captions: dict[object, list[str]] = {}
+    captions: dict[str, list[str]] = {}
     for number, annotation in enumerate(annotations):
-        caption = annotation.get("caption") if isinstance(annotation, dict) else None
-        if isinstance(caption, str) and "image_id" in annotation:
-            captions.setdefault(annotation["image_id"], []).append(caption)
-        else:
-            listing.malformed.append((f"{path.name}: annotation {number}", "malformed_row"))
+        with counted_fault(listing, f"{path.name}: annotation {number}", split):
+            image_id, caption = _present(annotation["image_id"]), text_of(annotation["caption"])
+            if caption is None:
+                raise NotText("no caption")
+            captions.setdefault(image_id, []).append(caption)
+    read: set[str] = set()
     for number, image in enumerate(images):
-        name = image.get("file_name") if isinstance(image, dict) else None
-        if isinstance(name, str) and name and "id" in image:
-            listing.add(finder, name, split, captions.pop(image["id"], []))
-        else:
-            listing.malformed.append((f"{path.name}: image {number}", "malformed_row"))
-    listing.malformed += [(f"{path.name}: image_id {number}", "unknown_image") for number in captions]
+        with counted_fault(listing, f"{path.name}: image {number}", split):
+            image_id, name = _present(image["id"]), image_name(image["file_name"])
+            if image_id in read:
+                raise NotText("an id that another image has")
+            read.add(image_id)
+            listing.add(finder, name, split, captions.pop(image_id, []))
+    for image_id in captions:
+        listing.skip(f"{path.name}: image_id {shown(image_id)}", "unknown_image", split)
+
+
+def _present(value: object) -> str:
+    """An id as text; raises NotText where it is missing."""
+    if (name := name_of(value)) is None:
+        raise NotText("no id")
+    return name
 
 
 def _parts(content: object, path: Path, flag: str) -> tuple[list, list]:

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Literal
 
 from lib.data.captions.listing import SPLITS, CaptionedImages, ImageFinder, Listing
+from lib.data.fields import shown
+from lib.data.files import open_text
 from lib.errors import InputError
 
 FOLDERS = (
@@ -45,8 +47,8 @@ def read_flickr(path: Path, flag: str, image_root: str | None = None) -> Caption
     split_of = _SplitLists(path.parent)
     on_no_list: dict[str, None] = {}
     for line, row in _token_rows(path) if form == "token" else _table_rows(path, form):
-        if row is None:
-            listing.malformed.append((f"{path.name}:{line}", "malformed_row"))
+        if row is None or "\0" in row[0]:
+            listing.skip(f"{path.name}:{line}", "malformed_row")
         elif (split := split_of(row[0])) is None:
             on_no_list[row[0]] = None
         else:
@@ -54,14 +56,15 @@ def read_flickr(path: Path, flag: str, image_root: str | None = None) -> Caption
     if on_no_list and listing.empty:
         names = ", ".join(split_of.files)
         raise InputError(f"{flag} {path}: the lists of splits beside it ({names}) name none of its images")
-    listing.malformed += [(name, "no_split") for name in on_no_list]
+    for name in on_no_list:
+        listing.skip(shown(name), "no_split")
     return listing.finish(finder)
 
 
 def flickr_form(path: Path) -> _Form | None:
     """How a file writes its captions, from its first line; None for any other file."""
     try:
-        with open(path, encoding="utf-8-sig", errors="replace") as file:
+        with open_text(path) as file:
             first = file.readline(10_000)
     except OSError:
         return None
@@ -101,6 +104,7 @@ def _table_rows(path: Path, separator: str) -> Iterator[tuple[int, tuple[str, st
     lines = _lines(path)
     count = len(_columns(next(lines)[1], separator))
     for line, text in lines:
+        text = text.replace("\r", " ")
         cells = next(csv.reader([text], delimiter=separator)) if '"' in text else []
         if len(cells) != count:
             # Not quoted, or not well: the caption is all that follows, separators included.
@@ -113,7 +117,7 @@ def _table_rows(path: Path, separator: str) -> Iterator[tuple[int, tuple[str, st
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """(line number, line) of the lines that are not blank, bad bytes as surrogates."""
-    with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
+    with open_text(path) as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
                 yield number, line.rstrip("\r\n")

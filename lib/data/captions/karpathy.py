@@ -3,7 +3,17 @@
 from pathlib import Path
 
 from lib.data.captions.flickr import FOLDERS
-from lib.data.captions.listing import SPLITS, CaptionedImages, ImageFinder, Listing, load_json, shape_of
+from lib.data.captions.listing import (
+    SPLITS,
+    CaptionedImages,
+    ImageFinder,
+    Listing,
+    counted_fault,
+    image_name,
+    load_json,
+    shape_of,
+)
+from lib.data.fields import NotText, name_of, shown, text_of
 from lib.errors import InputError
 
 _PLACES = ("images", *FOLDERS, "train2014", "val2014", "images/train2014", "images/val2014")
@@ -20,18 +30,20 @@ def read_karpathy(path: Path, flag: str, image_root: str | None = None) -> Capti
         )
     finder = ImageFinder(path.parent, _PLACES, image_root, beside=True)
     listing = Listing(path, "Karpathy split", flag)
+    unknown: InputError | None = None
     for number, image in enumerate(images):
-        name = image.get("filename") if isinstance(image, dict) else None
-        if not isinstance(name, str) or not name:
-            listing.malformed.append((f"{path.name}: image {number}", "malformed_row"))
-            continue
-        split = SPLITS.get(image.get("split"))
-        if split is None:
-            known = ", ".join(SPLITS)
-            raise InputError(f"{flag} {path}, image {name}: split {image.get('split')!r} is none of {known}")
-        folder = image.get("filepath")
-        names = (f"{folder}/{name}", name) if isinstance(folder, str) and folder else (name,)
-        listing.add(finder, name, split, _sentences(image), names=names)
+        with counted_fault(listing, f"{path.name}: image {number}"):
+            name, folder = image_name(image["filename"]), image.get("filepath")
+            split = SPLITS.get(str(name_of(image.get("split"))))
+            if split is None:
+                listing.skip(shown(name), "unknown_split")
+                words = f"split {image.get('split')!r} is none of {', '.join(SPLITS)}"
+                unknown = unknown or InputError(f"{flag} {path}, image {shown(name)}: {words}")
+                continue
+            names = (f"{folder}/{name}", name) if isinstance(folder, str) and folder else (name,)
+            listing.add(finder, name, split, _sentences(image), names=names)
+    if unknown and listing.empty:
+        raise unknown
     return listing.finish(finder)
 
 
@@ -41,8 +53,15 @@ def karpathy_files(folder: Path) -> list[Path]:
 
 
 def _sentences(image: dict) -> list[str]:
-    """The sentences as written; one that is not there counts as empty."""
-    sentences = image.get("sentences")
-    sentences = sentences if isinstance(sentences, list) else []
-    raw = [sentence.get("raw") if isinstance(sentence, dict) else None for sentence in sentences]
-    return [text if isinstance(text, str) else "" for text in raw]
+    """The sentences as written; one without a text counts as empty."""
+    sentences = image.get("sentences") or []
+    if not isinstance(sentences, list):
+        raise NotText("sentences are no list")
+    return [_raw(sentence) for sentence in sentences]
+
+
+def _raw(sentence: object) -> str:
+    try:
+        return (text_of(sentence.get("raw")) if isinstance(sentence, dict) else None) or ""
+    except NotText:
+        return ""

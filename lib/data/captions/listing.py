@@ -2,13 +2,17 @@
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from lib.data.fields import is_utf8
+from lib.data.fields import NotText, is_utf8
+from lib.data.files import fault_of, open_text
 from lib.data.hub.row_images import RowImages
+from lib.data.skipped import Skips, by_split
 from lib.errors import InputError
 
 SPLITS = {
@@ -21,6 +25,13 @@ SPLITS = {
     "test": "test",
 }
 """The split that a file's own word stands for; data without splits has the one split "all"."""
+
+
+def image_name(value: object) -> str:
+    """The name of an image's file, as a file of captions writes it; raises NotText for what cannot be one."""
+    if not isinstance(value, str) or not (name := value.strip()) or "\0" in name:
+        raise NotText(f"{value!r} is no name of a file")
+    return name
 
 
 class Caption(NamedTuple):
@@ -66,8 +77,8 @@ class CaptionedImages:
     kind: str
     """for descriptions: "COCO captions" """
     images: list[Captioned]
-    malformed: list[tuple[str, str]]
-    """(line, reason) of what names no image or is not readable"""
+    left_out: Mapping[str, Skips]
+    """split -> (line or name, reason) of the entries that name no image or are not readable"""
     stored: RowImages | None = None
     """where the images are, if they are no files"""
     has_columns: bool = False
@@ -111,7 +122,7 @@ class ImageFinder:
         if folder not in self._listings:
             try:
                 self._listings[folder] = frozenset(os.listdir(folder))
-            except OSError:
+            except (OSError, ValueError):  # a name that no folder can have, as with a NUL
                 self._listings[folder] = frozenset()
         return self._listings[folder]
 
@@ -123,7 +134,9 @@ class Listing:
     path: Path
     kind: str
     flag: str
-    malformed: list[tuple[str, str]] = field(default_factory=list)
+    left_out: dict[str | None, list[tuple[str, str]]] = field(default_factory=dict)
+    named: set[str] = field(default_factory=set)
+    """images that entries name which cannot be used"""
     _images: dict[tuple[str, str], Captioned] = field(default_factory=dict)
 
     def add(
@@ -137,7 +150,8 @@ class Listing:
     ) -> None:
         """Note captions of an image; `names` are those of its file, where the key is not."""
         if not is_utf8(f"{key}{group or ''}"):
-            self.malformed.append((ascii(key), "not_utf8"))
+            self.named.add(key)
+            self.skip(ascii(key), "not_utf8", split)
             return
         image = self._images.get((key, split))
         if image is None:
@@ -146,31 +160,63 @@ class Listing:
         for text in texts:
             image.captions.append(Caption(len(image.captions), text.strip()))
 
+    def skip(self, key: str, reason: str, split: str | None = None) -> None:
+        """Note an entry that cannot be used; `split` where it is known."""
+        self.left_out.setdefault(split, []).append((key, reason))
+
     @property
     def empty(self) -> bool:
         """Whether no image was noted yet."""
         return not self._images
 
+    def divide(self) -> None:
+        """Leave out images of split "all" where others have one: they would be in no split, and not be counted."""
+        if any(split != "all" for _, split in self._images):
+            for key, split in [each for each in self._images if each[1] == "all"]:
+                self.skip(key, "no_split")
+                self.named.add(key)
+                del self._images[key, split]
+
+    @property
+    def keys(self) -> set[str]:
+        """Every image that an entry names."""
+        return self.named | {key for key, _ in self._images}
+
     def finish(self, finder: ImageFinder) -> CaptionedImages:
         """All that was noted; InputError where not one image was named, or not one of them is there."""
         images = list(self._images.values())
         if not images:
-            raise InputError(f"{self.flag} {self.path} names no image; it needs a line for each image and caption")
+            counts = Counter(reason for skips in self.left_out.values() for _, reason in skips)
+            found = "".join(f", {reason} {count:,}" for reason, count in counts.most_common())
+            raise InputError(
+                f"{self.flag} {self.path} names no image{found}; it needs a line for each image and caption"
+            )
         if not any(image.path for image in images):
             raise InputError(
                 f"{self.flag} {self.path}: of the {len(images):,} images it names not one is there (the first: "
                 f"{images[0].key!r}); they are looked for in {finder.where}; --image-root says where they are"
             )
-        return CaptionedImages(self.path, self.kind, images, self.malformed)
+        return CaptionedImages(self.path, self.kind, images, by_split(self.left_out, {each.split for each in images}))
+
+
+@contextmanager
+def counted_fault(listing: Listing, key: str, split: str | None = None) -> Iterator[None]:
+    """Count an entry as malformed_row whatever reading it raises: a missing field, a list as an id, a NUL in a name."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+        listing.skip(key, "malformed_row", split)
 
 
 def load_json(path: Path, flag: str) -> object:
     """The content of a JSON file, bad bytes as surrogates; InputError where it is not JSON."""
     try:
-        with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
+        with open_text(path) as file:
             return json.load(file)
     except OSError as error:
-        raise InputError(f"{flag} {path} cannot be read: {error.strerror}") from None
+        raise InputError(f"{flag} {path} cannot be read: {fault_of(error)}") from None
     except (ValueError, RecursionError) as error:
         raise InputError(f"{flag} {path} is not JSON, or was cut short: {error}") from None
 

@@ -85,7 +85,7 @@ def captioned_source(captioned: CaptionedImages, captions: Captions) -> IndexedS
         size=len(image),
         distinct_texts=distinct,
         shared_text_pairs=shared,
-        skipped=tuple(captioned.malformed + kept.skipped),
+        skipped=(*captioned.left_out.get(split, ()), *kept.skipped),
         images=kept.opened_from(captioned.stored),
         image=image,
         texts=kept.texts,
@@ -122,5 +122,5 @@ def captioned_evaluation(captioned: CaptionedImages, split: str, flag: str) -> E
         group=kept.group,
         captions=kept.texts,
         caption_image=np.array(kept.text_image),
-        skipped=tuple(kept.skipped),
+        skipped=(*captioned.left_out.get(split, ()), *kept.skipped),
     )

@@ -1,128 +1,237 @@
-"""Owns tables of captions: CSV, TSV and JSONL files whose rows name an image and say what it shows."""
+"""Tables: CSV, TSV and JSONL files whose rows name an image and its captions, or its class."""
 
 import csv
-import json
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
-from lib.data.captions.listing import SPLITS, CaptionedImages, ImageFinder, Listing
-from lib.data.fields import FOUND_COLUMNS, Columns
+from lib.data.captions.listing import SPLITS, CaptionedImages, ImageFinder, Listing, image_name
+from lib.data.captions.records import Delimited, json_objects
+from lib.data.classes.labelled_rows import LabelledRows, labelled_by_captions
+from lib.data.fields import COLUMNS, FOUND_COLUMNS, Columns, NotText, name_of, shown, texts_of
+from lib.data.files import fault_of, is_image_name, open_text
 from lib.errors import InputError
 
 SUFFIXES = (".csv", ".tsv", ".jsonl")
-
-COLUMNS = {
-    "image": ("filename", "image", "image_path", "file_name", "filepath", "path", "image_name"),
-    "caption": (
-        *("caption", "captions", "text", "texts", "txt", "title", "sentence", "sentences", "comment"),
-        *("description", "alt_text", "raw", "prompt"),
-    ),
-    "split": ("split",),
-    "group": ("group",),
-}
-"""Names of the columns, by what they hold; the first that is there is read."""
+_LOOKED_AT = 100
+"""Rows of a table that nobody asked for, to find out what it is about."""
 
 
 def read_table(
     path: Path, flag: str, image_root: str | None = None, columns: Columns = FOUND_COLUMNS
-) -> CaptionedImages:
-    """Read a table; InputError, naming `flag`, for columns or splits that are not understood."""
-    wanted = COLUMNS | {meaning: (name.lower(),) for meaning, name in columns._asdict().items() if name is not None}
+) -> CaptionedImages | LabelledRows:
+    """Read a table; InputError, naming `flag`, for columns that are not understood, or splits of which none is."""
     finder = ImageFinder(path.parent, ("images", "Images"), image_root)
+    table = Table(path, flag, columns, finder)
     listing = Listing(path, "captions", flag)
-    for line, row in _rows(path, flag, wanted):
-        if row is None:
-            listing.malformed.append((f"{path.name}:{line}", "malformed_row"))
+    add_rows(listing, table, finder)
+    listed = replace(listing.finish(finder), has_columns=True, kind=table.kind("captions"))
+    return labelled_by_captions(listed, flag) if table.labelled else listed
+
+
+def add_rows(
+    listing: Listing, table: "Table", finder: ImageFinder, place: str = "", split_of: Callable[[str], str] | None = None
+) -> None:
+    """List the rows of a table; InputError where rows have splits and none is known.
+
+    place: what image names are relative to, "train/". split_of: the split of an image whose row names none.
+    """
+    unknown: tuple[int, str] | None = None
+    for line, row in table.rows():
+        if isinstance(row, str):
+            listing.skip(f"{place}{table.path.name}:{line}", row)
             continue
-        split = SPLITS.get(row.split.lower())
+        key = row.image if not place or row.image.startswith("/") else place + row.image
+        split = SPLITS.get(row.split.lower()) if row.split else split_of(key) if split_of else "train"
         if split is None:
-            raise InputError(f"{flag} {path}, line {line}: split {row.split!r} is none of {', '.join(SPLITS)}")
-        listing.add(finder, row.image, split, row.captions, row.group)
-    return replace(listing.finish(finder), has_columns=True)
+            unknown = unknown or (line, str(row.split))
+            listing.named.add(key)
+            listing.skip(f"{place}{table.path.name}:{line}", "unknown_split")
+        else:
+            listing.add(finder, key, split, row.texts, row.group)
+    if unknown and listing.empty:
+        line, word = unknown
+        raise InputError(f"{table.flag} {table.path}, line {line}: split {word!r} is none of {', '.join(SPLITS)}")
 
 
-class _Row(NamedTuple):
+def names_images_below(path: Path) -> bool:
+    """Whether a table has captions of images that lie beside it, judged by its first rows."""
+    try:
+        finder = ImageFinder(path.parent, ("images", "Images"), None)
+        table = Table(path, "", FOUND_COLUMNS, finder)
+        rows = [row for _, row in islice(table.rows(), _LOOKED_AT)]
+    except InputError:
+        return False
+    return not table.labelled and any(finder.find(row.image) for row in rows if not isinstance(row, str))
+
+
+def is_metadata(path: Path) -> bool:
+    """Whether a table has a column of file names, and one of captions or classes."""
+    table = Table(path, "", FOUND_COLUMNS, ImageFinder(path.parent, (), None))
+    try:
+        return any(table.is_understood for _ in islice(table.rows(), _LOOKED_AT))
+    except InputError:
+        return False
+
+
+class Row(NamedTuple):
+    """What a row says: its image, and captions or the name of its class."""
+
     image: str
-    captions: list[str]
-    split: str
+    texts: list[str]
+    split: str | None
+    """as written"""
     group: str | None
 
 
-def _rows(path: Path, flag: str, wanted: dict[str, tuple[str, ...]]) -> Iterator[tuple[int, _Row | None]]:
-    """(line number, row) of each row; None for a row that names no image or is not readable."""
-    lines = _json_rows(path) if path.suffix.lower() == ".jsonl" else _csv_rows(path)
-    columns: dict[tuple[str, ...], dict[str, str | None]] = {}  # JSON objects may differ in what they name
-    try:
-        for line, record in lines:
-            if record is None:
-                yield line, None
+class _Own(NamedTuple):
+    """The table's own names of its columns, None for those that it lacks."""
+
+    image: str | None
+    text: str | None
+    """of captions, or of classes"""
+    split: str | None
+    group: str | None
+
+
+class Table:
+    """Rows of a file by the meaning of its columns; those of captions go before those of classes."""
+
+    def __init__(self, path: Path, flag: str, columns: Columns, finder: ImageFinder):
+        self.path, self.flag, self._finder = path, flag, finder
+        self._wanted = _wanted(columns)
+        self.labelled = False
+        """whether rows name a class and no caption; known after the first row"""
+        self._chosen: tuple[str, list[str]] | None = None  # the column of texts, and others that might be meant
+
+    @property
+    def is_understood(self) -> bool:
+        """Whether the columns of images and of texts were found; known after the first row that has both."""
+        return self._chosen is not None
+
+    def kind(self, word: str) -> str:
+        """The word, with the column that was chosen where there were several: "captions (of text, not of title)"."""
+        word = "labels" if self.labelled and word == "captions" else word
+        if self._chosen is None or not self._chosen[1]:
+            return word
+        used, others = self._chosen
+        return f"{word} (of column {shown(used)}, not of {', '.join(map(shown, others))})"
+
+    def rows(self) -> Iterator[tuple[int, Row | str]]:
+        """(line number, row, or the reason why it is none)."""
+        try:
+            with open_text(self.path) as file:
+                if self.path.suffix.lower() == ".jsonl":
+                    yield from self._objects(json_objects(file))
+                else:
+                    yield from self._cells(Delimited(file, self.path.suffix.lower()))
+        except csv.Error as error:
+            raise InputError(f"{self.flag} {self.path} is not readable as a table: {error}") from None
+        except OSError as error:
+            raise InputError(f"{self.flag} {self.path} cannot be read: {fault_of(error)}") from None
+
+    def _cells(self, table: Delimited) -> Iterator[tuple[int, Row | str]]:
+        if not table.header:
+            return
+        own = self._choose(table.header)
+        # A column that the table lacks is the last one, which every row is given.
+        image, text, split, group = (-1 if name is None else table.header.index(name) for name in own)
+
+        def is_row(cells: list[str]) -> bool:
+            if len(cells) != len(table.header):
+                return False
+            name = cells[image].strip()
+            return is_image_name(name) or self._finder.find(name) is not None
+
+        for line, cells in table.rows(is_row):
+            if isinstance(cells, str):
+                yield line, cells
+                continue
+            cells.append("")
+            yield line, _row(cells[image], cells[text], cells[split], cells[group])
+
+    def _objects(self, objects: Iterator[tuple[int, dict | str]]) -> Iterator[tuple[int, Row | str]]:
+        found: dict[tuple[str, ...], _Own] = {}  # objects may differ in what they name
+        first: list[str] | None = None
+        for line, record in objects:
+            if isinstance(record, str):
+                yield line, record
                 continue
             names = tuple(record)
-            if names not in columns:
-                columns[names] = _find_columns(names, wanted)
-                if len(columns) == 1:
-                    _check_columns(columns[names], names, wanted, path, flag)
-            yield line, _row(record, columns[names])
-    except csv.Error as error:
-        raise InputError(f"{flag} {path} is not readable as a table: {error}") from None
-    except OSError as error:
-        raise InputError(f"{flag} {path} cannot be read: {error.strerror}") from None
+            if names not in found:
+                first = first or [*names]
+                found[names] = self._own(names)
+                if self._chosen is None and not self._missing(names):
+                    found = {names: self._choose(names)}
+            own = found[names]
+            # A column that the object lacks is None, and no object has that for a key.
+            yield line, _row(*(record.get(name) for name in own))
+        if first and self._chosen is None:
+            self._choose(first)
 
-
-def _row(record: dict, columns: dict[str, str | None]) -> _Row | None:
-    # A column that the table lacks is None, and no record has that for a key.
-    image, captions = record.get(columns["image"]), record.get(columns["caption"])
-    split, group = record.get(columns["split"]), record.get(columns["group"])
-    if not image or not isinstance(image, str):
-        return None
-    # A missing caption stays a caption, an empty one: it is counted as that.
-    if not isinstance(captions, list) or not captions:
-        captions = [captions]
-    texts = ["" if caption is None else str(caption) for caption in captions]
-    return _Row(image, texts, "train" if split is None else str(split), None if group is None else str(group))
-
-
-def _find_columns(found: tuple[str, ...], wanted: dict[str, tuple[str, ...]]) -> dict[str, str | None]:
-    """The table's own name for each column that is needed, None for one that it lacks."""
-    own_name = {name.strip().lower(): name for name in reversed(found)}
-    return {
-        meaning: next((own_name[name] for name in names if name in own_name), None) for meaning, names in wanted.items()
-    }
-
-
-def _check_columns(
-    columns: dict[str, str | None], found: tuple[str, ...], wanted: dict[str, tuple[str, ...]], path: Path, flag: str
-) -> None:
-    for meaning in ("image", "caption"):
-        if columns[meaning] is None:
-            if not "".join(found).isprintable():
-                raise InputError(f"{flag} {path} is no table: its first line is not text; is it the right file?")
+    def _choose(self, names: Sequence[str]) -> _Own:
+        """Decide what is read by the names of the columns; InputError where an image or a text is not among them."""
+        if meaning := self._missing(names):
+            if not "".join(names).isprintable():
+                raise InputError(f"{self._asked} is no table: its first line is not text; is it the right file?")
+            wanted = self._wanted[meaning] or self._wanted["label"]
             raise InputError(
-                f"{flag} {path} has no column for the {meaning}: it has {', '.join(found) or 'none'}; "
-                f"name one of them {' or '.join(wanted[meaning])}, or choose one by --{meaning}-column"
+                f"{self._asked} has no column for the {meaning}: it has {', '.join(map(shown, names)) or 'none'}; "
+                f"name one of them {' or '.join(wanted)}, or choose one by --{meaning}-column"
             )
+        self.labelled = not _named(names, self._wanted["caption"])
+        own = self._own(names)
+        for name in filter(None, own):
+            if len(twice := [each for each in names if _same(each, name)]) > 1:
+                raise InputError(
+                    f"{self._asked} has {len(twice)} columns called {shown(name.strip())}; rename or remove all but one"
+                )
+        texts = _named(names, self._wanted["label" if self.labelled else "caption"])
+        self._chosen = texts[0], texts[1:]
+        return own
+
+    @property
+    def _asked(self) -> str:
+        return f"{self.flag} {self.path}"
+
+    def _missing(self, names: Sequence[str]) -> str | None:
+        """The meaning, image or caption, for which there is no column; of captions classes take the place."""
+        if not _named(names, self._wanted["image"]):
+            return "image"
+        return None if any(_named(names, self._wanted[meaning]) for meaning in ("caption", "label")) else "caption"
+
+    def _own(self, names: Sequence[str]) -> _Own:
+        meanings = ("image", "label" if self.labelled else "caption", "split", "group")
+        found = (_named(names, self._wanted[meaning]) for meaning in meanings)
+        return _Own(*(each[0] if each else None for each in found))
 
 
-def _csv_rows(path: Path) -> Iterator[tuple[int, dict]]:
-    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # the default refuses captions above 128 KiB
-    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-    with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
-        reader = csv.DictReader(file, delimiter=delimiter)
-        for row in reader:
-            row.pop(None, None)  # cells beyond the header's
-            yield reader.line_num, row
+def _wanted(columns: Columns) -> Mapping[str, Sequence[str]]:
+    """The names that a column may have, in lower case, by what it holds."""
+    wanted: dict[str, Sequence[str]] = dict(COLUMNS)
+    if columns.image is not None:
+        wanted["image"] = (columns.image.lower(),)
+    if columns.caption is not None:
+        is_label = columns.caption.lower() in COLUMNS["label"]
+        wanted |= {"caption": (), "label": ()} | {"label" if is_label else "caption": (columns.caption.lower(),)}
+    return wanted
 
 
-def _json_rows(path: Path) -> Iterator[tuple[int, dict | None]]:
-    with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
-        for line, text in enumerate(file, start=1):
-            if not text.strip():
-                continue
-            try:
-                record = json.loads(text)
-            except ValueError:
-                record = None
-            yield line, record if isinstance(record, dict) else None
+def _named(names: Sequence[str], wanted: Sequence[str]) -> list[str]:
+    """The columns that have one of the names wanted, in their order."""
+    own_name = {name.strip().lower(): name for name in reversed(names)}
+    return [own_name[name] for name in wanted if name in own_name]
+
+
+def _same(name: str, other: str) -> bool:
+    return name.strip().lower() == other.strip().lower()
+
+
+def _row(image: object, texts: object, split: object, group: object) -> Row | str:
+    try:
+        # A missing caption stays a caption, an empty one: it is counted as that.
+        return Row(image_name(image), texts_of(texts) or [""], name_of(split), name_of(group))
+    except NotText:
+        return "malformed_row"

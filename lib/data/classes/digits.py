@@ -1,12 +1,15 @@
 """Owns the embedded data: scikit-learn's 1,797 handwritten digits, which need no file and no network."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 from PIL import Image
 
 from lib.data.images import Extent
 from lib.data.pairs import Images
+from lib.data.skipped import Skips
 
 CLASSES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 SIZE = 32
@@ -40,6 +43,7 @@ class Digits:
     kind = "embedded"
     bank = "digits"
     splits = ("train", "test")
+    left_out: ClassVar[Mapping[str, Skips]] = {}
 
     def where(self, split: str) -> str:
         """Their name: they lie in no folder."""

@@ -1,13 +1,16 @@
 """Owns images with classes, whatever they come from: training pairs and evaluation sets made of them."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
+from lib.data.classes.class_names import renamed
+from lib.data.classes.labelled_rows import LabelledRows
 from lib.data.evaluation_set import EvaluationSet
-from lib.data.hub.samples import LabelledRows
 from lib.data.pairs import Images, IndexedSource, class_groups, prompted_source
+from lib.data.skipped import Skips
 from lib.errors import InputError
 
 
@@ -29,6 +32,10 @@ class LabelledImages(Protocol):
     def splits(self) -> Collection[str]:
         """Which of train, val and test there are, or "all" alone."""
 
+    @property
+    def left_out(self) -> Mapping[str, Skips]:
+        """(key, reason) of the samples of each split that cannot be used, as far as is known without opening them."""
+
     def where(self, split: str) -> str:
         """The folder of a split, or the name."""
 
@@ -36,19 +43,33 @@ class LabelledImages(Protocol):
         """Images of a split, their labels (n,) int64, and the names of the classes, the same for all splits."""
 
 
-def labelled_source(labelled: LabelledImages, templates: tuple[str, ...]) -> IndexedSource:
-    """The training images with class prompts."""
+def labelled_source(
+    labelled: LabelledImages, templates: tuple[str, ...], class_names: Path | None = None
+) -> IndexedSource:
+    """The training images with class prompts.
+
+    class_names: a file of names to use instead of the data's, see `renamed`.
+    """
     split = "train" if "train" in labelled.splits else "all"
     if split not in labelled.splits:
         raise InputError(f"--data {labelled.where('')} has no split for training, only {', '.join(labelled.splits)}")
     images, labels, classes = labelled.images(split)
-    left_out = _left_out(labelled, split)
+    if class_names is None and isinstance(labelled, LabelledRows) and labelled.numbers_only:
+        raise InputError(
+            f"--data {labelled.where(split)} has numbers for classes ({', '.join(classes[:3])}, ...), which say "
+            "nothing to a text tower; give --class-names FILE, a YAML list of their names in the order of the numbers"
+        )
+    classes = renamed(classes, class_names) if class_names else classes
+    left_out = labelled.left_out.get(split, ())
     return prompted_source(images, labels, classes, templates, labelled.where(split), labelled.kind, left_out)
 
 
-def labelled_evaluation(labelled: LabelledImages, split: str, templates: tuple[str, ...]) -> EvaluationSet:
-    """The images of one split with labels."""
+def labelled_evaluation(
+    labelled: LabelledImages, split: str, templates: tuple[str, ...], class_names: Path | None = None
+) -> EvaluationSet:
+    """The images of one split with labels; class_names as in `labelled_source`."""
     images, labels, classes = labelled.images(split)
+    classes = renamed(classes, class_names) if class_names else classes
     return EvaluationSet(
         name=f"{labelled.name} ({split})",
         images=images,
@@ -56,10 +77,5 @@ def labelled_evaluation(labelled: LabelledImages, split: str, templates: tuple[s
         labels=labels,
         classes=classes,
         templates=templates,
-        skipped=_left_out(labelled, split),
+        skipped=labelled.left_out.get(split, ()),
     )
-
-
-def _left_out(labelled: LabelledImages, split: str) -> tuple[tuple[str, str], ...]:
-    """(key, reason) of what is not used; only rows may lack an image or a class."""
-    return labelled.left_out.get(split, ()) if isinstance(labelled, LabelledRows) else ()

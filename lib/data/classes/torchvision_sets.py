@@ -1,9 +1,10 @@
 """Owns data sets that torchvision knows by name: CIFAR-10, CIFAR-100 and Imagenette."""
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 from filelock import FileLock
@@ -12,6 +13,7 @@ from PIL import Image
 from lib.data.classes.folders import image_names
 from lib.data.images import Extent, ImageFiles
 from lib.data.pairs import Images
+from lib.data.skipped import Skips
 from lib.errors import InputError
 
 if TYPE_CHECKING:
@@ -57,6 +59,7 @@ class TorchvisionSet:
     flag: str
     kind = "torchvision"
     bank = "objects"
+    left_out: ClassVar[Mapping[str, Skips]] = {}
 
     @property
     def splits(self) -> tuple[str, ...]:

@@ -4,12 +4,11 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from lib.data.captions.tables import COLUMNS
-from lib.data.fields import Columns
+from lib.data.fields import COLUMNS, Columns
 from lib.errors import InputError
 
 _IMAGES = ("image", "img", "jpg", "jpeg", "png", "webp", "picture", "photo")
-_LABELS = ("label", "labels", "fine_label", "class", "class_name", "class_label", "category", "target")
+_LABELS = COLUMNS["label"]
 _NUMBERED = re.compile(r"(?:caption|text|sentence)s?_?(\d+)", re.IGNORECASE)
 
 

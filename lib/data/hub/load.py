@@ -73,7 +73,7 @@ def load_parquet(name: str, flag: str, cache: Path) -> Rows:
     datasets = _library(asked)
     try:
         with _calm(datasets):
-            if folder and _has_card(folder):
+            if folder and has_card(folder):
                 found = datasets.load_dataset(name, cache_dir=str(cache))
             else:
                 by_split = _by_split(folder, files) if folder else {_UNDIVIDED: files}
@@ -107,12 +107,12 @@ def is_saved(folder: Path) -> bool:
 def holds_parquet(folder: Path) -> bool:
     """Whether parquet files lie in the folder or its data/, or deeper in a download from the hub."""
     patterns = [f"*{PARQUET}", f"data/*{PARQUET}"]
-    if _has_card(folder):  # other folders may have thousands of subfolders, one for each class
+    if has_card(folder):  # other folders may have thousands of subfolders, one for each class
         patterns += [f"*/*{PARQUET}", f"*/*/*{PARQUET}"]
     return any(not is_hidden(path.name) for pattern in patterns for path in folder.glob(pattern))
 
 
-def _has_card(folder: Path) -> bool:
+def has_card(folder: Path) -> bool:
     """Whether there is a README.md that begins with the YAML of the hub: configurations, splits, class names."""
     try:
         with open(folder / "README.md", encoding="utf-8", errors="replace") as file:

@@ -1,59 +1,22 @@
 """Samples of a data set that the `datasets` library reads: captioned images, or images with classes."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lib.data.captions.listing import SPLITS, Caption, Captioned, CaptionedImages, ImageFinder
+from lib.data.classes.labelled_rows import LabelledRows
 from lib.data.fields import Columns, NotText, is_utf8, name_of, texts_of
 from lib.data.hub.columns import Found, find_columns
 from lib.data.hub.load import Rows
 from lib.data.hub.row_images import RowImages
+from lib.data.skipped import by_split
 from lib.errors import InputError
-
-Skips = tuple[tuple[str, str], ...]
-"""(key, reason)"""
 
 _AT_ONCE = 10_000
 _NOT_UTF8 = "\udcff"
-
-
-@dataclass(frozen=True)
-class LabelledRows:
-    """Rows with an image and a class, in splits."""
-
-    path: Path
-    """as the user named the data"""
-    kind: str
-    every_image: RowImages
-    labels: np.ndarray
-    """(all rows,) int64, index into `classes`; -1 where there is none"""
-    classes: tuple[str, ...]
-    rows: dict[str, list[int]]
-    """split -> rows that can be used; no split without any"""
-    left_out: dict[str, Skips]
-    """split -> (key, reason) of the others"""
-    bank = "simple"
-
-    @property
-    def name(self) -> str:
-        return self.path.resolve().name if self.path.exists() else str(self.path)
-
-    @property
-    def splits(self) -> tuple[str, ...]:
-        return tuple(self.rows)
-
-    def where(self, split: str) -> str:
-        """The data's name, whatever the split."""
-        return str(self.path)
-
-    def images(self, split: str) -> tuple[RowImages, np.ndarray, tuple[str, ...]]:
-        """Images of a split, their labels (n,) int64, and the class names with underscores read as spaces."""
-        rows = self.rows[split]
-        return self.every_image.chosen(rows), self.labels[rows], self.classes
 
 
 def read_rows(
@@ -79,22 +42,23 @@ def _captioned(
     table: Any, found: Found, splits: list[str], images: RowImages, path: Path, kind: str
 ) -> CaptionedImages:
     listed: list[Captioned] = []
-    malformed: list[tuple[str, str]] = []
+    left_out: dict[str | None, list[tuple[str, str]]] = {}
     for row, (group, *values) in enumerate(_values(table, ["group", *found.captions])):
         try:
             named = name_of(group)
             # In several columns a missing caption keeps its place: the others keep their numbers.
             texts = [text for value in values for text in (texts_of(value) or [""] * (len(values) > 1))]
         except NotText:
-            malformed.append((images.keys[row], "malformed_row"))
+            left_out.setdefault(splits[row], []).append((images.keys[row], "malformed_row"))
             continue
         if not is_utf8(named or ""):
-            malformed.append((images.keys[row], "not_utf8"))
+            left_out.setdefault(splits[row], []).append((images.keys[row], "not_utf8"))
             continue
         captions = [Caption(number, text) for number, text in enumerate(texts)]
         place = None if images.places[row] is None else row
         listed.append(Captioned(images.keys[row], None, splits[row], named, captions, place))
-    return CaptionedImages(path, kind, listed, malformed, images, has_columns=True)
+    skips = by_split(left_out, {image.split for image in listed})
+    return CaptionedImages(path, kind, listed, skips, images, has_columns=True)
 
 
 def _labelled(

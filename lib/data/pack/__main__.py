@@ -21,7 +21,7 @@ from lib.data.order import permutation
 from lib.data.pack.listing import Entry, Listing, list_samples
 from lib.data.pack.samples import ImageOrReason, members_of, read_ahead, read_image
 from lib.data.pack.writer import Record, ShardWriter, Skips, write_lines
-from lib.data.recognize import open_data
+from lib.data.recognize import Output, open_data
 from lib.data.remote.fetch import Fetcher, default_fetcher
 from lib.data.shards.index import SPLITS, ShardIndex, write_index
 from lib.data.shards.shard_set import ShardSet
@@ -113,7 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     config.check()
     fetcher = Fetcher(config.cache_dir or default_fetcher().cache, default_fetcher().cache_bytes, config.allow_pipe)
     columns = Columns(config.image_column, config.caption_column)
-    opened = open_data(config.source, "SOURCE", config.image_root, fetcher, columns)
+    opened = open_data(config.source, "SOURCE", config.image_root, fetcher, columns, Output("--out", config.out))
     check_columns(columns, config.source, [opened])
     listing = list_samples(opened, "SOURCE", fetcher, config.captions == "lines")
     seed = config.seed(isinstance(opened, ShardSet))

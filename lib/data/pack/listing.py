@@ -2,6 +2,7 @@
 
 import io
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import NamedTuple
@@ -9,7 +10,6 @@ from typing import NamedTuple
 from lib.data.captions.listing import Captioned, CaptionedImages
 from lib.data.files import READABLE
 from lib.data.hub.row_images import RowImages
-from lib.data.hub.samples import LabelledRows
 from lib.data.images import BadImage, ImageFiles, open_header, read_image_file
 from lib.data.pairs import Images
 from lib.data.recognize import OpenedData
@@ -19,6 +19,7 @@ from lib.data.shards.index import SPLITS
 from lib.data.shards.kind import text_form
 from lib.data.shards.shard_set import ShardSet
 from lib.data.shards.tars import IMAGE_SUFFIXES, Damage, index_samples, read_member
+from lib.data.skipped import Skips
 
 _OF_FORMAT = {name: extensions[0].removeprefix(".") for name, extensions in READABLE.items()}
 
@@ -130,12 +131,10 @@ def list_samples(opened: OpenedData, flag: str, fetcher: Fetcher, lines: bool = 
     """
     if isinstance(opened, CaptionedImages):
         entries = [_captioned(image, opened.stored) for image in opened.images]
-        return Listing(_by_split(entries), None, list(opened.malformed))
+        return Listing(_by_split(entries), None, _every(opened.left_out))
     if isinstance(opened, ShardSet):
         return _of_shards(opened, flag, fetcher, lines)
-    listing = Listing()
-    if isinstance(opened, LabelledRows):
-        listing.malformed += [skip for skips in opened.left_out.values() for skip in skips]
+    listing = Listing(malformed=_every(opened.left_out))
     for split in sorted(opened.splits, key=SPLITS.index):
         images, labels, listing.classes = opened.images(split)
         names = [listing.classes[label] for label in labels]
@@ -143,6 +142,10 @@ def list_samples(opened: OpenedData, flag: str, fetcher: Fetcher, lines: bool = 
             image = FileImage(images.paths[index]) if isinstance(images, ImageFiles) else HeldImage(images, index)
             listing.entries.append(Entry(split, key, name, image, class_name=name))
     return listing
+
+
+def _every(left_out: Mapping[str, Skips]) -> list[tuple[str, str]]:
+    return [skip for skips in left_out.values() for skip in skips]
 
 
 def _by_split(entries: list[Entry]) -> list[Entry]:

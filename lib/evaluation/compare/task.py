@@ -7,6 +7,7 @@ from pathlib import Path, PurePath
 
 import torch
 
+from lib.data.classes.class_names import renamed
 from lib.data.evaluation_set import EvaluationSet
 from lib.errors import InputError
 from lib.evaluation.compare.classification import compare_classification
@@ -17,7 +18,6 @@ from lib.evaluation.origin import trained_on
 from lib.evaluation.outcome import Outcome, Picture, Rows, figure
 from lib.evaluation.subject import Model, Subject, check_there
 from lib.evaluation.tasks import Compare
-from lib.evaluation.zeroshot.class_names import renamed
 
 Draw = Callable[[Path], list[Picture]]
 

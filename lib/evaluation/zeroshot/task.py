@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from lib.data.classes.class_names import renamed
 from lib.evaluation.class_plots import plot_class_f1, plot_confusion
 from lib.evaluation.drawing import OpenImage, spread
 from lib.evaluation.embed import Embedded
@@ -13,7 +14,6 @@ from lib.evaluation.outcome import Outcome, Picture, skipped_table
 from lib.evaluation.subject import Subject
 from lib.evaluation.tasks import Zeroshot
 from lib.evaluation.zeroshot.calibration import Reliability, calibrate
-from lib.evaluation.zeroshot.class_names import renamed
 from lib.evaluation.zeroshot.examples import plot_predictions
 from lib.evaluation.zeroshot.held_out import Labelled, folds
 from lib.evaluation.zeroshot.metrics import ensemble, prompt_embeddings, zeroshot_metrics, zeroshot_scores
