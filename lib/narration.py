@@ -133,6 +133,7 @@ def next_command(run: Run) -> str:
         "--hold-out": f"{config.hold_out:g}" if config.hold_out and not config.val_data else None,
         "--prompts": config.prompts if run.source.classes else None,
         "--class-names": str(config.class_names) if config.class_names else None,
+        "--captions": config.captions if config.captions == "lines" else None,
         "--image-root": config.image_root,
         "--image-column": config.image_column,
         "--caption-column": config.caption_column,
@@ -173,7 +174,7 @@ def _text_lines(run: Run) -> list[str]:
     shared, same = run.source.shared_text_pairs, ""
     if shared:
         count_as = {"exclude": "no negatives", "positive": "positives", "negative": "negatives"}[run.same_text]
-        same = f"; {shared:,} captions have the words of another image's: {count_as} of each other (--same-text)"
+        same = f"; {shared:,} captions are word for word those of another image: {count_as} of each other (--same-text)"
     known = [] if distinct is None else [f"texts      {distinct:,} distinct texts{once}{same}"]
     count = sum(len(next(iter(chunk.values()))) for chunk in run.negatives)
     return known + ([f"           {count:,} negative prompts more, candidates of every image"] if count else [])

@@ -100,6 +100,14 @@ def test_a_png_with_megabytes_of_text_is_read_without_it(kind):
         decode_image(content[:-40])
 
 
+def test_a_png_whose_orientation_stands_in_its_metadata_is_turned():
+    from PIL.PngImagePlugin import PngInfo
+
+    texts = PngInfo()
+    texts.add_itxt("XML:com.adobe.xmp", '<x:xmpmeta><rdf:Description tiff:Orientation="6"/></x:xmpmeta>')
+    assert decode_image(encode(picture(40, 30), "PNG", pnginfo=texts)).size == (30, 40)
+
+
 def test_gray_palette_and_cmyk_become_rgb():
     for mode in ("1", "L", "LA", "P", "CMYK"):
         image = picture().convert(mode)

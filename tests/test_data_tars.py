@@ -142,7 +142,7 @@ def test_fields_of_every_type_have_a_meaning(tmp_path):
         "0": ["7"],
         "1": ["7.5"],
         "2": ["a", "empty_caption", "3"],
-        "11'": ["not_utf8"],  # the key is written as ascii() does
+        "11": ["not_utf8"],
         "12": ["marked"],
         "14": ["no_text"],
     }
@@ -216,7 +216,7 @@ def test_class_numbers_beyond_the_list_are_counted(tmp_path):
 def test_lines_of_txt_as_captions(tmp_path):
     members = [
         ("0.png", png(0)),
-        ("0.txt", b"one line\n\n  two lines \r\nthree"),
+        ("0.txt", "one line\n\n  two\u2028lines \r\nthree".encode()),
         ("1.png", png(1)),
         ("1.txt", b"\n \n"),
     ]
@@ -224,11 +224,16 @@ def test_lines_of_txt_as_captions(tmp_path):
     path = write_tar(tmp_path / "a.tar", members)
     found = items(path, captions="lines")
     assert [item.reason or item.texts for item in found] == [
-        ("one line",), ("two lines",), ("three",), "no_text", ("alone",)
+        ("one line",), ("two\u2028lines",), ("three",), "no_text", ("alone",)
     ]  # fmt: skip
     assert open_sources(path, None, None, captions="lines")[0].size == 4
-    assert texts(path)["0"] == ("one line\n\n  two lines \r\nthree",)
-    assert open_evaluation(path, "auto", None, captions="lines").captions == ["one line", "two lines", "three", "alone"]
+    assert texts(path)["0"] == ("one line\n\n  two\u2028lines \r\nthree",)
+    assert open_evaluation(path, "auto", None, captions="lines").captions == [
+        "one line",
+        "two\u2028lines",
+        "three",
+        "alone",
+    ]
     pack([path, "--out", str(tmp_path / "packed"), "--captions", "lines"])
     assert [item.texts for item in items(str(tmp_path / "packed"))] == [item.texts for item in found if item.texts]
     with pytest.raises(InputError, match="--captions lines splits the .txt members of tar shards, and digits has none"):
@@ -319,3 +324,65 @@ def test_a_list_of_classes_names_every_class_once(tmp_path):
             open_sources(path, None, None)
     (tmp_path / "classes.txt").write_bytes(b"\xef\xbb\xbfred\r\ngreen\r\nblue\r\n\r\n")
     assert [texts(path)[name] for name in "01"] == [("a photo of red",), ("a photo of blue",)]
+
+
+def test_captions_go_before_classes_whichever_sample_is_first(tmp_path):
+    records = [{"caption": None, "class": "animal"}, {"caption": "a red fox", "class": "animal"}, {"class": 3}]
+    path = write_tar(tmp_path / "a.tar", with_json(records))
+    assert texts(path) == {"0": "no_text", "1": ("a red fox",), "2": "no_text"}
+    (tmp_path / "classes.txt").write_text("a list\n\nof something else\n")  # is no matter where there are captions
+    assert texts(path)["1"] == ("a red fox",)
+    members = [("0.png", png(0)), ("0.txt", b" "), ("0.cls", b"ant"), ("1.png", png(1)), ("1.cls", b"bee")]
+    (tmp_path / "classes.txt").unlink()
+    found = texts(write_tar(tmp_path / "b.tar", [*members, ("2.png", png(2)), ("2.cls", b"-1")]))
+    assert found == {"0": ("a photo of ant",), "1": ("a photo of bee",), "2": "no_text"}
+
+
+def test_folders_of_shards_with_different_lists_of_classes_are_refused(tmp_path):
+    for name, listing in (("a", "cat\ndog\n"), ("b", "dog\ncat\n")):
+        write_tar(tmp_path / name / "0.tar", [("0.png", png(0)), ("0.cls", b"0")])
+        (tmp_path / name / "classes.txt").write_text(listing)
+    with pytest.raises(InputError, match="are different lists; give each folder as a --data of its own"):
+        open_sources(str(tmp_path / "{a,b}" / "0.tar"), None, None)
+    found = items([str(tmp_path / name / "0.tar") for name in "ab"])
+    assert [item.texts for item in found] == [("a photo of cat",), ("a photo of dog",)]
+
+
+def test_groups_of_two_sources_are_not_the_same_but_classes_are(tmp_path):
+    for name, label in (("a", "cat"), ("b", "dog")):
+        records = [{"class": label, "group": 1}, {"class": "cat"}]
+        write_tar(tmp_path / f"{name}.tar", with_json(records))
+    found = items([str(tmp_path / "a.tar"), str(tmp_path / "b.tar")])
+    assert found[0].group != found[2].group and found[1].group == found[3].group == stable_hash("cat")
+
+
+def test_tars_joined_by_cat_and_sparse_members_are_told(tmp_path):
+    one, other = (write_tar(tmp_path / f"{n}.tar", [(f"{n}.png", png(n)), (f"{n}.txt", b"text")]) for n in range(2))
+    (tmp_path / "both.tar").write_bytes(Path(one).read_bytes() + Path(other).read_bytes())
+    (data,) = all_ranks(open_sources(str(tmp_path / "both.tar"), None, None)[0], 1)
+    list(data.steps(0, 1))
+    assert totals([data]) == (2, 1, {"trailing_data": 1})
+    info = tarfile.TarInfo("2.png")
+    info.size, info.type = 512, tarfile.GNUTYPE_SPARSE
+    header = bytearray(info.tobuf(tarfile.GNU_FORMAT))
+    # one block of 512 bytes at 0, of 4,096 in all
+    header[386:410], header[483:495] = b"%011o\0%011o\0" % (0, 512), b"%011o\0" % 4096
+    header[148:156] = b"        "
+    header[148:156] = b"%06o\0 " % sum(header)
+    text = tarfile.TarInfo("2.txt")
+    text.size = 4
+    rest = text.tobuf(tarfile.GNU_FORMAT) + b"text" + bytes(508) + bytes(10240)
+    (tmp_path / "sparse.tar").write_bytes(Path(one).read_bytes()[:2048] + bytes(header) + bytes(512) + rest)
+    assert texts(str(tmp_path / "sparse.tar")) == {"0": ("text",), "2": "no_image"}
+
+
+def test_an_index_that_does_not_name_every_tar_is_refused(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "0.png").write_bytes(png(0))
+    (tmp_path / "in" / "captions.csv").write_text("filename,caption\n0.png,text\n")
+    out = tmp_path / "out"
+    pack([str(tmp_path / "in" / "captions.csv"), "--out", str(out)])
+    write_tar(out / "zz.tar", [("0.png", png(0)), ("0.txt", b"text")])
+    for data in (out, out / "*.tar"):
+        with pytest.raises(InputError, match="index.json does not name zz.tar; move it elsewhere"):
+            open_sources(str(data), None, None)

@@ -63,7 +63,7 @@ def _divided_folders(folders: ClassFolders, fraction: float) -> ClassFolders:
 
 
 def _divided_rows(rows: LabelledRows, fraction: float) -> LabelledRows:
-    ((split, every_row),) = rows.rows.items()
+    (every_row,) = rows.rows.values()
     keys = rows.every_image.keys
     of_class: dict[int, list[str]] = {}
     for row in every_row:
@@ -73,7 +73,7 @@ def _divided_rows(rows: LabelledRows, fraction: float) -> LabelledRows:
         "train": [row for row in every_row if keys[row] not in kept],
         "test": [row for row in every_row if keys[row] in kept],
     }
-    left_out = _of_training({split: rows.left_out.get(split, ())})
+    left_out = _of_training(rows.left_out)
     return replace(rows, rows={part: chosen for part, chosen in parts.items() if chosen}, left_out=left_out)
 
 

@@ -25,6 +25,7 @@ _FIRST_BYTES = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"GIF8", b"RIFF", b"II*\x00", b
 _UNKNOWN = re.compile(rb"\xff\x0a|\0\0\0\x0cJXL |.{4}ftyp(hei|hev|mif1|msf1)", re.DOTALL)
 _PNG = b"\x89PNG\r\n\x1a\n"
 _PNG_TEXTS = (b"tEXt", b"zTXt", b"iTXt")
+_PNG_ORIENTATION = (b"XML:com.adobe.xmp\0", b"Raw profile type exif\0")  # texts that may say which side is up
 _ORIENTATION = 0x0112
 
 # Pillow warns at 89 million pixels; the cap above is lower and not a matter of warnings.
@@ -105,14 +106,15 @@ def open_header(content: bytes) -> Image.Image:
 def _without_png_texts(content: bytes) -> bytes:
     """A PNG without its texts, which Pillow unpacks and refuses above 1 MiB although the pixels are fine.
 
-    Other files, and PNGs whose blocks are damaged, stay as they are.
+    Texts with metadata of the image are kept, and other files stay as they are.
     """
     if not content.startswith(_PNG) or not any(kind in content for kind in _PNG_TEXTS):
         return content
     kept, place = [_PNG], len(_PNG)
     while place + 12 <= len(content):
         end = place + 12 + int.from_bytes(content[place : place + 4], "big")  # length, kind, data, checksum
-        if content[place + 4 : place + 8] not in _PNG_TEXTS:
+        is_text = content[place + 4 : place + 8] in _PNG_TEXTS
+        if not is_text or content.startswith(_PNG_ORIENTATION, place + 8):
             kept.append(content[place:end])
         place = end
     return b"".join(kept)

@@ -128,6 +128,7 @@ class MixedSource(Source):
             "parts": tuple(replace(part, part=number) for number, part in enumerate(self.parts)),
             "classes": _merged(part.classes for part in self.parts),
             "templates": _merged(part.templates for part in self.parts),
+            "shared_text_pairs": _sum_if_known([part.shared_text_pairs for part in self.parts]),
             "distinct_texts": sum(texts) if len(texts) == len(self.parts) else None,
             "skipped": tuple(chain.from_iterable(part.skipped for part in self.parts)),
             "unusable": tuple(chain.from_iterable(part.unusable for part in self.parts)),
@@ -145,6 +146,11 @@ class MixedSource(Source):
 def parts_of(source: Source) -> tuple[Source, ...]:
     """The parts of a mixture, or the source alone."""
     return source.parts if isinstance(source, MixedSource) else (source,)
+
+
+def _sum_if_known(counts: list[int | None]) -> int | None:
+    known = [count for count in counts if count is not None]
+    return sum(known) if len(known) == len(counts) else None
 
 
 def _merged(names: Iterable[tuple[str, ...] | None]) -> tuple[str, ...] | None:

@@ -89,11 +89,12 @@ class ImagePipeline:
         Whatever the image's file or its decoder raises makes it one bad image, and is not the end of a run.
         """
         try:
-            return self(open_image(self.extent), seed)
-        except (BadImage, InputError, RunError, MemoryError):
+            image = open_image(self.extent)
+        except (BadImage, InputError, RunError):
             raise
         except Exception as error:
             raise BadImage("unreadable") from error
+        return self(image, seed)
 
     def __call__(self, image: Image.Image, seed: int) -> Tensor:
         """Pixels of one image, uint8 (3, size, size); `seed`, 0 to 2**63 - 1, decides the augmentation."""

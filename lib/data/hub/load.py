@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lib.data.captions.listing import SPLITS
-from lib.data.files import is_hidden
+from lib.data.files import is_hidden, open_file
 from lib.errors import InputError
 
 PARQUET = ".parquet"
@@ -115,8 +115,8 @@ def holds_parquet(folder: Path) -> bool:
 def has_card(folder: Path) -> bool:
     """Whether there is a README.md that begins with the YAML of the hub: configurations, splits, class names."""
     try:
-        with open(folder / "README.md", encoding="utf-8", errors="replace") as file:
-            return file.readline().strip() == "---"
+        with open_file(folder / "README.md") as file:
+            return file.readline(100).strip() == b"---"
     except OSError:
         return False
 

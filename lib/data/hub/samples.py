@@ -8,7 +8,7 @@ import numpy as np
 
 from lib.data.captions.listing import SPLITS, Caption, Captioned, CaptionedImages, ImageFinder
 from lib.data.classes.labelled_rows import LabelledRows
-from lib.data.fields import Columns, NotText, is_utf8, name_of, texts_of
+from lib.data.fields import Columns, NotText, is_utf8, name_of, readable_class, texts_of
 from lib.data.hub.columns import Found, find_columns
 from lib.data.hub.load import Rows
 from lib.data.hub.row_images import RowImages
@@ -67,15 +67,17 @@ def _labelled(
     assert found.label is not None
     values = [value for (value,) in _values(table, [found.label])]
     if found.names:
-        classes = tuple(name.replace("_", " ") for name in found.names)
-        labels = [-1 if value is None or not 0 <= value < len(classes) else value for value in values]
+        # Names that read alike, a_b and "a b", are one class.
+        names = [readable_class(name) for name in found.names]
+        classes = tuple(dict.fromkeys(names))
+        named = [None if value is None or not 0 <= value < len(names) else names[value] for value in values]
     else:
-        named = [(name_of(value) or "").replace("_", " ") for value in values]
+        named = [readable_class(name_of(value) or "") for value in values]
         classes = tuple(sorted(name for name in {*named} if name and is_utf8(name)))
-        number = {name: index for index, name in enumerate(classes)}
-        labels = [number.get(name, -1) for name in named]
+    number = {name: index for index, name in enumerate(classes)}
+    labels = [number.get(name or "", -1) for name in named]
     rows: dict[str, list[int]] = {}
-    left_out: dict[str, list[tuple[str, str]]] = {}
+    left_out: dict[str | None, list[tuple[str, str]]] = {}
     for row, (split, place, label) in enumerate(zip(splits, images.places, labels, strict=True)):
         if place is None or label < 0:
             left_out.setdefault(split, []).append((images.keys[row], "missing" if place is None else "no_text"))
@@ -83,8 +85,8 @@ def _labelled(
             rows.setdefault(split, []).append(row)
     if not rows:
         raise InputError(f"{flag} {path}: no row has an image and a class in column {found.label}")
-    reasons = {split: tuple(skips) for split, skips in left_out.items()}
-    return LabelledRows(path, kind, images, np.array(labels, dtype=np.int64), classes, rows, reasons)
+    skips = by_split(left_out, rows)
+    return LabelledRows(path, kind, images, np.array(labels, dtype=np.int64), classes, rows, skips)
 
 
 def _own_splits(table: Any, given: list[str], asked: str) -> list[str]:

@@ -89,8 +89,8 @@ class Entry:
 
     split: str
     key: str
-    group: str
-    """what is hashed to the group of an unpacked sample"""
+    group: str | None
+    """what is hashed to the group of an unpacked sample; None where that is its key"""
     image: FileImage | MemberImage | HeldImage | None
     """None where it cannot be used"""
     captions: tuple[str, ...] = ()
@@ -164,7 +164,7 @@ def _captioned(image: Captioned, stored: RowImages | None) -> Entry:
     elif image.path is not None:
         found = FileImage(image.path)
     usable = found if any(captions) else None
-    return Entry(image.split, image.key, image.group or image.key, usable, captions, faults=tuple(faults))
+    return Entry(image.split, image.key, image.group, usable, captions, faults=tuple(faults))
 
 
 def _of_shards(shards: ShardSet, flag: str, fetcher: Fetcher, lines: bool) -> Listing:
@@ -192,7 +192,7 @@ def _of_shards(shards: ShardSet, flag: str, fetcher: Fetcher, lines: bool) -> Li
 
 
 def _of_sample(note: Annotation, image: MemberImage, split: str, labelled: bool) -> Entry:
-    group = note.group or (note.class_name if labelled else None) or note.key
+    group = note.group or (note.class_name if labelled else None)
     has_image = image.place is not None
     usable = note.fault(has_image, labelled) is None
     return Entry(

@@ -46,7 +46,9 @@ def members_of(
 ) -> dict[str, bytes]:
     """The files of sample `number` by name."""
     members = {f"{number:09d}.{suffix}": content}
-    record: dict[str, object] = {"key": entry.key, "group": entry.group, "split": entry.split}
+    record: dict[str, object] = {"key": entry.key, "split": entry.split}
+    if entry.group is not None:
+        record["group"] = entry.group
     if entry.class_name is None:
         members[f"{number:09d}.txt"] = next(filter(None, entry.captions)).encode()
         record["captions"] = entry.captions

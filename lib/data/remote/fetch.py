@@ -216,7 +216,8 @@ def _unzipped(content: bytes) -> bytes:
     if not content.startswith(GZIP):
         return content
     unpacked = io.BytesIO()
-    gunzip(io.BytesIO(content), unpacked, SMALL_BYTES)
+    if not gunzip(io.BytesIO(content), unpacked, SMALL_BYTES):
+        raise Unreachable("bad_gzip", "its compressed content is damaged or cut short")
     return unpacked.getvalue()
 
 

@@ -2,11 +2,13 @@
 
 import json
 import os
+import re
 from collections import Counter
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from lib.data.fields import decode, is_utf8, name_of, texts_of
+from lib.data.fields import decode, is_utf8, name_of, readable_class, texts_of
+from lib.data.fields import shown as shown_name
 from lib.data.remote.fetch import Fetcher
 from lib.data.remote.transfer import PIPE, is_away, is_url
 from lib.data.shards.tars import Sample
@@ -72,15 +74,16 @@ def annotate(sample: Sample, shard: str, form: TextForm) -> Annotation:
     Captions in .json go before .txt. null and NaN are missing fields, see lib.data.fields.
     """
     own_key = f"{shard}/{sample.key}"
+    printable = shown_name(own_key)
     try:
         note = _read(sample, own_key, form)
         # JSON can spell half a character, which no tokenizer takes.
         if not is_utf8("".join((note.key, note.group or "", note.class_name or "", *note.captions))):
-            note = Annotation(ascii(note.key), reason="not_utf8")
+            note = Annotation(printable, reason="not_utf8")
     except UnicodeDecodeError:
-        note = Annotation(own_key, reason="not_utf8")
+        note = Annotation(printable, reason="not_utf8")
     except Exception:  # no JSON, nested too deeply for its reader, numbers too long for it, a list as a key, ...
-        note = Annotation(own_key, reason="malformed_json")
+        note = Annotation(printable, reason="malformed_json")
     return note._replace(reason=sample.fault or note.reason)
 
 
@@ -88,17 +91,18 @@ def _read(sample: Sample, own_key: str, form: TextForm) -> Annotation:
     members = sample.members
     record = json.loads(decode(members.get("json") or b"{}"))
     given_key, group = name_of(record.get("key")), name_of(record.get("group"))
-    if group == given_key:  # the packer's word for no group; two packed folders may have the same keys
-        group = None
     label = record.get("class")
     if "cls" in members:
         label = decode(members["cls"])
     elif isinstance(label, list | dict | bool):  # a field of another meaning, which is no fault of a captioned image
         label = None
-    captions = texts_of(record.get("captions")) or texts_of(record.get("caption"))
+    captions = texts_of(record.get("captions"))
+    if not any(captions):
+        captions = texts_of(record.get("caption")) or captions
     if not any(captions) and "txt" in members:
         text = decode(members["txt"])
-        captions = [each for line in text.splitlines() if (each := line.strip())] if form.lines else texts_of(text)
+        lines = re.split(r"\r\n?|\n", text) if form.lines else []
+        captions = [each for line in lines if (each := line.strip())] if form.lines else texts_of(text)
     known, class_name = _class_name(name_of(label), form.classes)
     return Annotation(
         given_key or own_key if form.own_keys else own_key,
@@ -112,17 +116,21 @@ def _read(sample: Sample, own_key: str, form: TextForm) -> Annotation:
 def listed_classes(shards: tuple[str, ...], fetcher: Fetcher) -> tuple[str, ...] | None:
     """Class names by number from classes.txt beside the first shard, if it is there.
 
-    Raises InputError for a list with an empty line, which would move all names that follow, or a name twice.
+    Raises InputError for a list with an empty line, which would move all names that follow, or a name twice, and for
+    local folders of shards with different lists.
     """
     path = beside(shards[0], "classes.txt")
+    others = {beside(shard, "classes.txt") for shard in shards if not is_away(shard)} - {path}
     listing = fetcher.read_text(path)
     if listing is None or not listing.strip():
         return None
-    names = [name.strip().replace("_", " ") for name in listing.rstrip().split("\n")]
+    names = [readable_class(name.strip()) for name in listing.rstrip().split("\n")]
     for name, count in Counter(names).items():
         if count > 1 or not name:
             line = len(names) - names[::-1].index(name)
             raise InputError(f"{path}: line {line} is {f'{name!r} again' if name else 'empty'}; name every class once")
+    if different := next((other for other in sorted(others) if fetcher.read_text(other) not in (None, listing)), None):
+        raise InputError(f"{path} and {different} are different lists; give each folder as a --data of its own")
     return tuple(names)
 
 
@@ -144,7 +152,9 @@ def _class_name(label: str | None, classes: tuple[str, ...] | None) -> tuple[boo
     """Whether the label is missing or has a name, and the name, underscores read as spaces."""
     if label is None:
         return True, None
+    if label.startswith("-") and label[1:].isdecimal():  # -1 marks what has no class, as in unlabelled test data
+        return True, None
     if classes is None or not label.isdecimal():
-        return True, label.replace("_", " ")
+        return True, readable_class(label)
     number = int(label) if len(label) <= _LONGEST_NUMBER else len(classes)
     return (True, classes[number]) if number < len(classes) else (False, None)

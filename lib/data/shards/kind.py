@@ -23,28 +23,42 @@ def notes(path: str, name: str, form: TextForm) -> Iterator[Annotation]:
 def text_form(shards: ShardSet, split: str, flag: str, fetcher: Fetcher, lines: bool = False) -> tuple[TextForm, bool]:
     """How the shards' texts are read, and whether they hold classes and no captions.
 
-    The index tells, or the first of a thousand samples that has an image and text; InputError where none has.
+    The index tells, or the first thousand samples: captions if any of them has one, else classes, if any of them has
+    one. InputError where none has either.
     """
     if shards.index:
         form = TextForm(shards.index.classes, own_keys=True, lines=lines)
         return form, shards.index.classes is not None
     paths = shards.splits[split]
-    form = TextForm(listed_classes(paths, fetcher), lines=lines)
-    apart = False
-    for sample, name in islice(_first_samples(shards, paths, flag, fetcher), _LOOKED_AT):
+    try:
+        form, fault = TextForm(listed_classes(paths, fetcher), lines=lines), None
+    except InputError as error:  # no matter where the shards hold captions
+        form, fault = TextForm(lines=lines), error
+    apart, empty, class_name, first_shard = False, False, None, None
+    for sample, shard in islice(_first_samples(shards, paths, flag, fetcher), _LOOKED_AT):
+        if shard != first_shard and (class_name or empty):
+            break  # the first shard with texts is enough: others may have to be fetched
+        first_shard = shard
+        note = annotate(sample, shard, form)
         apart |= sample.fault == "apart"
-        note = annotate(sample, name, form)
-        if note.fault(sample.image_suffix is not None, labelled=not note.captions) not in (None, "empty_caption"):
+        if note.reason or sample.image_suffix is None:
             continue
-        if note.captions:
+        if any(note.captions):
             return form, False
-        if form.classes is None and note.class_name and note.class_name.isdecimal():
-            raise InputError(
-                f"{flag} {shown(paths[0])}: classes are numbers and have no names; put classes.txt, one name a line, "
-                "beside the shards"
-            )
-        return form, True
-    raise InputError(f"{flag} {shown(paths[0])}{_nothing(paths[0], apart, fetcher)}")
+        empty |= bool(note.captions)
+        class_name = class_name or note.class_name
+    if class_name is None:
+        if empty:  # which is told with the counts
+            return form, False
+        raise InputError(f"{flag} {shown(paths[0])}{_nothing(paths[0], apart, fetcher)}")
+    if fault:
+        raise fault
+    if form.classes is None and class_name.isdecimal():
+        raise InputError(
+            f"{flag} {shown(paths[0])}: classes are numbers and have no names; put classes.txt, one name a line, "
+            "beside the shards"
+        )
+    return form, True
 
 
 def _nothing(path: str, apart: bool, fetcher: Fetcher) -> str:

@@ -24,12 +24,14 @@ class ShardSet:
 def find_shards(data: str, flag: str, fetcher: Fetcher) -> ShardSet:
     """The shards of a folder with an index, or those that a path, glob, brace pattern, URL or command stands for.
 
-    An index beside them that names them all says which split each is of. Raises InputError, naming `flag`.
+    An index beside them says which split each is of, and must name them all. Raises InputError, naming `flag`.
     """
     # An address with "?" is that of one shard: nothing lies below it.
     if os.path.isdir(data) or (is_url(data) and "?" not in data and not data.rstrip("}").endswith(TARS)):
         index = read_index(data, fetcher)
         if index:
+            if os.path.isdir(data):
+                _check_all_named(data, flag, [name for name in os.listdir(data) if name.endswith(TARS)], index)
             shards = tuple(f"{data.rstrip('/')}/{name}" for name in index.shards)
             return _by_split(data, flag, shards, index)
         if os.path.isdir(data) or data.endswith("/"):
@@ -37,9 +39,20 @@ def find_shards(data: str, flag: str, fetcher: Fetcher) -> ShardSet:
     shards = fetcher.find(data, flag)
     indexes = {beside(shard, "") for shard in shards}
     index = read_index(indexes.pop(), fetcher) if len(indexes) == 1 and not data.startswith(PIPE) else None
-    if index is None or not all(os.path.basename(shown(shard)) in index.shards for shard in shards):
+    if index is None:
         return ShardSet(data, {"all": shards}, None)
+    _check_all_named(data, flag, [os.path.basename(shown(shard)) for shard in shards], index)
     return _by_split(data, flag, shards, index)
+
+
+def _check_all_named(data: str, flag: str, names: list[str], index: ShardIndex) -> None:
+    """Refuse tars that an index beside them does not name: they would be lost, or lose all others their splits."""
+    unnamed = next((name for name in sorted(names) if name not in index.shards), None)
+    if unnamed is not None:
+        raise InputError(
+            f"{flag} {data}: {INDEX} does not name {unnamed}; move it elsewhere, or remove {INDEX} to read all tars as "
+            "one split"
+        )
 
 
 def _by_split(data: str, flag: str, shards: tuple[str, ...], index: ShardIndex) -> ShardSet:

@@ -101,7 +101,9 @@ class ShardSource(Source):
         item = partial(Item, where, note.key, image, image_id)
         if self.templates:
             prompts = tuple(fill(template, note.class_name or "") for template in self.templates)
-            yield item(prompts, (0,) * len(prompts), stable_hash(note.group or note.class_name))
+            group = stable_hash(note.group or note.class_name)  # a class is the same group in every part of a mixture
+            group = group if note.group in (None, note.class_name) else salted(group, self.part)
+            yield item(prompts, (0,) * len(prompts), group)
             return
         written = [(number, caption) for number, caption in enumerate(note.captions) if caption]
         group = salted(stable_hash(note.group or note.key), self.part)

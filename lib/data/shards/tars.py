@@ -4,6 +4,7 @@ import os
 import sys
 import tarfile
 from collections.abc import Iterator
+from functools import partial
 from typing import BinaryIO, NamedTuple
 
 from webdataset.tariterators import base_plus_ext
@@ -17,6 +18,7 @@ ALL = range(sys.maxsize)
 """Every sample, and the damage after them."""
 
 _SUFFIXES = IMAGE_SUFFIXES + TEXT_SUFFIXES
+_TRAILING = "trailing_data"
 _MOST_TEXT = 2**24  # bytes of a text member that are read
 
 
@@ -54,7 +56,8 @@ class Damage(NamedTuple):
     """Stands where the next sample would be in a tar whose rest cannot be read."""
 
     reason: str
-    """truncated_tar; unreadable_tar where it is no tar at all or the disk fails; or bad_gzip"""
+    """truncated_tar; trailing_data behind the end, as of tars that were joined by cat; unreadable_tar where it is no
+    tar at all or the disk fails; or bad_gzip"""
 
 
 def read_samples(path: str, wanted: range | frozenset[int]) -> Iterator[tuple[int, Sample | Damage]]:
@@ -107,16 +110,16 @@ def _loaded(file: BinaryIO, sample: Sample, suffixes: tuple[str, ...]) -> Sample
 
 def _samples(file: BinaryIO, path: str) -> Iterator[Sample | Damage]:
     """Samples, then Damage if there were faults; it counts for a last sample that lost a part."""
-    faults: list[Exception] = []
+    faults: list[str] = []
     last = None
     for sample in _named(_neighbours(_members(file, faults))):
         if last is not None:
             yield last
         last = sample
-    if last is not None and (last.complete or not faults):
+    if last is not None and (last.complete or faults in ([], [_TRAILING])):
         yield last
     if faults:
-        yield Damage(fault(path) or ("truncated_tar" if last is not None else "unreadable_tar"))
+        yield Damage(fault(path) or (faults[0] if last is not None else "unreadable_tar"))
 
 
 def _named(samples: Iterator[Sample]) -> Iterator[Sample]:
@@ -167,21 +170,27 @@ def _of_run(run: dict[str, list[dict]], base: str | None) -> Iterator[Sample]:
                 yield sample
 
 
-def _members(file: BinaryIO, faults: list[Exception]) -> Iterator[tuple[str, tuple[int, int] | None]]:
-    """The name of every member that is no folder and not hidden, with (offset, size) of its data; None for a link."""
+def _members(file: BinaryIO, faults: list[str]) -> Iterator[tuple[str, tuple[int, int] | None]]:
+    """The name of every member that is no folder and not hidden, with (offset, size) of its data.
+
+    None for one whose data does not lie there as it is: a link, or a sparse file.
+    """
     length = os.fstat(file.fileno()).st_size
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
-                if member.offset_data + member.size > length:
+                lies_here = member.isreg() and not member.issparse()
+                if lies_here and member.offset_data + member.size > length:
                     raise tarfile.ReadError("unexpected end of data")
                 if not member.isdir() and not is_hidden(member.name):
-                    yield member.name, (member.offset_data, member.size) if member.isreg() else None
+                    yield member.name, (member.offset_data, member.size) if lies_here else None
                 tar.members = []  # type: ignore[attr-defined]  # tarfile would keep them all; its stubs hide them
             # Where a header is damaged or missing, tarfile stops as if the archive ended: an end is a block of zeros.
             file.seek(tar.offset)
             end = file.read(tarfile.BLOCKSIZE)
             if len(end) < tarfile.BLOCKSIZE or any(end):
                 raise tarfile.ReadError("no end of archive")
-    except Exception as error:  # damaged headers make tarfile raise what it likes
-        faults.append(error)
+            if any(any(block) for block in iter(partial(file.read, tarfile.RECORDSIZE), b"")):
+                faults.append(_TRAILING)
+    except Exception:  # damaged headers make tarfile raise what it likes
+        faults.append("truncated_tar")
