@@ -8,14 +8,15 @@ from lib.cached_step import cached_step
 from lib.data import Chunk
 from lib.losses import Pairs, infonce
 from lib.objective import dense_infonce
+from lib.relation import Ids
 
 
 def plain(towers: Autocast, chunks: Sequence[Chunk]) -> None:
     """Each chunk's own loss, one after another."""
     for chunk in chunks:
         output = towers(**chunk.to(towers.device).inputs)
-        group = chunk.group.to(towers.device)
-        loss = dense_infonce(output.image_embeds, output.text_embeds, group, output.logit_scale, output.logit_bias)
+        ids = Ids.of(chunk.to(towers.device))
+        loss = dense_infonce(output.image_embeds, output.text_embeds, ids, output.logit_scale, output.logit_bias)
         (loss / len(chunks)).backward()
 
 

@@ -5,7 +5,7 @@ Ours comes alone (every pair its own group), with groups of five, with a memory 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -84,7 +84,7 @@ def of_open_clip(module: Callable, scale: torch.Tensor, bias: torch.Tensor, fres
 
 def by_autograd(dense: DenseLoss, scale: torch.Tensor, bias: torch.Tensor, fresh: Pairs) -> None:
     images, texts, scale, bias = leaves(fresh, scale, bias)
-    dense(images, texts, fresh.group, scale, bias).backward()
+    dense(images, texts, fresh.ids, scale, bias).backward()
 
 
 def leaves(fresh: Pairs, scale: torch.Tensor, bias: torch.Tensor) -> list[torch.Tensor]:
@@ -102,13 +102,13 @@ def random_pairs(size: int, dimension: int, seed: int, device: torch.device) -> 
     generator = torch.Generator().manual_seed(seed)
     embeds = (F.normalize(torch.randn(size, dimension, generator=generator), dim=1).to(device) for _ in range(2))
     ids = torch.arange(size, device=device) + seed * size
-    return Pairs(*embeds, ids, ids)
+    return Pairs(*embeds, ids, ids, ids)
 
 
 def in_groups(pairs: Pairs) -> Pairs:
     """Five pairs to a group, as captions of one image; a quarter of the samples of another seed recur."""
     count = len(pairs)
-    return Pairs(pairs.image_embeds, pairs.text_embeds, pairs.group % count // 5, pairs.sample_id % (3 * count // 4))
+    return replace(pairs, group=pairs.group % count // 5, sample_id=pairs.sample_id % (3 * count // 4))
 
 
 def told(row: dict) -> str:

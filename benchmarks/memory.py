@@ -26,6 +26,7 @@ from lib.cached_step import cached_step  # noqa: E402
 from lib.data import Chunk  # noqa: E402
 from lib.losses import infonce  # noqa: E402
 from lib.objective import dense_infonce  # noqa: E402
+from lib.relation import Ids  # noqa: E402
 from lib.towers import TwoTowers, load_towers  # noqa: E402
 
 matplotlib.use("Agg")
@@ -76,7 +77,7 @@ def measure(method: str, size: int, chunk_size: int) -> dict:
     towers.train()
     tokens = processing.tokenize(["a photo of a thing"] * size)
     pixels = torch.randint(256, (size, 3, 32, 32), dtype=torch.uint8)
-    batch = Chunk(pixels, *tokens, torch.arange(size), torch.arange(size))
+    batch = Chunk(pixels, *tokens, *(torch.arange(size) for _ in range(3)))
     step = {"cached": cached, "plain": plain}[method]
     step(towers, batch.rows(0, 8), 8)  # what the first step allocates for good
     before, began = peak_bytes(), time.perf_counter()
@@ -92,7 +93,7 @@ def cached(towers: TwoTowers, batch: Chunk, chunk_size: int) -> None:
 def plain(towers: TwoTowers, batch: Chunk, chunk_size: int) -> None:
     output = towers(batch.pixel_values, batch.input_ids, batch.attention_mask)
     dense_infonce(
-        output.image_embeds, output.text_embeds, batch.group, output.logit_scale, output.logit_bias
+        output.image_embeds, output.text_embeds, Ids.of(batch), output.logit_scale, output.logit_bias
     ).backward()
 
 

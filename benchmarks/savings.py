@@ -70,7 +70,7 @@ def other_samples(size: int, dimension: int, device: torch.device) -> Pairs:
     """Remembered pairs of which none is in the batch."""
     embeds = (F.normalize(torch.randn(size, dimension), dim=1).to(device) for _ in range(2))
     ids = torch.arange(size, device=device) + 10**9
-    return Pairs(*embeds, ids, ids)
+    return Pairs(*embeds, ids, ids, ids)
 
 
 def prompted(chunks: list[Chunk], texts: int) -> list[Chunk]:

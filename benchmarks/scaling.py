@@ -102,7 +102,7 @@ def counted() -> Counter:
 def random_pairs(count: int, embed_dim: int) -> Pairs:
     generator = torch.Generator().manual_seed(count)
     embeds = [torch.nn.functional.normalize(torch.randn(count, embed_dim, generator=generator)) for _ in range(2)]
-    return Pairs(*embeds, torch.arange(count), torch.arange(count))
+    return Pairs(*embeds, *(torch.arange(count) for _ in range(3)))
 
 
 def in_a_process(loss: str, world_size: int, settings: Settings) -> dict:

@@ -66,7 +66,7 @@ def make_batch(name: str, size: int, pin: bool = False) -> Chunk:
     input_ids[:, -1] = end
     if pin:
         pixels, input_ids = pixels.pin_memory(), input_ids.pin_memory()
-    return Chunk(pixels, input_ids, torch.ones_like(input_ids), torch.arange(size), torch.arange(size))
+    return Chunk(pixels, input_ids, torch.ones_like(input_ids), *(torch.arange(size) for _ in range(3)))
 
 
 def chunked(batch: Chunk, chunk_size: int) -> list[Chunk]:

@@ -57,7 +57,7 @@ def gradients(loss: Loss, images: Tensor, texts: Tensor, scale: float, bias: flo
     """The loss and its gradients, every pair its own group."""
     ids = torch.arange(len(images))
     numbers = (torch.tensor(number, dtype=images.dtype) for number in (scale, bias))
-    return loss(Pairs(images, texts, ids, ids), None, *numbers, slice(0, len(images)))
+    return loss(Pairs(images, texts, ids, ids, ids), None, *numbers, slice(0, len(images)))
 
 
 def off(found: LossShare, exact: LossShare) -> float:

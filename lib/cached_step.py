@@ -18,6 +18,7 @@ from lib.collectives import gather_rows, rank_and_world_size, sum_over_ranks
 from lib.first_pass import EmbeddedBatch, Recompute, Recomputed, embed_chunks
 from lib.losses import Loss, LossShare, Pairs
 from lib.prefetch import on_device
+from lib.relation import Ids
 from lib.replay import RandomState, batch_norm_statistics, mean_over_ranks, restore_statistics
 from lib.step_inputs import Chunks, Inputs, StepBatch, text_count
 from lib.surrogate import Surrogate
@@ -121,8 +122,7 @@ def _loss_over_all_ranks(
     fresh = Pairs(
         gather_rows(images),
         gather_rows(texts if text_row is None else texts[text_row]),
-        gather_rows(torch.cat([part.to(device, non_blocking=True) for part in batch.group])),
-        gather_rows(torch.cat([part.to(device, non_blocking=True) for part in batch.sample_id])),
+        *gather_ids(batch.ids, device),
         embedded.texts[:negatives] if negatives else None,
     )
     rank, world_size = rank_and_world_size()
@@ -134,3 +134,11 @@ def _loss_over_all_ranks(
     if text_row is not None:
         d_texts = torch.zeros_like(texts).index_add_(0, text_row, d_texts.to(texts.dtype))
     return fresh, LossShare(total, share.image_embeds, d_texts, d_scale, d_bias, share.negative_texts)
+
+
+def gather_ids(parts: Sequence[Ids], device: torch.device) -> Ids:
+    """The ids of all ranks' pairs in rank order, (N,) each, from this rank's, chunk by chunk: in one collective."""
+    columns = [
+        torch.cat([part.to(device, non_blocking=True) for part in column]) for column in zip(*parts, strict=True)
+    ]
+    return Ids(*gather_rows(torch.stack(columns, dim=1)).T.contiguous())

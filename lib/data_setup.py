@@ -20,9 +20,10 @@ from lib.data import EvaluationSet, ImagePipeline, IndexedSource, Prepare, Sourc
 from lib.data.batch import Tokenize, padded_to
 from lib.data.classes.prompt_banks import load_negative_prompts
 from lib.data.fields import Columns
+from lib.data.pairs import parts_of
 from lib.data.recognize import Output
 from lib.data.remote.fetch import Fetcher, default_fetcher
-from lib.data.shards.source import count_pairs
+from lib.data.shards.source import ShardSource, count_pairs
 from lib.data.workers import LARGEST_PART, SHARED_MEMORY, free_shared_memory, shared_memory_for, workers_that_fit
 from lib.data_info.info import data_info
 from lib.errors import InputError
@@ -33,6 +34,8 @@ from lib.tower_outputs import Caching
 from lib.towers import TwoTowers
 
 LONG_TEXTS = 64
+LOOKED_AT, LOOKED_AT_IN_SHARDS, LOOKED_AT_SHARDS = 20_000, 2_000, 10
+"""Texts whose tokens are counted at the start; those of shards, the first ones, have to be read for it."""
 
 
 def make_fetcher(config: TrainConfig) -> Fetcher:
@@ -214,6 +217,35 @@ def longest_text(source: Source, prepare: Prepare) -> tuple[Tensor, Tensor]:
     input_ids, attention_mask = prepare.tokenize(longest or ["a text"])
     row = attention_mask.sum(1).argmax()
     return input_ids[row].repeat(4, 1), attention_mask[row].repeat(4, 1)
+
+
+@dataclass(frozen=True)
+class TextLengths:
+    """How many of the training texts are longer than the model reads; all of them or some, evenly spaced."""
+
+    looked_at: int
+    cut: int
+    token_limit: int
+
+    @classmethod
+    def of(cls, source: Source, processing: Processing) -> "TextLengths":
+        """Count them; of shards those texts that can be read without fetching one."""
+        parts = parts_of(source)
+        texts = [text for part in parts for text in _texts_at_hand(part, len(parts))]
+        return cls(len(texts), processing.count_cut(texts), processing.max_length)
+
+
+def _texts_at_hand(source: Source, parts: int) -> list[str]:
+    """Texts of one of so many parts of a mixture."""
+    if isinstance(source, IndexedSource):
+        most = LOOKED_AT // parts
+        count = min(most, len(source.texts))
+        return [source.texts[len(source.texts) * number // count] for number in range(count)]
+    assert isinstance(source, ShardSource)
+    first = source.shards[:LOOKED_AT_SHARDS]
+    here = [number for number, shard in enumerate(first) if source.fetcher.is_here(shard)]
+    shards, names = (tuple(values[number] for number in here) for values in (source.shards, source.names))
+    return replace(source, shards=shards, names=names).sample_texts(LOOKED_AT_IN_SHARDS // parts)
 
 
 def steps_of_epochs(config: TrainConfig, source: Source) -> int:

@@ -1,6 +1,7 @@
 """The end of a run: curve, summary, and the checked export of its best model."""
 
 import copy
+import dataclasses
 
 from lib.backends import peak_memory_bytes
 from lib.collectives import gather_objects
@@ -34,6 +35,8 @@ def finish(run: Run, report: Reporter, expected: dict[str, int], step: int, comp
         "parting": parting,
         "data": counts_at_the_end(run)
         | ({"images": len(run.source.images)} if isinstance(run.source, IndexedSource) else {}),
+        "texts": {"same_text": run.same_text, "shared_pairs": run.source.shared_text_pairs}
+        | (dataclasses.asdict(run.text_lengths) if run.text_lengths else {}),
     }
     if parting:
         report.say(f"warning: {parting_words(parting)}")

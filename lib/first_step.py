@@ -8,13 +8,14 @@ from torch import nn
 
 from lib import verify
 from lib.backends.precision import full_float32
-from lib.cached_step import cached_step
+from lib.cached_step import cached_step, gather_ids
 from lib.collectives import gather_rows
 from lib.data import Chunk
 from lib.errors import RunError
 from lib.logit_bias import bias_from_counts, solved_bias
-from lib.losses import Pairs, diagonal
+from lib.losses import Pairs
 from lib.objective import Objective
+from lib.relation import Ids
 from lib.replay import batch_norm_statistics, restore_statistics
 from lib.report import Reporter
 from lib.run import Run
@@ -44,30 +45,27 @@ def prepare_first_step(run: Run, objective: Objective, chunks: Iterable[Chunk], 
 @torch.no_grad()
 def _start_bias(run: Run, chunks: list[Chunk]) -> float:
     """From the counts for towers that start fresh; solved on embeddings for a softmax-trained CLIP."""
-    device = run.accelerator.device
-    group = gather_rows(torch.cat([chunk.group for chunk in chunks]).to(device))
-    if run.config.positives == "pair":
-        group = torch.arange(len(group), device=device)
+    device, config = run.accelerator.device, run.config
+    chunks = chunks[:1] if run.pretrained else chunks
+    ids = gather_ids([Ids.of(chunk) for chunk in chunks], device)
+    if config.positives == "pair":
+        ids = ids.each_its_group()
     if not run.pretrained:
-        return bias_from_counts(group, run.config.xbm_size, run.config.pos_weight)
-    first = chunks[0].to(device)
-    output = run.wrapped(**first.inputs)
+        return bias_from_counts(ids, config.xbm_size, config.pos_weight, run.same_text)
+    output = run.wrapped(**chunks[0].to(device).inputs)
     images, texts = gather_rows(output.image_embeds), gather_rows(output.text_embeds)
-    own = gather_rows(first.group) if run.config.positives == "group" else torch.arange(len(images), device=device)
-    return solved_bias(Pairs(images, texts, own, own), output.logit_scale, run.config.pos_weight)
+    return solved_bias(Pairs(images, texts, *ids), output.logit_scale, config.pos_weight, run.same_text)
 
 
 def _verify(run: Run, objective: Objective, chunks: list[Chunk], report: Reporter) -> None:
     """Compare the cached step with plain autograd on a few pairs; stop where they differ."""
     statistics = batch_norm_statistics(run.towers)
     few, device = verify.small_chunks(chunks), run.accelerator.device
-    pairwise = run.config.positives == "pair"
-    loss = diagonal(objective.loss) if pairwise else objective.loss
     cached = partial(
         cached_step,
         run.wrapped,
         few,
-        loss,
+        objective.loss,
         None,
         device=device,
         backward=run.backend.backward,
@@ -76,7 +74,7 @@ def _verify(run: Run, objective: Objective, chunks: list[Chunk], report: Reporte
         share=run.share_texts,
         **run.recompute,
     )
-    plain = partial(verify.plain_autograd, run.backend, few, objective.dense, pairwise, device)
+    plain = partial(verify.plain_autograd, run.backend, few, objective.dense, device)
     with full_float32():
         differences = verify.compare_gradients(run.backend, cached, plain, device)
     restore_statistics(statistics)

@@ -37,14 +37,21 @@ class TileBuffers:
 class LogitTiles:
     """scale * anchors others^T + bias (None: no bias), of anchors (A, D) and others (M, D), never held as a whole.
 
-    Every tile is written into the same two buffers: fresh memory for each would cost more than the arithmetic in it.
+    What is left out is -inf. Every tile is written into the same two buffers: fresh memory for each would cost more
+    than the arithmetic in it.
     """
 
     def __init__(
-        self, anchors: Tensor, others: Tensor, scale: Tensor, bias: Tensor | None, buffers: TileBuffers
+        self,
+        anchors: Tensor,
+        others: Tensor,
+        scale: Tensor,
+        bias: Tensor | None,
+        buffers: TileBuffers,
+        left_out: TileMask | None = None,
     ) -> None:
         self.anchors, self.others, self.scale, self.bias = anchors, others, scale, bias
-        self.side, self._buffers = tile_side(anchors.device), buffers
+        self.side, self._buffers, self._left_out = tile_side(anchors.device), buffers, left_out
 
     def add_logsumexp(self, of_anchors: Tensor, of_others: Tensor | None = None) -> None:
         """Merge the logits into the log-sum-exp of each anchor (A,) and, where given, of each other (M,), in place."""
@@ -54,7 +61,7 @@ class LogitTiles:
                 if of_others is not None:
                     of_others[c] = torch.logaddexp(of_others[c], _logsumexp(logits, 0, spare))
 
-    def softmax_mean(self, left_out: TileMask | None = None) -> tuple[Tensor, Tensor]:
+    def softmax_mean(self) -> tuple[Tensor, Tensor]:
         """Each anchor's log-sum-exp (A,), and the others' mean by its softmax (A, D), in one visit of the tiles.
 
         -inf and 0 where all is left out. What was summed is scaled down as larger logits turn up.
@@ -65,8 +72,6 @@ class LogitTiles:
             largest = torch.full_like(means[r, :1], torch.finfo(means.dtype).min)
             total, sums = torch.zeros_like(largest), means[r].zero_()
             for c, logits, _ in self._row_of_tiles(r, self.anchors[r] * self.scale):
-                if left_out is not None:
-                    logits.masked_fill_(left_out(r, c), -torch.inf)
                 before, largest = largest, torch.maximum(largest, logits.amax(1, keepdim=True))
                 shrunk, weights = (before - largest).exp_(), logits.sub_(largest).exp_()
                 total.mul_(shrunk).add_(weights.sum(1, keepdim=True))
@@ -99,7 +104,11 @@ class LogitTiles:
             others = self.others[c]
             logits, spare = self._buffers.of_shape(len(scaled), len(others), like=scaled)
             torch.mm(scaled, others.T, out=logits)
-            yield c, logits if self.bias is None else logits.add_(self.bias), spare
+            if self.bias is not None:
+                logits.add_(self.bias)
+            if self._left_out is not None:
+                logits.masked_fill_(self._left_out(r, c), -torch.inf)
+            yield c, logits, spare
 
 
 def _logsumexp(logits: Tensor, over: int, spare: Tensor) -> Tensor:

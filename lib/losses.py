@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lib.logit_tiles import TileSlope
 from lib.pairs import Face, LossBlock, LossShare, Pairs
-from lib.relation import Relation, RememberedPositives
+from lib.relation import Ids, Relation, RememberedPositives, SameText
 
 DIMENSIONS = 64  # of the embeddings, summed at a time
 
@@ -41,20 +41,21 @@ def sigmoid(
     *,
     pos_weight: PosWeight = 1.0,
     remembered_positives: RememberedPositives = "use",
+    same_text: SameText = "negative",
 ) -> LossShare:
     """Pairwise sigmoid loss: softplus(-z S) summed over all pairs and divided by N, z = +1 inside a group, else -1.
 
     S = logit_scale * <image, text> + logit_bias. Every row's image meets all fresh, negative and remembered texts, its
     text meets all remembered images. A remembered copy of the same sample is left out; `pos_weight` multiplies the
     positives' terms ("balanced": fresh positives and fresh negatives weigh the same); with
-    `remembered_positives="ignore"` remembered rows of the anchor's group are left out too.
+    `remembered_positives="ignore"` remembered rows of the anchor's group are left out too. `same_text`: as in Relation.
     Source: Zhai et al., Sigmoid Loss for Language Image Pre-Training, 2023.
     """
-    block = LossBlock(fresh, remembered, logit_scale, logit_bias, rows, remembered_positives)
-    weight = balanced_weight(fresh.group) if pos_weight == "balanced" else None if pos_weight == 1 else pos_weight
+    block = LossBlock(fresh, remembered, logit_scale, logit_bias, rows, remembered_positives, same_text)
+    weight = balanced_weight(fresh.ids, same_text) if pos_weight == "balanced" else pos_weight
     # softplus(-S) = softplus(S) - S: what makes a pair a positive is linear in S, and a sum over groups.
     for face in block.faces():
-        block.sums.loss += _add_softplus(face, weight)
+        block.sums.loss += _add_softplus(face, None if pos_weight == 1 else weight)
         positives, _ = face.relation.counts(face.others.dtype)
         face.subtract_target(face.relation.sum_positives(face.others), positives)
     block.subtract_target_of_texts(block.texts_relation.sum_positives(block.fresh.anchors))
@@ -70,16 +71,14 @@ def _add_softplus(face: Face, pos_weight: float | Tensor | None) -> Tensor:
 
     def slope(r: slice, c: slice, logits: Tensor, spare: Tensor) -> Tensor:
         softplus = torch.logaddexp(logits, zero, out=spare)
-        extra = None if pos_weight is None else relation.positive(r, c).to(logits.dtype).mul_(pos_weight - 1)
-        if extra is not None:
-            losses.append(((softplus - logits) * extra).sum())
-        slopes = logits.sigmoid_()
-        if relation.some_left_out:
-            left_out = relation.left_out(r, c)
-            softplus.masked_fill_(left_out, 0)
-            slopes.masked_fill_(left_out, 0)
         losses.append(softplus.sum())
-        return slopes if extra is None else slopes.addcmul_(extra, slopes - 1)
+        if pos_weight is None:
+            return logits.sigmoid_()
+        positive = relation.positive(r, c)
+        # What is left out is -inf, and no number times 0 would make it 0.
+        losses.append((softplus - logits).masked_fill_(~positive, 0).sum() * (pos_weight - 1))
+        slopes = logits.sigmoid_()
+        return slopes.addcmul_(positive.to(slopes.dtype).mul_(pos_weight - 1), slopes - 1)
 
     face.add(slope)
     return torch.stack(losses).sum()
@@ -95,6 +94,7 @@ def infonce(
     *,
     label_smoothing: float = 0.0,
     remembered_positives: RememberedPositives = "use",
+    same_text: SameText = "negative",
     through: Through = "both",
     merge_logsumexp: Callable[[Tensor], Tensor] = lambda partial: partial,
 ) -> LossShare:
@@ -103,7 +103,7 @@ def infonce(
     An anchor's candidates are all fresh and all remembered embeddings of the other tower, and an image's the negative
     texts too; its target mass is spread evenly over its group; label smoothing spreads that share over all its
     candidates, as torch's cross_entropy does. A remembered copy of the same sample is left out. The softmax does not
-    feel `logit_bias`: its gradient is zero.
+    feel `logit_bias`: its gradient is zero. `same_text`: as in Relation.
     `merge_logsumexp` turns the (N,) partial log-sum-exp of the text anchors over these rows into that over all rows
     (the identity where `rows` is the whole batch). Source: Radford et al., CLIP, 2021; van den Oord et al., 2018.
 
@@ -111,7 +111,7 @@ def infonce(
     alone, twice. As a candidate, an embedding is pulled by its own anchor and pushed by the fresh ones only, since the
     remembered are no anchors: the larger the memory, the less is pushed. As an anchor it meets all of them.
     """
-    block = LossBlock(fresh, remembered, logit_scale, None, rows, remembered_positives)
+    block = LossBlock(fresh, remembered, logit_scale, None, rows, remembered_positives, same_text)
     row_lse, column_lse, of_memory = block.logsumexp()
     column_lse = merge_logsumexp(column_lse)
     block.sums.loss += row_lse.sum() + column_lse[rows].sum()
@@ -209,7 +209,7 @@ def diagonal(loss: Loss) -> Loss:
     def only_diagonal(
         fresh: Pairs, remembered: Pairs | None, logit_scale: Tensor, logit_bias: Tensor, rows: slice
     ) -> LossShare:
-        fresh = replace(fresh, group=torch.arange(len(fresh), device=fresh.group.device))
+        fresh = replace(fresh, group=fresh.ids.each_its_group().group)
         if remembered is not None:
             remembered = replace(remembered, group=torch.full_like(remembered.group, -1))
         return loss(fresh, remembered, logit_scale, logit_bias, rows)
@@ -217,8 +217,9 @@ def diagonal(loss: Loss) -> Loss:
     return only_diagonal
 
 
-def balanced_weight(group: Tensor) -> Tensor:
-    """Negatives for each positive among all pairs of N images and N texts with these groups (N,): (), 1 without any."""
-    positives = Relation((group, group), (group, group)).counts(torch.float64)[0].sum()
-    negatives = len(group) ** 2 - positives
+def balanced_weight(ids: Ids, same_text: SameText = "negative") -> Tensor:
+    """Negatives for each positive among all pairs of N images and N texts with these ids: (), 1 without any."""
+    counts = Relation(ids, ids, same_text, some_left_out=True).counts(torch.float64)
+    positives, candidates = (count.sum() for count in counts)
+    negatives = candidates - positives
     return torch.where(negatives > 0, negatives / positives, 1.0)

@@ -64,6 +64,7 @@ def announce(run: Run, report: Reporter) -> dict[str, int]:
         if config.eval_every and not run.validation
         else None,
         run.loading.warning,
+        _cut_texts_warning(run),
         f"left out: {counted(reason for _, reason in known_faults)}" if known_faults else None,
         f"left out of the validation data: {counted(reason for _, reason in run.validation.skipped)}"
         if run.validation and run.validation.skipped
@@ -164,14 +165,29 @@ def compile_lines(config: TrainConfig, backend: Backend) -> list[str]:
 
 
 def _text_lines(run: Run) -> list[str]:
-    """How many texts are different: with class prompts, far fewer than there are pairs."""
+    """How many texts are different, with class prompts far fewer than there are pairs; how many are of two images."""
     distinct, batch = run.source.distinct_texts, run.plan.effective_batch
     once = ""
     if distinct is not None and distinct < batch and run.config.shared_texts == "auto":
         once = "; each is encoded once a step" if run.share_texts else ": each pair's is encoded, as dropout is its own"
-    known = [] if distinct is None else [f"texts      {distinct:,} distinct texts{once}"]
+    shared, same = run.source.shared_text_pairs, ""
+    if shared:
+        count_as = {"exclude": "no negatives", "positive": "positives", "negative": "negatives"}[run.same_text]
+        same = f"; {shared:,} captions have the words of another image's: {count_as} of each other (--same-text)"
+    known = [] if distinct is None else [f"texts      {distinct:,} distinct texts{once}{same}"]
     count = sum(len(next(iter(chunk.values()))) for chunk in run.negatives)
     return known + ([f"           {count:,} negative prompts more, candidates of every image"] if count else [])
+
+
+def _cut_texts_warning(run: Run) -> str | None:
+    """How many texts are longer than the model reads, if there are any."""
+    found, texts = run.text_lengths, "prompts" if run.source.templates else "captions"
+    if not found or not found.cut:
+        return None
+    return (
+        f"{found.cut:,} of {found.looked_at:,} {texts} are longer than the model's {found.token_limit} tokens: their "
+        "ends are not read"
+    )
 
 
 def _validation_lines(run: Run) -> list[str]:

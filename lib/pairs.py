@@ -2,20 +2,18 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from lib.logit_tiles import LogitTiles, TileBuffers, TileSlope
-from lib.relation import Relation, RememberedPositives
-
-NOBODY = torch.iinfo(torch.int64).min
-"""A group and sample that no pair is of."""
+from lib.relation import NOBODY, Ids, Relation, RememberedPositives, SameText
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """Embedded pairs: `image_embeds` and `text_embeds` (N, D), unit norm; `group` and `sample_id` (N,) int64.
+    """Embedded pairs: `image_embeds` and `text_embeds` (N, D), unit norm; `group`, `sample_id`, `text_id` (N,) int64.
 
     `negative_texts` (P, D) belong to no pair: further candidates, and no positives, of every image.
     """
@@ -24,10 +22,15 @@ class Pairs:
     text_embeds: Tensor
     group: Tensor
     sample_id: Tensor
+    text_id: Tensor
     negative_texts: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.group)
+
+    @property
+    def ids(self) -> Ids:
+        return Ids.of(self)
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,8 @@ class Face(LogitTiles):
         d_anchors: Tensor,
         d_others: Tensor | None = None,
     ) -> None:
-        super().__init__(anchors, others, sums.scale, sums.bias, sums.tiles)
+        left_out = relation.left_out if relation.some_left_out else None
+        super().__init__(anchors, others, sums.scale, sums.bias, sums.tiles, left_out)
         self.sums, self.relation, self.d_anchors, self.d_others = sums, relation, d_anchors, d_others
 
     def add(self, slope: TileSlope) -> None:
@@ -99,7 +103,7 @@ class SoftmaxPart:
     @classmethod
     def of(cls, face: Face) -> "SoftmaxPart":
         """Of a face whose others take no gradients."""
-        return cls(face, *face.softmax_mean(face.relation.left_out if face.relation.some_left_out else None))
+        return cls(face, *face.softmax_mean())
 
     def add_gradient(self, lse: Tensor) -> None:
         """Gradients of the sum of `lse` (A,), the log-sum-exp over all candidates; uses `mean` up."""
@@ -134,26 +138,30 @@ class LossBlock:
         logit_bias: Tensor | None,
         rows: slice,
         remembered_positives: RememberedPositives,
+        same_text: SameText,
     ) -> None:
         dtype = torch.promote_types(fresh.image_embeds.dtype, torch.float32)
         images, texts = fresh.image_embeds[rows].to(dtype), fresh.text_embeds.to(dtype)
         self.sums = _Sums(logit_scale.to(dtype), None if logit_bias is None else logit_bias.to(dtype))
         self.d_images, self.d_texts, self.rows = torch.zeros_like(images), torch.zeros_like(texts), rows
-        everyone, own = _ids(fresh), (fresh.group[rows], fresh.sample_id[rows])
-        self.fresh = Face(self.sums, Relation(own, everyone), images, texts, self.d_images, self.d_texts)
-        self.texts_relation = Relation(everyone, own)
+        everyone, own = fresh.ids, fresh.ids.rows(rows)
+        # An accelerator would be waited for, which costs more than masks that may be empty.
+        some_left_out = None if images.device.type == "cpu" else True
+        relation = Relation(own, everyone, same_text, some_left_out=some_left_out)
+        self.fresh = Face(self.sums, relation, images, texts, self.d_images, self.d_texts)
+        self.texts_relation = Relation(everyone, own, same_text, some_left_out=relation.some_left_out)
         self.negatives: list[Face] = []
         if fresh.negative_texts is not None:
             negative_texts = fresh.negative_texts.to(dtype)
-            nobody = torch.full((len(negative_texts),), NOBODY, device=own[0].device)
-            relation = Relation(own, (nobody, nobody))
+            nobody = torch.full((len(negative_texts),), NOBODY, device=own.group.device)
+            relation = Relation(own, Ids(nobody, nobody, nobody))
             gradients = torch.zeros_like(negative_texts)
             self.negatives.append(Face(self.sums, relation, images, negative_texts, self.d_images, gradients))
         self.memory: list[Face] = []
-        self._ids, self._old_ids, self._remembered_positives = everyone, None, remembered_positives
+        self._ids, self._old_ids = everyone, None if remembered is None else remembered.ids
+        self._same_text, self._remembered_positives = same_text, remembered_positives
         if remembered is not None:
-            self._old_ids = _ids(remembered)
-            to_memory = Relation(own, self._old_ids, remembered_positives)
+            to_memory = Relation(own, remembered.ids, same_text, remembered_positives)
             for anchors, others, d_anchors in (
                 (images, remembered.text_embeds, self.d_images),
                 (texts[rows], remembered.image_embeds, self.d_texts[rows]),
@@ -181,11 +189,12 @@ class LossBlock:
     def counts(self) -> tuple[Tensor, Tensor]:
         """(positives, candidates) of every fresh anchor over all fresh and remembered pairs, each (N,)."""
         dtype = self.d_texts.dtype
-        counts = Relation(self._ids, self._ids).counts(dtype)
+        # Sums of ones are cheap: to wait for the device to say whether they are needed would cost more.
+        related = partial(Relation, self._ids, same_text=self._same_text, some_left_out=True)
+        counts = related(self._ids).counts(dtype)
         if self._old_ids is None:
             return counts
-        # Sums of ones are cheap: to wait for the device to say whether they are needed would cost more.
-        old = Relation(self._ids, self._old_ids, self._remembered_positives, some_left_out=True).counts(dtype)
+        old = related(self._old_ids, remembered=self._remembered_positives).counts(dtype)
         return counts[0] + old[0], counts[1] + old[1]
 
     def logsumexp(self) -> tuple[Tensor, Tensor, list[SoftmaxPart]]:
@@ -214,7 +223,3 @@ class LossBlock:
         parts = (sums.loss, self.d_images, self.d_texts, sums.d_scale, sums.d_bias)
         of_negatives = (face.d_others for face in self.negatives if face.d_others is not None)
         return LossShare(*(part.div_(norm) for part in (*parts, *of_negatives)))
-
-
-def _ids(pairs: Pairs) -> tuple[Tensor, Tensor]:
-    return pairs.group, pairs.sample_id

@@ -3,6 +3,7 @@
 import json
 import re
 import string
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -32,6 +33,12 @@ ModelType = Literal["clip", "chinese_clip", "altclip", "siglip", "siglip2", "two
 
 # Captions and prompts are short: an encoder that could read 512 tokens or more is not given that many.
 MAX_TEXT_LENGTH = 128
+# Of a text no more than this is tokenized: 128 tokens are some 600 characters, and a caption may be a whole book.
+MAX_CHARACTERS = 8192
+_COUNTED_AT_ONCE = 1000
+# Of letters, digits or marks in a row; training a BPE takes time that grows with the square of that.
+_MAX_RUN = 256
+_LONG_RUN = re.compile(rf"[^\W\d_]{{{_MAX_RUN + 1},}}|\d{{{_MAX_RUN + 1},}}|(?:[^\w\s]|_){{{_MAX_RUN + 1},}}")
 
 PROCESSORS = {
     "clip": CLIPProcessor,
@@ -68,11 +75,13 @@ class Processing:
     patch_size: int | None = None
 
     def tokenize(self, texts: list[str]) -> tuple[Tensor, Tensor]:
-        """Returns input_ids and attention_mask, both (C, L) int64."""
-        if self.canonical:
-            texts = [canonical_form(text) for text in texts]
+        """Returns input_ids and attention_mask, both (C, L) int64.
+
+        Of a text only the first MAX_CHARACTERS are looked at; the tokens are the same unless nearly all of these are
+        white space or punctuation that the tokenizer drops.
+        """
         tokens = self.tokenizer(
-            list(texts),
+            self._shortened(texts),
             padding=self.padding,
             truncation=True,
             max_length=self.max_length,
@@ -80,6 +89,27 @@ class Processing:
             return_tensors="pt",
         )
         return tokens["input_ids"], tokens["attention_mask"]
+
+    def count_cut(self, texts: Sequence[str]) -> int:
+        """How many of the texts have more tokens than max_length, so that their ends are not read."""
+        # A token is a character of ASCII or more, and most captions are short.
+        most = self.max_length - self.tokenizer.num_special_tokens_to_add() - 1
+        long = [text for text in texts if len(text) > most or not text.isascii()]
+        parts = (long[start : start + _COUNTED_AT_ONCE] for start in range(0, len(long), _COUNTED_AT_ONCE))
+        return sum(map(self._count_cut, parts))
+
+    def _count_cut(self, texts: list[str]) -> int:
+        texts = self._shortened(texts)
+        if not self.tokenizer.is_fast:
+            return sum(len(ids) > self.max_length for ids in self.tokenizer(texts, verbose=False)["input_ids"])
+        # As in `tokenize`: these settings stay in the tokenizer, and are saved with it.
+        tokens = self.tokenizer(texts, padding=self.padding, truncation=True, max_length=self.max_length)
+        return sum(bool(encoding.overflowing) for encoding in tokens.encodings or ())
+
+    def _shortened(self, texts: Sequence[str]) -> list[str]:
+        """The beginnings of the texts, in the form that the tokenizer is given."""
+        texts = [text[:MAX_CHARACTERS] for text in texts]
+        return [canonical_form(text) for text in texts] if self.canonical else texts
 
     def text_identity(self) -> str:
         """Everything that the tokens of a text depend on; changes when any of it does."""
@@ -216,7 +246,8 @@ def build_tokenizer(
 ) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE tokenizer on the given texts, without a network; it can encode any text.
 
-    The same texts give the same tokenizer. canonical: it puts texts into SigLIP's form by itself.
+    The same texts give the same tokenizer. Of each it learns from the first MAX_CHARACTERS, without what is no word:
+    runs of more than 256 letters, digits or marks. canonical: it puts texts into SigLIP's form by itself.
     """
     tokenizer = Tokenizer(models.BPE())
     steps = [normalizers.NFC(), normalizers.Lowercase()]
@@ -235,7 +266,7 @@ def build_tokenizer(
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator((_LONG_RUN.sub(" ", text[:MAX_CHARACTERS]) for text in texts), trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<bos> $A <eos>", special_tokens=[("<bos>", 2), ("<eos>", 1)]
     )

@@ -15,13 +15,14 @@ from lib.cached_step import StepResult
 from lib.checkpoint import TrainingState
 from lib.config import TrainConfig
 from lib.data import EvaluationSet, Prepare, Source, TrainingData
-from lib.data_setup import Loading
+from lib.data_setup import Loading, TextLengths
 from lib.errors import RunError
 from lib.first_pass import Recompute, Recomputed
 from lib.lora import merged_weights
 from lib.optim import move_schedule
 from lib.plan import BatchPlan
 from lib.processing import Processing
+from lib.relation import SameText
 from lib.replay import RandomState
 from lib.step_inputs import Inputs
 from lib.towers import TwoTowers
@@ -68,6 +69,8 @@ class Run:
     """The towers did not start from random weights."""
     share_texts: bool
     """Each distinct text of a step is encoded once."""
+    text_lengths: TextLengths | None
+    """None on ranks other than 0, which do not count."""
     negatives: list[Inputs]
     """Texts that fit no image, in chunks, encoded at every step."""
     first_step: int = 0
@@ -88,6 +91,13 @@ class Run:
     @property
     def checkpoints(self) -> Path:
         return self.folder / "checkpoints"
+
+    @property
+    def same_text(self) -> SameText:
+        """How equal texts of different groups count. Prompts of one class are of one group: auto leaves them alone."""
+        if self.config.same_text != "auto":
+            return self.config.same_text
+        return "negative" if self.source.templates else "exclude"
 
     @property
     def out_of_patience(self) -> bool:

@@ -15,6 +15,7 @@ from lib.config import TrainConfig, flag
 from lib.data import TrainingData
 from lib.data_setup import (
     Loading,
+    TextLengths,
     chunks_ahead,
     make_fetcher,
     make_prepare,
@@ -100,6 +101,7 @@ def make_run(config: TrainConfig, family: Family, backend: Backend, folder: Path
             steps=steps,
             pretrained=pretrained,
             share_texts=share_texts,
+            text_lengths=TextLengths.of(source, processing) if accelerator.is_main_process else None,
             negatives=[
                 {name: tensor.to(accelerator.device) for name, tensor in prepare.texts(list(some)).items()}
                 for some in (

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lib.backends.device import fork_rng
 from lib.data.batch import joined_rows
+from lib.relation import Ids
 from lib.replay import RandomState
 
 Inputs = dict[str, Tensor]
@@ -22,10 +23,10 @@ TEXT_INPUTS = ("input_ids", "attention_mask", "text_pooled")
 
 
 class TowerChunk(Protocol):
-    """One chunk of pairs (see lib.data.Chunk): group and sample_id (C,), and what the forward takes.
+    """One chunk of pairs (see lib.data.Chunk): group, sample_id and text_id (C,), and what the forward takes.
 
     `inputs` names pixel_values, or image_pooled where the image trunk is frozen and its output stored; and input_ids
-    with attention_mask, or text_pooled. Pairs of one `text_id` (C,) have the same text.
+    with attention_mask, or text_pooled. Pairs of one `text_id` have the same text.
     """
 
     @property
@@ -35,7 +36,7 @@ class TowerChunk(Protocol):
     @property
     def sample_id(self) -> Tensor: ...
     @property
-    def text_id(self) -> Tensor | None: ...
+    def text_id(self) -> Tensor: ...
 
 
 class Chunks(Protocol):
@@ -67,8 +68,8 @@ class StepBatch:
     """encode each distinct text once"""
     pin: bool
     """put what is made here into page-locked memory"""
-    group: list[Tensor] = field(default_factory=list)
-    sample_id: list[Tensor] = field(default_factory=list)
+    ids: list[Ids] = field(default_factory=list)
+    """of each chunk"""
     text_row: Tensor | None = None
     """(B,), which of the encoded texts each pair has; None: its own"""
 
@@ -82,10 +83,9 @@ class StepBatch:
             yield Forward(inputs, is_chunk=False, last=False)
         texts: list[TowerChunk] = []
         for number, chunk in enumerate(self.chunks):
-            self.group.append(chunk.group)
-            self.sample_id.append(chunk.sample_id)
+            self.ids.append(Ids.of(chunk))
             last = number == len(self.chunks) - 1
-            if not self.share or chunk.text_id is None:
+            if not self.share:
                 yield Forward(chunk.inputs, is_chunk=True, last=last)
                 continue
             texts.append(chunk)
@@ -100,7 +100,7 @@ class StepBatch:
 
     def _distinct_texts(self, chunks: Sequence[TowerChunk]) -> list[Inputs]:
         """Every text of the chunks once, in blocks of at most a chunk's pairs, as equal as can be."""
-        text_ids = torch.cat([chunk.text_id for chunk in chunks if chunk.text_id is not None])
+        text_ids = torch.cat([chunk.text_id for chunk in chunks])
         distinct, self.text_row = torch.unique(text_ids, return_inverse=True)
         place = torch.arange(len(text_ids))
         first = torch.full((len(distinct),), len(text_ids)).scatter_reduce(0, self.text_row, place, "amin")

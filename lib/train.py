@@ -25,7 +25,7 @@ from lib.evaluation.validation import validate
 from lib.finish import finish
 from lib.first_step import prepare_first_step
 from lib.folder import claimed_folder, full_disk_told
-from lib.losses import Loss, Pairs, diagonal
+from lib.losses import Loss, Pairs
 from lib.narration import all_counts, announce, step_metrics, step_timing
 from lib.objective import Objective
 from lib.optim import scheduled_scale
@@ -54,7 +54,8 @@ def train(config: TrainConfig, objective: Objective) -> None:
 
 def _train(run: Run, objective: Objective) -> None:
     started, config = time.perf_counter(), run.config
-    loss = diagonal(objective.loss) if config.positives == "pair" else objective.loss
+    objective = objective.of_run(config.positives, run.same_text)
+    loss = objective.loss
     best = BestMetric.resolve(config.best_metric, run.validation if config.eval_every else None)
     report = Reporter(run.folder, run.accelerator, run.steps, run.first_step)
     expected = announce(run, report)
@@ -285,10 +286,12 @@ def _evaluate(run: Run, loss: Loss, best: BestMetric, step: int, report: Reporte
 
 
 @torch.no_grad()
-def _validation_loss(towers: TwoTowers, loss: Loss, image_embeds: Tensor, text_embeds: Tensor, group: Tensor) -> float:
+def _validation_loss(
+    towers: TwoTowers, loss: Loss, image_embeds: Tensor, text_embeds: Tensor, group: Tensor, text_id: Tensor
+) -> float:
     """The loss of these pairs as one batch, without memory; every rank takes its share of the rows."""
     count = len(group)
-    pairs = Pairs(image_embeds, text_embeds, group, torch.arange(count, device=group.device))
+    pairs = Pairs(image_embeds, text_embeds, group, torch.arange(count, device=group.device), text_id)
     rank, world_size = rank_and_world_size()
     rows = slice(rank * count // world_size, (rank + 1) * count // world_size)
     # Losses are float32, whatever the towers' precision.

@@ -7,9 +7,11 @@ import torch
 from torch import Tensor
 
 from lib.backends import Backend
+from lib.cached_step import gather_ids
 from lib.collectives import gather_rows, rank_and_world_size
 from lib.data import Chunk
 from lib.objective import DenseLoss
+from lib.relation import Ids
 from lib.replay import RandomState
 
 TOLERANCE = {"fp32": 1e-3, "fp16": 5e-2, "bf16": 1e-1}  # relative to the largest gradient of a part
@@ -59,9 +61,7 @@ def compare_gradients(
     return worst
 
 
-def plain_autograd(
-    backend: Backend, chunks: Sequence[Chunk], dense: DenseLoss, pairwise: bool, device: torch.device
-) -> None:
+def plain_autograd(backend: Backend, chunks: Sequence[Chunk], dense: DenseLoss, device: torch.device) -> None:
     """Leave on the towers the gradient of the N x N loss over all ranks' chunks, with all graphs kept.
 
     The backend takes the mean over ranks, so the loss is multiplied by W: each rank's graph is that of its own rows. In
@@ -74,15 +74,12 @@ def plain_autograd(
             outputs.append(backend.wrapped(**chunk.to(device).inputs))
     images = torch.cat([output.image_embeds for output in outputs])
     texts = torch.cat([output.text_embeds for output in outputs])
-    group = gather_rows(torch.cat([chunk.group for chunk in chunks]).to(device))
-    if pairwise:
-        group = torch.arange(len(group), device=device)
     rank, world_size = rank_and_world_size()
     rows = slice(rank * len(images), (rank + 1) * len(images))
     value = dense(
         _own_rows(gather_rows(images.detach()), images, rows),
         _own_rows(gather_rows(texts.detach()), texts, rows),
-        group,
+        gather_ids([Ids.of(chunk) for chunk in chunks], device),
         _part_of_gradient(outputs[0].logit_scale, world_size),
         _part_of_gradient(outputs[0].logit_bias, world_size),
     )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lib.losses import Pairs
+from lib.relation import NOBODY
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ def no_drift(device: torch.device) -> Tensor:
 
 
 class CrossBatchMemory:
-    """A ring buffer of Q embedded pairs of both towers, with group, sample_id and the step that embedded them.
+    """A ring buffer of Q embedded pairs of both towers, with their ids and the step that embedded them.
 
     Dropping one side would unbalance the gradient norms of the towers, so both are always kept.
     """
@@ -45,6 +46,7 @@ class CrossBatchMemory:
         self.text_embeds = torch.zeros(size, embed_dim, device=device, dtype=dtype)
         self.group = torch.zeros(size, dtype=torch.int64, device=device)
         self.sample_id = torch.zeros(size, dtype=torch.int64, device=device)
+        self.text_id = torch.zeros(size, dtype=torch.int64, device=device)
         self.step = torch.zeros(size, dtype=torch.int64, device=device)
         self.pointer = 0
         self.filled = 0
@@ -64,6 +66,7 @@ class CrossBatchMemory:
         self.text_embeds[slots] = fresh.text_embeds[-count:].to(self.text_embeds.dtype)
         self.group[slots] = fresh.group[-count:]
         self.sample_id[slots] = fresh.sample_id[-count:]
+        self.text_id[slots] = fresh.text_id[-count:]
         self.step[slots] = step
         self.pointer = (self.pointer + len(fresh)) % self.size
         self.filled = min(self.filled + len(fresh), self.size)
@@ -73,7 +76,8 @@ class CrossBatchMemory:
         if self.filled == 0:
             return None
         rows = slice(0, self.filled)  # slots fill from 0 on, so the filled ones are always the first
-        return Pairs(self.image_embeds[rows], self.text_embeds[rows], self.group[rows], self.sample_id[rows])
+        ids = self.group[rows], self.sample_id[rows], self.text_id[rows]
+        return Pairs(self.image_embeds[rows], self.text_embeds[rows], *ids)
 
     def mean_age(self, step: int) -> Tensor:
         """Mean age of the remembered pairs at this step, in steps: (), nan while there are none."""
@@ -113,11 +117,13 @@ class CrossBatchMemory:
         saved, here = tuple(state["image_embeds"].shape), tuple(self.image_embeds.shape)
         if saved != here:
             raise ValueError(f"the saved memory holds {saved[0]} pairs of dimension {saved[1]}, this one {here}")
+        # Checkpoints of earlier versions have no text_id: theirs equal no text's.
+        state = {"text_id": torch.full_like(self.text_id, NOBODY)} | state
         for name in self._tensors:
             getattr(self, name).copy_(state[name])
         self.pointer, self.filled = int(state["pointer"]), int(state["filled"])
 
-    _tensors = ("image_embeds", "text_embeds", "group", "sample_id", "step")
+    _tensors = ("image_embeds", "text_embeds", "group", "sample_id", "text_id", "step")
 
 
 DRIFT_LIMIT = 0.1  # 1 - cosine; above it remembered embeddings belong to another model than today's

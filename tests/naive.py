@@ -7,12 +7,16 @@ from torch import Tensor
 from lib.losses import Pairs
 
 
-def random_pairs(count: int, dim: int, seed: int, groups: int | None = None, first_id: int = 0) -> Pairs:
-    """Unit-norm float64 pairs; with `groups`, each is of one of that many groups, else each is its own."""
+def random_pairs(
+    count: int, dim: int, seed: int, groups: int | None = None, first_id: int = 0, texts: int | None = None
+) -> Pairs:
+    """Unit-norm float64 pairs, each of one of `groups` groups and with one of `texts` texts, or each with its own."""
     generator = torch.Generator().manual_seed(seed)
     image, text = (torch.randn(count, dim, generator=generator, dtype=torch.float64) for _ in range(2))
     group = torch.randint(groups, (count,), generator=generator) if groups else torch.arange(count) + first_id
-    return Pairs(F.normalize(image, dim=-1), F.normalize(text, dim=-1), group, torch.arange(count) + first_id)
+    text_id = torch.randint(texts, (count,), generator=generator) if texts else torch.arange(count) + first_id
+    embeds = F.normalize(image, dim=-1), F.normalize(text, dim=-1)
+    return Pairs(*embeds, group, torch.arange(count) + first_id, text_id)
 
 
 def naive_sigmoid(
@@ -23,23 +27,23 @@ def naive_sigmoid(
     *,
     pos_weight: float | str = 1.0,
     remembered_positives: str = "use",
+    same_text: str = "negative",
 ) -> Tensor:
     """A double loop over all pairs."""
     if pos_weight == "balanced":
-        positives = sum(int(one == other) for one in fresh.group for other in fresh.group)
-        pos_weight = (len(fresh) ** 2 - positives) / positives
+        kinds = [fresh_kind(fresh, i, j, same_text) for i in range(len(fresh)) for j in range(len(fresh))]
+        pos_weight = kinds.count(False) / kinds.count(True)
     total = torch.zeros((), dtype=fresh.image_embeds.dtype)
     for i in range(len(fresh)):
         for j in range(len(fresh)):
-            total = total + _sigmoid_term(
-                fresh.image_embeds[i] @ fresh.text_embeds[j] * scale + bias,
-                bool(fresh.group[i] == fresh.group[j]),
-                pos_weight,
-            )
+            positive = fresh_kind(fresh, i, j, same_text)
+            if positive is not None:
+                logit = fresh.image_embeds[i] @ fresh.text_embeds[j] * scale + bias
+                total = total + _sigmoid_term(logit, positive, pos_weight)
         for text in fresh.negative_texts if fresh.negative_texts is not None else ():
             total = total + _sigmoid_term(fresh.image_embeds[i] @ text * scale + bias, False, pos_weight)
         for j in range(len(remembered) if remembered else 0):
-            positive = _remembered_kind(fresh, remembered, i, j, remembered_positives)
+            positive = _remembered_kind(fresh, remembered, i, j, remembered_positives, same_text)
             if positive is None:
                 continue
             for anchor, other in (
@@ -58,6 +62,7 @@ def naive_infonce(
     *,
     label_smoothing: float = 0.0,
     remembered_positives: str = "use",
+    same_text: str = "negative",
     through: str = "both",
 ) -> Tensor:
     """One cross-entropy with a probability target per anchor."""
@@ -74,10 +79,12 @@ def naive_infonce(
                 anchors[i] if through_both else 2 * anchors[i] - anchors[i].detach()
             )  # the same, with twice the slope
             for j in range(len(fresh)):
-                candidates.append(others[j] if through_both else others[j].detach())
-                positives.append(bool(fresh.group[i] == fresh.group[j]))
+                positive = fresh_kind(fresh, i, j, same_text)
+                if positive is not None:
+                    candidates.append(others[j] if through_both else others[j].detach())
+                    positives.append(positive)
             for j in range(len(remembered) if remembered else 0):
-                positive = _remembered_kind(fresh, remembered, i, j, remembered_positives)
+                positive = _remembered_kind(fresh, remembered, i, j, remembered_positives, same_text)
                 if positive is not None:
                     candidates.append(old[j])
                     positives.append(positive)
@@ -95,11 +102,24 @@ def _sigmoid_term(logit: Tensor, positive: bool, pos_weight: float) -> Tensor:
     return pos_weight * F.softplus(-logit) if positive else F.softplus(logit)
 
 
-def _remembered_kind(fresh: Pairs, remembered: Pairs, i: int, j: int, remembered_positives: str) -> bool | None:
+def fresh_kind(fresh: Pairs, i: int, j: int, same_text: str) -> bool | None:
+    """True: a positive, False: a negative, None: left out."""
+    return _kind(fresh, fresh, i, j, same_text)
+
+
+def _remembered_kind(
+    fresh: Pairs, remembered: Pairs, i: int, j: int, remembered_positives: str, same_text: str
+) -> bool | None:
     """True: a positive, False: a negative, None: left out."""
     if fresh.sample_id[i] == remembered.sample_id[j]:
         return None
-    same_group = bool(fresh.group[i] == remembered.group[j])
-    if same_group and remembered_positives == "ignore":
-        return None
-    return same_group
+    positive = _kind(fresh, remembered, i, j, same_text)
+    return None if positive and remembered_positives == "ignore" else positive
+
+
+def _kind(fresh: Pairs, others: Pairs, i: int, j: int, same_text: str) -> bool | None:
+    if fresh.group[i] == others.group[j]:
+        return True
+    if fresh.text_id[i] == others.text_id[j]:
+        return {"exclude": None, "positive": True, "negative": False}[same_text]
+    return False

@@ -20,6 +20,7 @@ from lib.collectives import logsumexp_over_ranks, rank_and_world_size
 from lib.data import Chunk
 from lib.errors import InputError
 from lib.losses import Pairs, infonce, sigmoid
+from lib.relation import Ids
 from lib.towers import TwoTowers, build_preset
 from lib.xbm import CrossBatchMemory
 
@@ -60,7 +61,8 @@ def batch(step: int, tokens: tuple[torch.Tensor, torch.Tensor], size: int) -> Ch
     generator = torch.Generator().manual_seed(step)
     pixel_values = torch.randint(256, (COUNT, 3, size, size), generator=generator, dtype=torch.uint8)
     group = torch.randint(5, (COUNT,), generator=generator)
-    return Chunk(pixel_values, *tokens, group, torch.arange(COUNT) + COUNT * step)
+    sample = torch.arange(COUNT) + COUNT * step
+    return Chunk(pixel_values, *tokens, group, sample, text_id=sample)
 
 
 def by_plain_autograd(loss: str, scale: float | None = None) -> dict[str, torch.Tensor]:
@@ -75,7 +77,7 @@ def by_plain_autograd(loss: str, scale: float | None = None) -> dict[str, torch.
             towers.set_scale_and_bias(scale, None)
         pairs = batch(step, tokens, towers.image_size)
         output = towers(**pairs.inputs)
-        fresh = Pairs(output.image_embeds, output.text_embeds, pairs.group, pairs.sample_id)
+        fresh = Pairs(output.image_embeds, output.text_embeds, *Ids.of(pairs))
         LOSSES[loss][1](fresh, memory.pairs(), output.logit_scale, output.logit_bias).backward()
         torch.nn.utils.clip_grad_norm_(towers.parameters(), CLIP)
         optimizer.step()
@@ -85,7 +87,7 @@ def by_plain_autograd(loss: str, scale: float | None = None) -> dict[str, torch.
 
 
 def detached(pairs: Pairs) -> Pairs:
-    return Pairs(pairs.image_embeds.detach(), pairs.text_embeds.detach(), pairs.group, pairs.sample_id)
+    return Pairs(pairs.image_embeds.detach(), pairs.text_embeds.detach(), *pairs.ids)
 
 
 class Reduced(TorchDispatchMode):

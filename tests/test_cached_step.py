@@ -1,6 +1,7 @@
 """The cached step's gradients equal plain autograd over the whole batch, in float64, on 1, 2 and 4 ranks."""
 
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from itertools import product
 
@@ -13,12 +14,14 @@ from toy import ToyTowers, toy_chunks
 
 from lib.cached_step import cached_step
 from lib.collectives import logsumexp_over_ranks, rank_and_world_size
+from lib.data import Chunk
 from lib.losses import Pairs, infonce, sigmoid
+from lib.relation import Ids
 from lib.replay import RandomState
 from lib.surrogate import Surrogate
 from lib.xbm import CrossBatchMemory
 
-COUNT, DIM, DROPOUT, RATE = 12, 6, 0.3, 0.1
+COUNT, DIM, TEXTS, DROPOUT, RATE = 12, 6, 5, 0.3, 0.1
 LOSSES = {
     "infonce": (partial(infonce, merge_logsumexp=logsumexp_over_ranks), naive_infonce),
     "sigmoid": (sigmoid, naive_sigmoid),
@@ -33,17 +36,34 @@ MATRIX = list(
         ["none", "some", "all"],
     )
 )
+SAME_TEXT = list(
+    product(LOSSES, ["does not divide"], ["empty", "wrapped"], [None, 4], ["some"], ["exclude", "positive"])
+)
+MATRIX += SAME_TEXT  # where a case does not say it, equal texts are negatives
 
 
 def chunk_size_of(kind: str, per_rank: int) -> int:
     return {"divides": max(1, per_rank // 3), "does not divide": max(1, per_rank - 1), "whole": per_rank}[kind]
 
 
+def chunks_of(case, rank: int = 0, world_size: int = 1) -> list[Chunk]:
+    """A rank's chunks, whose pairs have one of a few texts in turn."""
+    size = chunk_size_of(case[1], COUNT // world_size)
+    text_id = (torch.arange(COUNT) % TEXTS)[rank * COUNT // world_size :].split(size)
+    chunks = toy_chunks(COUNT, size, case[3], rank, world_size)
+    return [replace(chunk, text_id=ids[: len(chunk)]) for chunk, ids in zip(chunks, text_id, strict=False)]
+
+
+def same_text_of(case) -> str:
+    return case[5] if len(case) > 5 else "negative"
+
+
 def memory_of(kind: str, groups: int | None) -> Pairs | None:
     """Eight slots; some of the remembered are stale copies of the batch's own samples."""
     memory = CrossBatchMemory(8, DIM, dtype=torch.float64)
     for step, size in enumerate(MEMORIES[kind]):
-        memory.enqueue(random_pairs(size, DIM, seed=step, groups=groups, first_id=9 + 20 * step), step)
+        pairs = random_pairs(size, DIM, seed=step, groups=groups, first_id=9 + 20 * step, texts=TEXTS)
+        memory.enqueue(pairs, step)
     return memory.pairs()
 
 
@@ -56,27 +76,27 @@ def parameters_after(towers) -> dict[str, torch.Tensor]:
 
 def by_plain_autograd(case, world_size: int, dropout=DROPOUT, freeze=()) -> dict[str, torch.Tensor]:
     """All ranks' chunks in one process, all graphs at once, a double loop as loss, one backward."""
-    loss, size, memory, groups, _ = case
+    loss, _, memory, groups = case[:4]
     towers = prepared_towers(dropout, freeze)
-    outputs = []
+    outputs, chunks = [], []
     for rank in range(world_size):
         torch.manual_seed(100 + rank)
-        chunks = toy_chunks(COUNT, chunk_size_of(size, COUNT // world_size), groups, rank, world_size)
-        outputs += [towers(c.pixel_values, c.input_ids, c.attention_mask) for c in chunks]
-    everything = toy_chunks(COUNT, COUNT, groups)[0]
+        own = chunks_of(case, rank, world_size)
+        outputs += [towers(c.pixel_values, c.input_ids, c.attention_mask) for c in own]
+        chunks += own
     fresh = Pairs(
         torch.cat([o.image_embeds for o in outputs]),
         torch.cat([o.text_embeds for o in outputs]),
-        everything.group,
-        everything.sample_id,
+        *(torch.cat(column) for column in zip(*map(Ids.of, chunks), strict=True)),
     )
-    value = LOSSES[loss][1](fresh, memory_of(memory, groups), outputs[0].logit_scale, outputs[0].logit_bias)
+    naive = partial(LOSSES[loss][1], same_text=same_text_of(case))
+    value = naive(fresh, memory_of(memory, groups), outputs[0].logit_scale, outputs[0].logit_bias)
     value.backward()
     return parameters_after(towers) | {"loss": value.detach()}
 
 
 def by_cached_step(case, dropout=DROPOUT, freeze=(), reductions: list | None = None, **recompute):
-    loss, size, memory, groups, kept = case
+    loss, _, memory, groups, kept = case[:5]
     rank, world_size = rank_and_world_size()
     towers = prepared_towers(dropout, freeze)
     wrapped, no_sync = towers, nullcontext
@@ -85,12 +105,12 @@ def by_cached_step(case, dropout=DROPOUT, freeze=(), reductions: list | None = N
         no_sync = wrapped.no_sync
         if reductions is not None:
             wrapped.register_comm_hook(reductions, counting_reduction)
-    chunks = toy_chunks(COUNT, chunk_size_of(size, COUNT // world_size), groups, rank, world_size)
+    chunks = chunks_of(case, rank, world_size)
     torch.manual_seed(100 + rank)
     result = cached_step(
         wrapped,
         chunks,
-        LOSSES[loss][0],
+        partial(LOSSES[loss][0], same_text=same_text_of(case)),
         memory_of(memory, groups),
         device=torch.device("cpu"),
         no_sync=no_sync,
@@ -144,6 +164,11 @@ def test_gradients_equal_plain_autograd_on_several_ranks_with_one_reduction(worl
         assert reductions == 1, case
 
 
+@pytest.mark.parametrize("case", SAME_TEXT, ids=lambda case: "-".join(map(str, case)))
+def test_negative_control_without_the_texts(case):
+    assert largest_error(by_cached_step(case), by_plain_autograd(case[:5], 1)) > 0.01
+
+
 CASE = ("infonce", "divides", "wrapped", 4, "none")
 
 
@@ -171,9 +196,9 @@ def test_negative_control_scale_gradient_in_every_chunk(monkeypatch):
 def rank_local_negatives():
     """What a loss over this rank's own rows only would give."""
 
-    def local(fresh, remembered, scale, bias, rows):
-        own = Pairs(*(getattr(fresh, name)[rows] for name in ("image_embeds", "text_embeds", "group", "sample_id")))
-        share = sigmoid(own, remembered, scale, bias, slice(0, len(own)))
+    def local(fresh, remembered, scale, bias, rows, same_text):
+        own = Pairs(fresh.image_embeds[rows], fresh.text_embeds[rows], *fresh.ids.rows(rows))
+        share = sigmoid(own, remembered, scale, bias, slice(0, len(own)), same_text=same_text)
         whole = torch.zeros_like(fresh.text_embeds)
         whole[rows] = share.text_embeds
         return type(share)(share.loss, share.image_embeds, whole, share.logit_scale, share.logit_bias)

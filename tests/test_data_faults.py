@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import os
 import threading
 from collections import Counter
 from dataclasses import replace
@@ -116,6 +117,29 @@ def test_every_fault_of_a_shard_is_one_event_and_what_can_be_read_is_used(tmp_pa
     assert skipped == {"truncated_tar": 1, "unreadable_tar": 1, "bad_gzip": 2, "unreachable": 1}
 
 
+@pytest.mark.parametrize("world_size, workers", LAYOUTS)
+def test_a_shard_that_is_no_file_is_one_event(tmp_path, world_size, workers):
+    make_tar(tmp_path / "a.tar", captioned(range(6)))
+    os.mkfifo(tmp_path / "b.tar")
+    (tmp_path / "c.tar").mkdir()
+    os.mkfifo(tmp_path / "d.tar.gz")
+    source, _ = open_sources(str(tmp_path / "{*.tar,*.tar.gz}"), None, None, fetcher=Fetcher(tmp_path / "cache", 0))
+    assert source.size == 6 and source.samples == (6, 0, 0, 0)
+    used, (read, count, skipped), skips = first_pass(source, world_size, workers)
+    assert used == sorted(good("a.tar", range(6)))
+    assert skips == [(name, name, "not_a_file") for name in ("b.tar", "c.tar", "d.tar.gz")]
+    assert (read, count, skipped) == (9, 6, {"not_a_file": 3})
+
+
+@pytest.mark.parametrize("name", ["b.tar", "b.tar.gz"])
+def test_an_only_shard_that_is_no_file_is_one_line(tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(
+        InputError, match=f"^--data .*{name} cannot be reached or read \\(not_a_file: a FIFO, device or"
+    ):
+        open_sources(str(tmp_path / name), None, None, fetcher=Fetcher(tmp_path / "cache", 0))
+
+
 class SomeDown(Fetcher):
     """A real fetcher to which shards of one name do not come."""
 
@@ -160,6 +184,43 @@ def test_a_remote_may_fail_for_a_while_and_one_that_stays_down_is_one_event(serv
     assert read == 19 and skipped == {"unreachable": 1} and skips == [("2.tar", "2.tar", "unreachable")]
 
 
+@pytest.fixture
+def login_page(tmp_path):
+    """The address of a web server that answers with a page, but for 1.tar."""
+    make_tar(tmp_path / "1.tar", captioned(range(6)))
+
+    class Handler(SimpleHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+        def do_GET(self):
+            if self.path == "/1.tar":
+                return super().do_GET()
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b"<!DOCTYPE html><html><title>Log in</title></html>")
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(tmp_path))) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_a_login_page_is_no_shard_no_index_and_no_list_of_classes(login_page, tmp_path):
+    fetcher = Fetcher(tmp_path / "cache", 0)
+    source, _ = open_sources(f"{login_page}/{{0..2}}.tar", None, None, fetcher=fetcher)
+    assert source.classes is None
+    used, (read, count, skipped), skips = first_pass(source, 1, 0)
+    assert used == sorted(good("1.tar", range(6))) and (read, count, skipped) == (8, 6, {"not_a_tar": 2})
+    assert skips == [(name, name, "not_a_tar") for name in ("0.tar", "2.tar")]
+    for data in ("{2..9}.tar", "folder", "2.tar?key=secret"):
+        with pytest.raises(InputError) as error:
+            open_sources(f"{login_page}/{data}", None, None, fetcher=fetcher)
+        line = str(error.value)
+        assert "cannot be reached or read (not_a_tar: an HTML page: is a login needed?)" in line and "\n" not in line
+        assert line.startswith(f"--data {login_page}/")
+
+
 def test_a_shard_that_was_down_is_tried_again_in_the_next_pass(tmp_path):
     for number in range(3):
         make_tar(tmp_path / f"{number}.tar", captioned(range(4)))
@@ -185,7 +246,10 @@ def test_a_bad_shard_in_the_cache_is_named_with_its_copy(server, tmp_path):
     (data,) = all_ranks(source, 1, augment="none")
     list(data.steps(0, 2))
     (skip,) = data.new_skips()
-    assert skip.reason == "truncated_tar" and skip.where == f"{server}/1.tar (its copy in the cache: {copy})"
+    assert (
+        skip.reason == "truncated_tar"
+        and skip.where == f"{server}/1.tar (its copy is {copy}: remove it to fetch the shard again)"
+    )
 
 
 def test_shards_that_all_stay_down_are_an_error_and_no_endless_loop(tmp_path):

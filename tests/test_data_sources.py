@@ -25,6 +25,21 @@ def test_class_folders_with_splits(tmp_path):
     assert len(open_evaluation(str(tmp_path), "train", None)) == 3
 
 
+@pytest.mark.parametrize("captions", ["one", "all"])
+def test_captions_that_another_group_has_too_are_counted(tmp_path, captions):
+    make_images(tmp_path, *(f"{number}.jpg" for number in range(5)))
+    rows = [["filename", "caption", "group"]]
+    rows += [
+        ["0.jpg", "a dog", "one"],
+        ["0.jpg", "a dog", "one"],
+        ["1.jpg", "a dog", "two"],
+        ["2.jpg", "a cat", "three"],
+    ]
+    rows += [["3.jpg", "a cat", "three"], ["4.jpg", "a bird", "four"], ["4.jpg", "a Dog", "four"]]
+    source, _ = open_sources(make_table(tmp_path / "table.csv", rows), None, None, captions=captions)
+    assert (source.distinct_texts, source.shared_text_pairs) == (4, 3), "the two cats are of one group"
+
+
 def test_class_folders_without_splits_and_other_validation_data(tmp_path):
     make_images(tmp_path / "a", "cat/1.jpg", "dog/1.jpg")
     make_images(tmp_path / "b", "cat/9.jpg")
@@ -55,6 +70,7 @@ def test_tables_with_several_captions_and_splits(tmp_path, suffix):
     source, validation = open_sources(str(path), None, None)
     assert texts_by_image(source) == {"1.jpg": [rows[1][1], "first again"], "2.jpg": ["second"]}
     assert source.group[0] == source.group[1] != source.group[2]
+    assert source.distinct_texts == 3 and source.shared_text_pairs == 0
     assert len({source.sample_id(pair, pair) for pair in range(3)}) == 3
     assert validation.image_keys == ["3.jpg"] and validation.captions == ["third"]
     assert open_evaluation(str(path), "auto", None).captions == ["fourth"]

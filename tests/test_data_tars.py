@@ -309,3 +309,13 @@ def test_a_run_counts_what_it_read_and_did_not_reach(tmp_path):
     run = train(tmp_path / "run", "--data", path, "--effective-batch", "4", "--chunk-size", "4", "--steps", "1")
     counts = json.loads((run / "summary.json").read_text())["data"]
     assert (counts["read"], counts["used"], counts["skipped"]) == (8, 4, {"not_reached": 4})
+
+
+def test_a_list_of_classes_names_every_class_once(tmp_path):
+    path = write_tar(tmp_path / "a.tar", [("0.png", png(0)), ("0.cls", b"0"), ("1.png", png(1)), ("1.cls", b"2")])
+    for listing, fault in (("red\n\nblue\n", "line 2 is empty"), ("red\nblue\nred", "line 3 is 'red' again")):
+        (tmp_path / "classes.txt").write_text(listing)
+        with pytest.raises(InputError, match=f"classes.txt: {fault}"):
+            open_sources(path, None, None)
+    (tmp_path / "classes.txt").write_bytes(b"\xef\xbb\xbfred\r\ngreen\r\nblue\r\n\r\n")
+    assert [texts(path)[name] for name in "01"] == [("a photo of red",), ("a photo of blue",)]

@@ -17,6 +17,7 @@ from small_evaluation import (
 from torch import Tensor
 
 from lib.collectives import gather_objects
+from lib.data.prepare import text_key
 from lib.errors import InputError
 from lib.evaluation import validation
 from lib.evaluation.embed import embed_images, embed_texts
@@ -118,7 +119,7 @@ def _embed_on_every_rank() -> list[dict]:
     return gather_objects(_embed_all())
 
 
-def mean_product(image_embeds: Tensor, text_embeds: Tensor, group: Tensor) -> float:
+def mean_product(image_embeds: Tensor, text_embeds: Tensor, group: Tensor, text_id: Tensor) -> float:
     return (image_embeds * text_embeds).sum(1).mean().item()
 
 
@@ -163,9 +164,9 @@ def test_validation_pairs_classes_with_the_first_template():
     towers, data, seen = SmallTowers().eval(), classed(11, {3: "empty"}), []
     found = validate(towers, data, small_processing(), lambda *pairs: seen.append(pairs) or 1.5, device="cpu")
     assert set(found) == {"accuracy", "macro_f1", "loss"} and found["loss"] == 1.5
-    ((image_embeds, text_embeds, group),) = seen
+    ((image_embeds, text_embeds, group, text_id),) = seen
     kept = [i for i in range(11) if i != 3]
-    assert group.tolist() == [i % 3 for i in kept]
+    assert group.tolist() == text_id.tolist() == [i % 3 for i in kept]
     embeds = embed_images(towers, data, PIPELINE, device="cpu").embeds
     torch.testing.assert_close(image_embeds, embeds[kept])
     prompts = [f"a {data.classes[i % 3]}" for i in kept]
@@ -176,10 +177,11 @@ def test_validation_pairs_images_with_their_first_caption(monkeypatch):
     towers, data, seen = SmallTowers().eval(), captioned(9, {2: "empty"}), []
     found = validate(towers, data, small_processing(), lambda *pairs: seen.append(pairs) or 0.0, device="cpu")
     assert set(found) == {"image_to_text", "text_to_image", "loss"}
-    ((image_embeds, text_embeds, group),) = seen
+    ((image_embeds, text_embeds, group, text_id),) = seen
     kept = [i for i in range(9) if i != 2 and i % 3]
     assert group.tolist() == [100 + i for i in kept]
     firsts = [data.captions[data.caption_image.tolist().index(i)] for i in kept]
+    assert text_id.tolist() == [text_key(text) for text in firsts]
     torch.testing.assert_close(text_embeds, embed_texts(towers, firsts, small_tokenize, device="cpu"))
     embeds = embed_images(towers, data, PIPELINE, device="cpu").embeds
     torch.testing.assert_close(image_embeds, embeds[kept])

@@ -35,6 +35,7 @@ from lib.losses import infonce, sigmoid
 from lib.objective import dense_infonce, dense_sigmoid
 from lib.pairs import Pairs
 from lib.prefetch import on_device
+from lib.relation import Ids
 from lib.report import read_metrics
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -99,7 +100,7 @@ def test_the_cached_step_gives_on_cuda_what_it_gives_on_the_cpu(kind, kept):
         chunks = prompted_chunks(4, 3) if kind == "shared texts" else toy_chunks(12, 4, 4)
         generator = torch.Generator().manual_seed(3)
         embeds = [F.normalize(torch.randn(9, 6, generator=generator, dtype=torch.float64)) for _ in range(2)]
-        old = Pairs(*(embed.to(device) for embed in embeds), *(torch.arange(9, device=device) for _ in range(2)))
+        old = Pairs(*(embed.to(device) for embed in embeds), *(torch.arange(9, device=device) for _ in range(3)))
         negatives = [{"input_ids": torch.arange(8).view(2, 4), "attention_mask": torch.ones(2, 4, dtype=torch.int64)}]
         for loss in (infonce, sigmoid):
             cached_step(
@@ -163,10 +164,10 @@ def test_losses_equal_the_dense_ones_in_float64_at_8192(tiled, dense):
     ids = torch.arange(8192, device=CUDA)
     scale, bias = (torch.tensor(value, device=CUDA) for value in (100.0, -10.0))
     leaves = [tensor.detach().clone().requires_grad_() for tensor in (images, texts, scale.double(), bias.double())]
-    value = dense(leaves[0], leaves[1], ids, leaves[2], leaves[3])
+    value = dense(leaves[0], leaves[1], Ids(ids, ids, ids), leaves[2], leaves[3])
     value.backward()
     with full_float32():
-        share = tiled(Pairs(images.float(), texts.float(), ids, ids), None, scale, bias, slice(0, 8192))
+        share = tiled(Pairs(images.float(), texts.float(), ids, ids, ids), None, scale, bias, slice(0, 8192))
     assert share.loss.item() == pytest.approx(value.item(), rel=1e-3)
     for ours, leaf in ((share.image_embeds, leaves[0]), (share.text_embeds, leaves[1])):
         assert ((ours - leaf.grad).norm() / leaf.grad.norm()).item() < 1e-3

@@ -9,6 +9,7 @@ from naive import naive_infonce, naive_sigmoid, random_pairs
 
 from lib import logit_tiles
 from lib.losses import LossShare, Pairs, infonce, sigmoid
+from lib.objective import Objective, dense_infonce, dense_sigmoid
 
 DIM = 5
 
@@ -23,7 +24,7 @@ def autograd(naive, fresh: Pairs, remembered, scale, bias, **options):
     """Value and gradients of the naive twin, as a LossShare over the whole batch."""
     negatives = [] if fresh.negative_texts is None else [fresh.negative_texts]
     leaves = [t.clone().requires_grad_() for t in (fresh.image_embeds, fresh.text_embeds, scale, bias, *negatives)]
-    pairs = Pairs(leaves[0], leaves[1], fresh.group, fresh.sample_id, *leaves[4:])
+    pairs = Pairs(leaves[0], leaves[1], *fresh.ids, *leaves[4:])
     value = naive(pairs, remembered, *leaves[2:4], **options)
     gradients = torch.autograd.grad(value, leaves, allow_unused=True)
     return LossShare(
@@ -42,13 +43,13 @@ def assert_same(share: LossShare, twin: LossShare, tolerance: float = 1e-12) -> 
         assert error <= tolerance, f"{name}: relative error {error:.2e}"
 
 
-def remembered_pairs(groups: int | None, fresh: Pairs) -> Pairs:
+def remembered_pairs(groups: int | None, fresh: Pairs, texts: int | None = None) -> Pairs:
     """Old pairs of which some are stale copies of fresh samples, and some only share a group."""
-    old = random_pairs(12, DIM, seed=9, groups=groups, first_id=100)
-    group, sample_id = old.group.clone(), old.sample_id.clone()
-    group[:4], sample_id[:4] = fresh.group[3:7], fresh.sample_id[3:7]
+    old = random_pairs(12, DIM, seed=9, groups=groups, first_id=100, texts=texts)
+    group, sample_id, text_id = old.group.clone(), old.sample_id.clone(), old.text_id.clone()
+    group[:4], sample_id[:4], text_id[:4] = fresh.group[3:7], fresh.sample_id[3:7], fresh.text_id[3:7]
     group[4:6] = fresh.group[7:9]
-    return replace(old, group=group, sample_id=sample_id)
+    return replace(old, group=group, sample_id=sample_id, text_id=text_id)
 
 
 SCALE, BIAS = torch.tensor(7.0, dtype=torch.float64), torch.tensor(-2.0, dtype=torch.float64)
@@ -86,6 +87,55 @@ def test_with_negative_texts_too(loss, naive, options, memory):
     assert share.loss > 1.01 * without.loss
 
 
+@pytest.mark.parametrize("groups", [None, 4])
+@pytest.mark.parametrize("memory", ["none", "use", "ignore"])
+@pytest.mark.parametrize("same_text", ["exclude", "positive", "negative"])
+@pytest.mark.parametrize(("loss", "naive", "options"), CASES)
+def test_equal_texts_of_other_groups_count_as_asked(loss, naive, options, same_text, memory, groups):
+    """In one batch and in the slices of four ranks; were all texts distinct, the loss would be another."""
+    fresh = random_pairs(17, DIM, seed=1, groups=groups, texts=6)
+    fresh = replace(fresh, negative_texts=random_pairs(3, DIM, seed=2).text_embeds)
+    remembered = None if memory == "none" else remembered_pairs(groups, fresh, texts=6)
+    options = options | {"same_text": same_text} | ({} if memory == "none" else {"remembered_positives": memory})
+    twin = autograd(naive, fresh, remembered, SCALE, BIAS, **options)
+    whole = loss(fresh, remembered, SCALE, BIAS, slice(0, 17), **options)
+    assert_same(whole, twin)
+    assert_same(
+        over_slices(loss, options, fresh, remembered, [slice(0, 5), slice(5, 6), slice(6, 14), slice(14, 17)]), twin
+    )
+    distinct = loss(replace(fresh, text_id=torch.arange(17)), remembered, SCALE, BIAS, slice(0, 17), **options)
+    moved = (distinct.image_embeds - whole.image_embeds).abs().max() / whole.image_embeds.abs().max()
+    assert moved == 0 if same_text == "negative" else moved > 0.01
+
+
+@pytest.mark.parametrize("loss", [infonce, sigmoid])
+def test_with_distinct_texts_there_is_nothing_to_exclude(loss):
+    fresh = random_pairs(17, DIM, seed=1, groups=4)
+    exclude, negative = (loss(fresh, None, SCALE, BIAS, slice(0, 17), same_text=way) for way in ("exclude", "negative"))
+    assert_same(exclude, negative, tolerance=0)
+
+
+@pytest.mark.parametrize("same_text", ["exclude", "positive", "negative"])
+@pytest.mark.parametrize("positives", ["group", "pair"])
+@pytest.mark.parametrize(
+    ("loss", "dense", "options"),
+    [
+        (infonce, dense_infonce, {"label_smoothing": 0.1}),
+        (sigmoid, dense_sigmoid, {"pos_weight": "balanced"}),
+    ],
+)
+def test_the_dense_twins_of_verify_gradients_count_equal_texts_alike(loss, dense, options, positives, same_text):
+    objective = Objective("clip", partial(loss, **options), partial(dense, **options)).of_run(positives, same_text)
+    fresh = random_pairs(17, DIM, seed=1, groups=4, texts=6)
+    leaves = [t.clone().requires_grad_() for t in (fresh.image_embeds, fresh.text_embeds, SCALE, BIAS)]
+    value = objective.dense(*leaves[:2], fresh.ids, *leaves[2:])
+    gradients = torch.autograd.grad(value, leaves)
+    share = objective.loss(fresh, None, SCALE, BIAS, slice(0, 17))
+    if loss is infonce:  # whose value does not feel the bias
+        gradients = (*gradients[:3], torch.zeros_like(BIAS))
+    assert_same(share, LossShare(value.detach(), *gradients))
+
+
 @pytest.mark.parametrize("memory", [False, True])
 def test_gradients_through_anchors_alone_are_others_where_there_is_a_memory(memory):
     fresh = random_pairs(17, DIM, seed=1, groups=4)
@@ -103,23 +153,25 @@ def test_shares_of_row_slices_add_up_to_the_whole_batch(loss):
     fresh = replace(fresh, negative_texts=random_pairs(9, DIM, seed=2).text_embeds)
     remembered = remembered_pairs(4, fresh)
     whole = loss(fresh, remembered, SCALE, BIAS, slice(0, 17))
-    slices = [slice(0, 5), slice(5, 14), slice(14, 17)]
-    options = {} if loss is sigmoid else {"merge_logsumexp": partial_column_merger(fresh, remembered, slices)}
+    assert_same(over_slices(loss, {}, fresh, remembered, [slice(0, 5), slice(5, 14), slice(14, 17)]), whole)
+
+
+def over_slices(loss, options: dict, fresh, remembered, slices: list[slice]) -> LossShare:
+    """The shares of several ranks, added up."""
+    if loss is not sigmoid:
+        options = options | {"merge_logsumexp": partial_column_merger(options, fresh, remembered, slices)}
     shares = [loss(fresh, remembered, SCALE, BIAS, rows, **options) for rows in slices]
-    assert_same(
-        LossShare(
-            sum(s.loss for s in shares),
-            torch.cat([s.image_embeds for s in shares]),
-            sum(s.text_embeds for s in shares),
-            sum(s.logit_scale for s in shares),
-            sum(s.logit_bias for s in shares),
-            sum(s.negative_texts for s in shares),
-        ),
-        whole,
+    return LossShare(
+        sum(s.loss for s in shares),
+        torch.cat([s.image_embeds for s in shares]),
+        sum(s.text_embeds for s in shares),
+        sum(s.logit_scale for s in shares),
+        sum(s.logit_bias for s in shares),
+        sum(s.negative_texts for s in shares),
     )
 
 
-def partial_column_merger(fresh, remembered, slices):
+def partial_column_merger(options: dict, fresh, remembered, slices):
     """What the ranks exchange: the log-sum-exp of all slices' partial ones."""
     partials = []
 
@@ -128,7 +180,7 @@ def partial_column_merger(fresh, remembered, slices):
         return partial
 
     for rows in slices:
-        infonce(fresh, remembered, SCALE, BIAS, rows, merge_logsumexp=collect)
+        infonce(fresh, remembered, SCALE, BIAS, rows, merge_logsumexp=collect, **options)
     merged = torch.stack(partials).logsumexp(0)
     return lambda partial: merged
 
@@ -177,7 +229,7 @@ def test_a_large_scale_does_not_overflow():
 def test_one_hand_computed_value():
     """Two orthogonal pairs at scale 1: each anchor's softmax is e / (e + 1); sigmoid has two terms of each kind."""
     eye = torch.eye(2, dtype=torch.float64)
-    fresh = Pairs(eye, eye, torch.arange(2), torch.arange(2))
+    fresh = Pairs(eye, eye, *(torch.arange(2) for _ in range(3)))
     one, zero = torch.ones((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
     nce = infonce(fresh, None, one, zero, slice(0, 2)).loss
     assert nce == pytest.approx(torch.log1p(torch.exp(-one)).item())
@@ -194,8 +246,8 @@ def test_one_visit_gives_log_sum_exp_and_mean_by_softmax_at_any_range_of_logits(
     others = (others if order == "drawn" else others[by_cosine]).repeat_interleave(3, dim=0)
     left_out = torch.rand(9, len(others), generator=generator) < 0.3
     left_out[4] = True
-    tiles = logit_tiles.LogitTiles(anchors, others, torch.tensor(100.0), None, logit_tiles.TileBuffers())
-    lse, mean = tiles.softmax_mean(lambda r, c: left_out[r, c])
+    buffers, mask = logit_tiles.TileBuffers(), lambda r, c: left_out[r, c]
+    lse, mean = logit_tiles.LogitTiles(anchors, others, torch.tensor(100.0), None, buffers, mask).softmax_mean()
     logits = (100 * anchors.double() @ others.double().T).masked_fill(left_out, -torch.inf)
     torch.testing.assert_close(lse.double(), logits.logsumexp(1), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(mean.double(), logits.softmax(1).nan_to_num() @ others.double(), rtol=1e-4, atol=1e-5)

@@ -17,6 +17,7 @@ from lib.cached_step import cached_step
 from lib.collectives import logsumexp_over_ranks, rank_and_world_size
 from lib.errors import InputError
 from lib.losses import Pairs, infonce, sigmoid
+from lib.relation import Ids
 
 CPU, COUNT = torch.device("cpu"), 12
 LOSSES = {
@@ -65,8 +66,7 @@ def at_once(loss: str, dropout: float = 0.0, with_negatives: bool = True) -> dic
     fresh = Pairs(
         torch.cat([output.image_embeds for output in outputs]),
         torch.cat([output.text_embeds for output in outputs]),
-        torch.cat([chunk.group for chunk in chunks]),
-        torch.cat([chunk.sample_id for chunk in chunks]),
+        *(torch.cat(column) for column in zip(*map(Ids.of, chunks), strict=True)),
         torch.cat(texts) if with_negatives else None,
     )
     LOSSES[loss][1](fresh, None, outputs[0].logit_scale, outputs[0].logit_bias).backward()

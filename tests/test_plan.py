@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from naive import random_pairs
+from naive import fresh_kind, random_pairs
 
 from lib.fitting import MARGIN, graphs_that_fit, measure_activations
 from lib.logit_bias import bias_from_counts, solved_bias
@@ -106,13 +106,17 @@ def test_a_memory_above_the_data_set_is_told():
 
 @pytest.mark.parametrize("groups", [None, 3])
 @pytest.mark.parametrize("remembered", [0, 40])
-def test_the_start_bias_counts_negatives_per_positive(groups, remembered):
-    group = random_pairs(12, 4, seed=0, groups=groups).group
-    positives = sum(int(a == b) for a in group for b in group) / len(group)
-    share = (positives - 1) / (len(group) - 1)
-    total = len(group) + 2 * remembered
-    positives += 2 * remembered * share
-    assert bias_from_counts(group, remembered) == pytest.approx(-math.log((total - positives) / positives))
+@pytest.mark.parametrize("same_text", ["exclude", "positive", "negative"])
+def test_the_start_bias_counts_negatives_per_positive(groups, remembered, same_text):
+    pairs, size = random_pairs(12, 4, seed=0, groups=groups, texts=5), 12
+    kinds = [fresh_kind(pairs, i, j, same_text) for i in range(size) for j in range(size)]
+    positives, negatives = kinds.count(True) / size, kinds.count(False) / size
+    positives += 2 * remembered * (positives - 1) / (size - 1)
+    negatives += 2 * remembered * negatives / (size - 1)
+    found = bias_from_counts(pairs.ids, remembered, same_text=same_text)
+    assert found == pytest.approx(-math.log(negatives / positives))
+    balanced = bias_from_counts(pairs.ids, 0, "balanced", same_text)
+    assert balanced == pytest.approx(0), "balanced weights make both kinds weigh the same"
 
 
 def test_the_solved_bias_is_the_minimum_of_the_loss():

@@ -1,17 +1,20 @@
 """Texts and images are given to a model in one form only, the one that its exported files state too."""
 
 import pickle
+import random
+import re
 from dataclasses import fields, replace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer, BertConfig
+from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer, BertConfig, ByT5Tokenizer
 
+from lib import processing as processing_module
 from lib.errors import InputError
 from lib.image_form import DEFAULT_FORMS
-from lib.processing import Processing, build_tokenizer, canonical_form, make_processing
+from lib.processing import MAX_CHARACTERS, Processing, build_tokenizer, canonical_form, make_processing
 from lib.towers import build_preset
 
 TEXTS = ["a photo of the digit zero", "the digit one, drawn by hand", "a dog runs over the grass"]
@@ -77,6 +80,66 @@ def test_long_texts_are_cut_and_keep_their_end_token(family):
     assert input_ids.dtype == attention_mask.dtype == torch.int64
     assert input_ids[0, -1] == processing.tokenizer.eos_token_id
     assert attention_mask.sum(1).tolist() == [longest, processing.tokenize(["word"])[1].sum().item()]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_rest_of_a_very_long_text_changes_no_token(family, monkeypatch):
+    _, processing = build_preset(f"tiny-{family}", TEXTS)
+    pieces = ["word", "a", "...", "é", "写真", "12", "\n", "  ", "x" * 300]
+    draw = random.Random(0)
+    texts = [" ".join(draw.choices(pieces, k=2000)) for _ in range(2)] + ["ab" * 10_000, "a" * 8191 + "é" * 9000]
+    assert min(map(len, texts)) > 2 * MAX_CHARACTERS
+    cut = processing.tokenize(texts)
+    monkeypatch.setattr(processing_module, "MAX_CHARACTERS", 10**9)
+    assert same_tokens(processing.tokenize(texts), cut)
+    monkeypatch.setattr(processing_module, "MAX_CHARACTERS", 20)  # the control: here the limit is met
+    assert not same_tokens(processing.tokenize(texts), cut)
+
+
+def test_a_tokenizer_learns_the_same_of_usual_texts_and_nothing_of_endless_words(monkeypatch):
+    usual = [
+        *TEXTS,
+        "Ein Häschen läuft über 1234567890 Wiesen! " * 150,
+        "一只狗在草地上奔跑" * 25,  # 225 letters without a space
+        "สุนัขวิ่งบนสนามหญ้า" * 30,
+        "x" * 256 + "-" * 256 + "7" * 256,
+        "https://example.org/" + "a_b/" * 200,
+    ]
+    for canonical in (False, True):
+        learned = build_tokenizer(usual, canonical=canonical).backend_tokenizer.to_str()
+        endless = ["ab" * 2**17, "é" * 257, "7" * 2**17, "!?" * 2**17, "_" * 257]
+        assert build_tokenizer([*usual, *endless], canonical=canonical).backend_tokenizer.to_str() == learned
+        with monkeypatch.context() as context:
+            context.setattr(processing_module, "MAX_CHARACTERS", 10**9)
+            context.setattr(processing_module, "_LONG_RUN", re.compile("(?!)"))
+            assert build_tokenizer(usual, canonical=canonical).backend_tokenizer.to_str() == learned
+            some = [*usual, *(text[:300] for text in endless)]  # the control: what these would have taught
+            assert build_tokenizer(some, canonical=canonical).backend_tokenizer.to_str() != learned
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip", "slow"])
+def test_texts_that_are_cut_are_counted(kind):
+    _, processing = build_preset("tiny-clip" if kind == "slow" else f"tiny-{kind}", TEXTS)
+    if kind == "slow":
+        processing = replace(processing, tokenizer=ByT5Tokenizer(model_max_length=32), max_length=32)
+    draw = random.Random(0)
+    texts = [" ".join(draw.choices(["dog", "the", "é", "写真", "A.b,c!"], k=k % 40)) for k in range(2500)]
+    texts += ["", "word " * 10_000, "!" * 20, "!" * 200]
+    form = canonical_form if processing.canonical else str
+    lengths = [len(processing.tokenizer(form(text), verbose=False)["input_ids"]) for text in texts]
+    expected = sum(length > processing.max_length for length in lengths)
+    assert 500 < expected < 2300 and lengths.count(processing.max_length) > 5  # those just fit
+    assert processing.count_cut(texts) == expected
+    assert processing.count_cut([]) == 0 and processing.count_cut(["dog", "word " * 10_000]) == 1
+
+
+def test_counting_leaves_the_tokenizer_as_tokenizing_does():
+    """Its settings of padding and length are saved with it."""
+    _, processing = build_preset("tiny-clip", TEXTS)
+    processing.tokenize(TEXTS)
+    before = processing.tokenizer.backend_tokenizer.to_str()
+    assert processing.count_cut(["word " * 200]) == 1
+    assert processing.tokenizer.backend_tokenizer.to_str() == before
 
 
 def test_clip_pads_to_the_longest_and_siglip_to_the_full_length():

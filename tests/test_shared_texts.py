@@ -16,6 +16,7 @@ from lib.cached_step import cached_step
 from lib.collectives import logsumexp_over_ranks, rank_and_world_size
 from lib.data import Chunk
 from lib.losses import Pairs, infonce, sigmoid
+from lib.relation import Ids
 from lib.report import read_metrics
 from lib.step_inputs import TEXT_INPUTS, StepBatch, same_every_time
 
@@ -58,8 +59,7 @@ def pair_by_pair(loss: str, size: int, texts: int, world_size: int, text_dropout
     fresh = Pairs(
         torch.cat([output.image_embeds for output in outputs]),
         torch.cat([output.text_embeds for output in outputs]),
-        torch.cat([chunk.group for chunk in chunks]),
-        torch.cat([chunk.sample_id for chunk in chunks]),
+        *(torch.cat(column) for column in zip(*map(Ids.of, chunks), strict=True)),
     )
     memory = random_pairs(5, DIM, seed=1, groups=texts, first_id=9)
     LOSSES[loss][1](fresh, memory, outputs[0].logit_scale, outputs[0].logit_bias).backward()

@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 from accelerate.state import AcceleratorState
+from made_data import make_images, make_table
 from made_shards import first_step
 from PIL import Image
 from ranks import on_ranks
@@ -65,6 +66,8 @@ def test_a_run_leaves_the_promised_files(siglip_run):
     summary = json.loads((siglip_run / "summary.json").read_text())
     assert (summary["steps"], summary["pairs"]) == (4, 256)
     assert summary["data"] == {"read": 256, "used": 256, "skipped": {}, "images": 1442}
+    lengths = {"looked_at": 40, "cut": 0, "token_limit": 32}
+    assert summary["texts"] == lengths | {"same_text": "negative", "shared_pairs": None}
     assert {"wall_seconds", "peak_memory_bytes", "eval"} <= summary.keys()
     assert 0 <= summary["eval"]["accuracy"] <= 1
     evaluations = [line["step"] for line in read_metrics(siglip_run) if "eval" in line]
@@ -168,6 +171,52 @@ def test_group_and_pair_positives_are_different_losses(tmp_path):
     group = curve(train_siglip.main, tmp_path / "group")
     pair = curve(train_siglip.main, tmp_path / "pair", "--positives=pair")
     assert group[0] != pytest.approx(pair[0], rel=0.05)
+
+
+def captions_said_of_several_images(folder: Path) -> str:
+    """Sixteen images: four captions are those of three images each, four of one."""
+    rows = [["filename", "caption"]]
+    make_images(folder, *(f"{number}.png" for number in range(16)))
+    rows += [[f"{number}.png", f"colour {number % 4 if number < 12 else number}"] for number in range(16)]
+    return make_table(folder / "captions.csv", rows)
+
+
+OF_SIXTEEN = ("--effective-batch=16", "--chunk-size=8", "--xbm-size=16", "--xbm-start=0", "--eval-every=0")
+
+
+def test_images_with_the_same_caption_are_no_negatives_of_each_other(tmp_path, capsys):
+    data, first, second = captions_said_of_several_images(tmp_path), {}, {}
+    for way in ("auto", "exclude", "positive", "negative"):
+        run(train_clip.main, tmp_path / way, *OF_SIXTEEN, f"--data={data}", f"--same-text={way}", "--verify-gradients")
+        first[way], second[way] = (step["loss"] for step in steps_of(tmp_path / way)[:2])
+        printed = capsys.readouterr().out
+        counts = {"positive": "positives", "negative": "negatives"}.get(way, "no negatives")
+        line = f"; 12 captions have the words of another image's: {counts} of each other (--same-text)"
+        assert line in printed and "texts      8 distinct texts" in printed
+        assert "verify-gradients: largest relative difference" in printed
+        said = json.loads((tmp_path / way / "summary.json").read_text())["texts"]
+        assert (said["same_text"], said["shared_pairs"]) == ("exclude" if way == "auto" else way, 12)
+    assert (first["auto"], second["auto"]) == (first["exclude"], second["exclude"])
+    # Nothing is learned yet: the loss is about the logarithm of the candidates, for twelve of sixteen 14 instead of 16.
+    assert first["negative"] - first["exclude"] == pytest.approx(0.75 * math.log(16 / 14), abs=0.05)
+    assert second["exclude"] < second["negative"] - 0.05
+    # Equal texts have equal logits: to InfoNCE it is all the same which of them is the target. Remembered ones differ.
+    assert first["positive"] == pytest.approx(first["negative"], rel=1e-6)
+    assert second["positive"] != pytest.approx(second["negative"], rel=1e-3)
+
+
+def test_the_bias_starts_without_the_negatives_that_are_left_out(tmp_path):
+    """Twelve of sixteen pairs have two fewer; of class prompts, all that --positives pair makes of one class."""
+    flags = ("--steps=1", "--lr=1e-9", "--xbm-size=0", f"--data={captions_said_of_several_images(tmp_path)}")
+    for way, ratio in {"auto": 13.5, "positive": 13.5 / 2.5, "negative": 15}.items():
+        run(train_siglip.main, tmp_path / way, *OF_SIXTEEN, *flags, f"--same-text={way}")
+        assert steps_of(tmp_path / way)[0]["logit_bias"] == pytest.approx(-math.log(ratio), abs=1e-4)
+    negatives = {}
+    for way in ("auto", "exclude"):
+        flags = ("--positives=pair", f"--same-text={way}", "--steps=1", "--lr=1e-9", "--xbm-size=0", "--eval-every=0")
+        run(train_siglip.main, tmp_path / f"prompts_{way}", *flags)
+        negatives[way] = math.exp(-steps_of(tmp_path / f"prompts_{way}")[0]["logit_bias"])
+    assert negatives["auto"] == pytest.approx(63, abs=1e-2) and negatives["exclude"] < 62
 
 
 def test_the_bias_starts_where_the_data_wants_it(tmp_path):

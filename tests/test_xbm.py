@@ -1,11 +1,13 @@
 """The memory bank holds what an explicit concatenation of past steps would, wraps around, and survives a save."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from naive import random_pairs
 
+from lib.losses import infonce
 from lib.xbm import CrossBatchMemory, Drift, MemorySwitch
 
 DIM = 4
@@ -14,14 +16,16 @@ DIM = 4
 def batches(sizes):
     first = 0
     for seed, size in enumerate(sizes):
-        yield random_pairs(size, DIM, seed=seed, first_id=first)
+        yield random_pairs(size, DIM, seed=seed, first_id=first, texts=7)
         first += size
 
 
 def as_set(pairs):
     return {
-        (int(s), *i.tolist(), *t.tolist())
-        for s, i, t in zip(pairs.sample_id, pairs.image_embeds, pairs.text_embeds, strict=True)
+        (*ids, *i.tolist(), *t.tolist())
+        for *ids, i, t in zip(
+            *(column.tolist() for column in pairs.ids), pairs.image_embeds, pairs.text_embeds, strict=True
+        )
     }
 
 
@@ -31,7 +35,7 @@ def test_the_bank_is_the_newest_q_pairs(sizes):
     history = list(batches(sizes))
     for step, fresh in enumerate(history):
         memory.enqueue(fresh, step)
-    kept = ("image_embeds", "text_embeds", "group", "sample_id")
+    kept = ("image_embeds", "text_embeds", "group", "sample_id", "text_id")
     newest = as_set(type(history[0])(*(torch.cat([getattr(p, name) for p in history])[-10:] for name in kept)))
     assert as_set(memory.pairs()) == newest
     assert len(memory) == min(10, sum(sizes))
@@ -57,6 +61,21 @@ def test_state_dict_resumes_in_the_middle_of_the_ring():
         resumed.enqueue(fresh, step)
     for name, value in unbroken.state_dict().items():
         assert torch.equal(resumed.state_dict()[name], value), name
+
+
+def test_a_bank_saved_before_it_had_texts_has_none_in_common_with_a_batch():
+    memory, fresh = CrossBatchMemory(6, DIM, dtype=torch.float64), random_pairs(6, DIM, seed=1, texts=2)
+    memory.enqueue(random_pairs(6, DIM, seed=2, first_id=50, texts=2), 1)
+    number, bias = torch.tensor(5.0, dtype=torch.float64), torch.tensor(0.0, dtype=torch.float64)
+    losses = [
+        infonce(fresh, memory.pairs(), number, bias, slice(0, 6), same_text=way).loss for way in ("exclude", "negative")
+    ]
+    memory.load_state_dict({name: tensor for name, tensor in memory.state_dict().items() if name != "text_id"})
+    of_old = replace(memory.pairs(), text_id=torch.arange(100, 106))
+    old = [
+        infonce(fresh, pairs, number, bias, slice(0, 6), same_text="exclude").loss for pairs in (memory.pairs(), of_old)
+    ]
+    assert old[0] == old[1] and losses[0] < old[0] < losses[1]
 
 
 def test_a_bank_of_another_size_is_refused():

@@ -59,5 +59,5 @@ def toy_chunks(count: int, chunk_size: int, groups: int | None, rank: int = 0, w
     input_ids = torch.randint(VOCABULARY, (count, 4), generator=generator)
     group = torch.randint(groups, (count,), generator=generator) if groups else torch.arange(count)
     rows = slice(rank * count // world_size, (rank + 1) * count // world_size)
-    batch = (pixel_values, input_ids, torch.ones_like(input_ids), group, torch.arange(count))
+    batch = (pixel_values, input_ids, torch.ones_like(input_ids), group, torch.arange(count), torch.arange(count))
     return [Chunk(*parts) for parts in zip(*(t[rows].split(chunk_size) for t in batch), strict=True)]

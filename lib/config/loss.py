@@ -15,6 +15,9 @@ class Loss(Settings):
     """group: all pairs of a class or image are positives of each other; pair: only the diagonal, as in the papers."""
     remembered_positives: Literal["use", "ignore"] = "use"
     """Remembered pairs of the anchor's group: positives, or left out (with --positives group)."""
+    same_text: Literal["auto", "exclude", "positive", "negative"] = "auto"
+    """Pairs of equal text and different group: left out for each other, positives, or negatives.
+    auto: exclude for captions; negative for class prompts, whose equal texts are of one class."""
     negative_prompts: Path | None = None
     """YAML list of texts that fit no image, such as hard prompts; {} stands for each class name.
     Every step encodes them all, as further negatives of every image."""

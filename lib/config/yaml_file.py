@@ -10,6 +10,7 @@ import yaml
 from lib.config.settings import flag
 from lib.config.train_config import TrainConfig
 from lib.errors import InputError
+from lib.safe_yaml import read_yaml
 
 
 def read_settings(file: str, parse: Callable[[Sequence[str]], object]) -> list[str]:
@@ -72,12 +73,7 @@ def _values(config: TrainConfig) -> dict[str, object]:
 def _read(file: str) -> dict[str, object]:
     """The file's settings by the names of fields."""
     known = [field.name for field in dataclasses.fields(TrainConfig)]
-    try:
-        settings = yaml.safe_load(Path(file).read_text(encoding="utf-8")) or {}
-    except OSError as error:
-        raise InputError(f"--config {file} cannot be read ({error.strerror}); name a YAML file of settings") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"--config {file} is not YAML: {' '.join(str(error).split())}") from None
+    settings = read_yaml(file, f"--config {file}", "; name a YAML file of settings") or {}
     if not isinstance(settings, dict):
         raise InputError(f"--config {file} must hold `name: value` lines, not a {type(settings).__name__}")
     found = {}

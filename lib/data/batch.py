@@ -49,7 +49,7 @@ class Chunk:
     """(C,) int64; pairs of one group are positives of each other."""
     sample_id: Tensor
     """(C,) int64; stable hash of the pair's key."""
-    text_id: Tensor | None = None
+    text_id: Tensor
     """(C,) int64; hash of the text: pairs of one text_id have the same."""
     image_pooled: Tensor | None = None
     """(C, H) float32, what the image trunk made of the pixels"""

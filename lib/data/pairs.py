@@ -53,6 +53,8 @@ class Source:
     templates: tuple[str, ...] | None = None
     """Prompt templates with {} for the class name."""
     distinct_texts: int | None = None
+    shared_text_pairs: int | None = None
+    """Captions that another group has too, word for word; None for prompts, and where only reading would tell."""
     skipped: tuple[tuple[str, str], ...] = ()
     """(key, reason) of the pairs found unusable without opening an image"""
     unusable: tuple[tuple[str, str], ...] = ()

@@ -61,20 +61,22 @@ class Prepare:
         """Stack pairs, their texts tokenized."""
         images = torch.stack([pair.image for pair in pairs])
         stored = self.image_outputs is not None
+        text_id, inputs = self._texts([pair.text for pair in pairs])
         return Chunk(
             pixel_values=None if stored else images,
             image_pooled=images if stored else None,
-            **self._texts([pair.text for pair in pairs]),
+            **inputs,
+            text_id=text_id,
             group=torch.tensor([pair.group for pair in pairs], dtype=torch.int64),
             sample_id=torch.tensor([pair.sample_id for pair in pairs], dtype=torch.int64),
         )
 
     def texts(self, texts: list[str]) -> dict[str, Tensor]:
         """What the towers' forward takes of texts without images, by name."""
-        prepared = self._texts(texts)
-        return {name: tensor for name, tensor in prepared.items() if tensor is not None and name != "text_id"}
+        return {name: tensor for name, tensor in self._texts(texts)[1].items() if tensor is not None}
 
-    def _texts(self, texts: list[str]) -> dict[str, Tensor | None]:
+    def _texts(self, texts: list[str]) -> tuple[Tensor, dict[str, Tensor | None]]:
+        """Hashes of the texts (C,), and what a tower takes of them."""
         # Prompts repeat: preparing the distinct texts only gives the same rows, the longest being the same.
         row_of_text = {text: row for row, text in enumerate(dict.fromkeys(texts))}
         rows = torch.tensor([row_of_text[text] for text in texts])
@@ -82,9 +84,9 @@ class Prepare:
         text_id = torch.tensor(keys)[rows]
         if self.text_outputs is not None:
             pooled = _stored(self.text_outputs, "--cache-text", keys)
-            return {"input_ids": None, "attention_mask": None, "text_pooled": pooled[rows], "text_id": text_id}
+            return text_id, {"input_ids": None, "attention_mask": None, "text_pooled": pooled[rows]}
         input_ids, attention_mask = self.tokenize(list(row_of_text))
-        return {"input_ids": input_ids[rows], "attention_mask": attention_mask[rows], "text_id": text_id}
+        return text_id, {"input_ids": input_ids[rows], "attention_mask": attention_mask[rows]}
 
 
 def text_key(text: str) -> int:

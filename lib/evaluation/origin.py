@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-import yaml
-
 from lib.data.sources import split_weight
+from lib.errors import InputError
 from lib.evaluation.options import Examined
 from lib.report import CONFIG, METRICS
+from lib.safe_yaml import read_yaml
 
 
 def run_of(model: str) -> Path | None:
@@ -23,7 +23,9 @@ def trained_on(model: str, examined: Examined, part: str) -> str | None:
     run = run_of(model)
     if run is None or not (run / CONFIG).is_file():
         return None
-    config = yaml.safe_load((run / CONFIG).read_text(encoding="utf-8"))
+    config = read_yaml(run / CONFIG, f"--model {model}: {run / CONFIG}")
+    if not isinstance(config, dict):
+        raise InputError(f"--model {model}: {run / CONFIG} holds no settings; restore it, or remove it")
     data, kept = config.get("data") or (), config.get("hold_out") or 0
     same = {_where(each) for each in ([data] if isinstance(data, str) else data)} & {_where(examined.data)}
     # What --hold-out keeps is the same images and more for a larger fraction.

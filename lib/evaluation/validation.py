@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lib.data.evaluation_set import EvaluationSet
 from lib.data.pipeline import ImagePipeline
+from lib.data.prepare import text_key
 from lib.errors import InputError
 from lib.evaluation.embed import Embedded, embed_images, embed_texts
 from lib.evaluation.retrieval.metrics import keep_readable, retrieval_metrics
@@ -17,9 +18,9 @@ from lib.processing import Processing
 
 LOSS_PAIRS = 8192  # a loss over more pairs costs time and says no more
 
-Loss = Callable[[Tensor, Tensor, Tensor], float]
+Loss = Callable[[Tensor, Tensor, Tensor, Tensor], float]
 EmbedText = Callable[[list[str]], Tensor]
-Pairs = tuple[Tensor, Tensor, Tensor]  # image_embeds, text_embeds, group, row by row
+Pairs = tuple[Tensor, Tensor, Tensor, Tensor]  # image_embeds, text_embeds, group, text_id, row by row
 
 
 def validate(
@@ -35,8 +36,8 @@ def validate(
 ) -> dict:
     """Measure the towers in evaluation mode; their modes and the global random state are left as they were.
 
-    loss(image_embeds (P, D), text_embeds (P, D), group (P,)) -> float is called once, on at most 8192 evenly
-    spaced pairs of an image and its first caption, or its class in the first template. Returns "loss", with
+    loss(image_embeds (P, D), text_embeds (P, D), group (P,), text_id (P,)) -> float is called once, on at most 8192
+    evenly spaced pairs of an image and its first caption, or its class in the first template. Returns "loss", with
     classes "accuracy" and "macro_f1", with captions "image_to_text" and "text_to_image"; equal on all ranks.
     """
     if evaluation_set.classes is None and evaluation_set.captions is None:
@@ -82,7 +83,8 @@ def _classify(
     full = zeroshot_metrics(image_embeds, labels, class_embeddings(classes, templates, embed_text), classes)
     first_prompts = class_embeddings(classes, templates[:1], embed_text)
     group = torch.as_tensor(evaluation_set.group)[embedded.valid]
-    return {key: full[key] for key in ("accuracy", "macro_f1")}, (image_embeds, first_prompts[labels], group)
+    pairs = image_embeds, first_prompts[labels], group, labels  # one text for each class
+    return {key: full[key] for key in ("accuracy", "macro_f1")}, pairs
 
 
 def _retrieve(
@@ -96,4 +98,5 @@ def _retrieve(
     images, first = (torch.from_numpy(rows) for rows in np.unique(caption_image, return_index=True))
     group = torch.as_tensor(evaluation_set.group)[readable][images]
     metrics = retrieval_metrics(image_embeds, text_embeds, caption_image)
-    return metrics, (image_embeds[images], text_embeds[first], group)
+    text_id = torch.tensor([text_key(texts[captions[row]]) for row in first.tolist()])
+    return metrics, (image_embeds[images], text_embeds[first], group, text_id)

@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
-import yaml
 from huggingface_hub import ModelCardData
 
 from lib.export.formats import HUGGING_FACE, ONNX, Format
 from lib.export.hugging_face import COMPOSED
 from lib.processing import Processing
 from lib.report import CONFIG, SUMMARY, flatten, read_metrics
+from lib.safe_yaml import read_yaml
 from lib.towers import PRESETS, TwoTowers
 from lib.towers.presets import SIZES
 
@@ -156,5 +156,7 @@ def _read(file: Path) -> dict:
     """A YAML or JSON file, empty if there is none."""
     if not file.is_file():
         return {}
-    text = file.read_text(encoding="utf-8")
-    return (json.loads(text) if file.suffix == ".json" else yaml.safe_load(text)) or {}
+    if file.suffix == ".json":
+        return json.loads(file.read_text(encoding="utf-8")) or {}
+    settings = read_yaml(file, str(file))
+    return settings if isinstance(settings, dict) else {}

@@ -3,10 +3,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import yaml
-
 from lib.data.pairs import fill
 from lib.errors import InputError
+from lib.safe_yaml import read_yaml
 
 _SHIPPED = Path(__file__).parent / "prompts"
 
@@ -33,16 +32,6 @@ def load_negative_prompts(file: Path, classes: Sequence[str] | None) -> tuple[st
         else:
             texts += [fill(text, name) for name in classes]
     return tuple(dict.fromkeys(texts))
-
-
-def read_yaml(path: Path, asked: str, advice: str = "") -> object:
-    """What a YAML file of the user's holds; InputError, beginning with the flag and value that asked for it."""
-    try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{asked} cannot be read ({error.strerror}){advice}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{asked} is not YAML: {' '.join(str(error).split())}") from None
 
 
 def _listed(path: Path, asked: str, advice: str) -> tuple[str, ...]:

@@ -1,25 +1,27 @@
 """Owns the way of a shard to a local file: from a pattern to names, and through the cache."""
 
-import glob
 import hashlib
+import io
 import os
 import re
+import stat
+import tarfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from braceexpand import (  # type: ignore[attr-defined]  # its stubs leave the exception out
-    UnbalancedBracesError,
-    braceexpand,
-)
 from filelock import FileLock, Timeout
 
-from lib.data.remote.gunzip import gunzip, is_gzip
+from lib.data.fields import decode
+from lib.data.files import open_file
+from lib.data.remote.contents import GZIP, check_tar, gunzip, is_gzip, is_web_page
+from lib.data.remote.patterns import expanded, local_matches
 from lib.data.remote.transfer import (
     ATTEMPTS,
     PIPE,
+    SMALL_BYTES,
     ZIPPED,
     Unreachable,
     download,
@@ -31,10 +33,13 @@ from lib.data.remote.transfer import (
 )
 from lib.errors import InputError
 
-__all__ = ["Fetcher", "Unreachable", "default_fetcher", "fault"]
+__all__ = ["Fetcher", "Unreachable", "copy_note", "default_fetcher", "fault"]
 
 JUST_USED = 120.0
 """Seconds for which a shard stays in the cache whatever the limit: its reader may be about to open it."""
+
+LEAST_LIMIT, USUAL_RATIO = 2**30, 100
+"""A zipped shard may unpack to LEAST_LIMIT bytes, or USUAL_RATIO times its size if that is more."""
 
 _BAD_GZIP = ".bad_gzip"
 _DIGEST = 32
@@ -58,25 +63,27 @@ class Fetcher:
         """
         self._check_pipe(data, flag)
         found: set[str] = set()
-        for pattern in _patterns(data, flag):
+        schemes: set[str] = set()
+        for pattern in expanded(data, flag):
             if pattern.startswith(PIPE):
                 found.add(pattern)
             elif is_url(pattern):
-                found.update(remote_matches(pattern, flag))
+                found.update(remote_matches(pattern, flag, schemes))
             else:
-                found.update(_local_matches(pattern, data, flag))
+                found.update(local_matches(_path(pattern), data, flag))
         return tuple(sorted(found))
 
     def local(self, shard: str) -> str:
         """Path of the shard as an uncompressed local tar, fetched and unpacked into the cache where need be.
 
-        A shard in the cache is used as it is. Raises Unreachable after the last attempt, InputError where the
-        cache cannot be written.
+        A shard in the cache is used as it is. Raises Unreachable after the last attempt and for what is not there, no
+        file or no tar; InputError where the cache cannot be written.
         """
         self._check_pipe(shard, "--data")
-        if not is_away(shard) and not (shard.lower().endswith(ZIPPED) and _needs_unpacking(shard)):
+        status = None if is_away(shard) else _status_of_file(_path(shard))
+        if status and not (shard.lower().endswith(ZIPPED) and _needs_unpacking(shard)):
             return _path(shard)
-        name = _cached_name(shard)
+        name = _cached_name(shard, status)
         if cached := self._cached(name):
             return cached
         with _cache_faults_told(self.cache):
@@ -86,26 +93,41 @@ class Fetcher:
                 cached = self._cached(name)
                 if not cached:
                     # Who waited for another's attempts in vain makes one of its own.
-                    cached = _fetch(shard, shards / name, attempts=1 if waited else ATTEMPTS)
+                    cached = _fetch(shard, shards / name, 1 if waited else ATTEMPTS, self.cache_bytes)
             self._make_room()
             return cached
+
+    def is_here(self, shard: str) -> bool:
+        """Whether `local` would give the shard without fetching or unpacking it."""
+        try:
+            status = None if is_away(shard) else _status_of_file(_path(shard))
+        except Unreachable:
+            return False
+        is_plain = status and not shard.lower().endswith(ZIPPED)
+        return bool(is_plain) or self._cached(_cached_name(shard, status)) is not None
 
     def read_text(self, path_or_url: str) -> str | None:
         """The text of a small file beside the shards, or None where there is none.
 
-        Raises InputError where the remote cannot be reached.
+        A web page in its place is none: some servers send one for every address. Raises InputError for what cannot be
+        reached or read, is too large or no UTF-8 text.
         """
         if path_or_url.startswith(PIPE):
             return None
+        remedy = "check the file"
         try:
-            if is_url(path_or_url):
-                return read_url(path_or_url)
-            return Path(_path(path_or_url)).read_text(encoding="utf-8", errors="replace")
+            content = read_url(path_or_url) if is_url(path_or_url) else _small_file(_path(path_or_url))
+            return None if content is None or is_web_page(content) else decode(_unzipped(content))
         except (FileNotFoundError, NotADirectoryError):
             return None
         except Unreachable as error:
-            address = path_or_url.partition("?")[0]
-            raise InputError(f"--data: {address} cannot be reached ({error.detail}); check the network") from None
+            problem = f"cannot be reached or read ({error.detail})"
+            remedy = "check the network" if is_url(path_or_url) else remedy
+        except UnicodeDecodeError:
+            problem, remedy = "is not UTF-8 text", "save it as UTF-8, or remove it"
+        except OSError as error:
+            problem = f"cannot be read ({error.strerror or error})"
+        raise InputError(f"--data: {path_or_url.partition('?')[0]} {problem}; {remedy}")
 
     def _check_pipe(self, data: str, flag: str) -> None:
         if data.startswith(PIPE) and not self.allow_pipe:
@@ -152,42 +174,57 @@ def fault(path: str) -> str | None:
     return "bad_gzip" if path.endswith(_BAD_GZIP) else None
 
 
-def _patterns(data: str, flag: str) -> list[str]:
-    if os.path.isfile(data):
-        return [data]
-    try:
-        return list(braceexpand(data))
-    except UnbalancedBracesError:
-        raise InputError(f"{flag} {data}: a brace is not closed; write it as in 'a-{{0..9}}.tar'") from None
-
-
-def _local_matches(pattern: str, data: str, flag: str) -> list[str]:
-    pattern = _path(pattern)
-    found = [pattern] if os.path.isfile(pattern) else glob.glob(pattern)
-    if not found:
-        raise InputError(f"{flag} {data}: there is no file {pattern}; check the folder and the pattern")
-    return found
+def copy_note(shard: str, path: str) -> str:
+    """Words to put behind a fetched shard that is damaged, for the user to remove its copy; "" for local shards."""
+    return f" (its copy is {path}: remove it to fetch the shard again)" if is_away(shard) else ""
 
 
 def _path(shard: str) -> str:
     return shard.removeprefix("file://")
 
 
+def _status_of_file(path: str) -> os.stat_result:
+    """Its size and date; raises Unreachable for what is not there, and for a FIFO or device, which could block."""
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError) as error:
+        raise Unreachable("unreachable", getattr(error, "strerror", None) or str(error)) from None
+    if not stat.S_ISREG(status.st_mode):
+        raise Unreachable("not_a_file", "a FIFO, device or folder, not a file")
+    return status
+
+
 def _needs_unpacking(shard: str) -> bool:
     """Whether a local file is zipped as its name says; a tar under a wrong name is taken as it is."""
     try:
-        with open(_path(shard), "rb") as file:
+        with open_file(_path(shard)) as file:
             return file.read(262)[257:] != b"ustar"
     except OSError as error:
         raise Unreachable("unreachable", error.strerror or str(error)) from None
 
 
-def _cached_name(shard: str) -> str:
-    """A hash of what the shard is, then what can be read of its name; a local file is also its size and date."""
+def _small_file(path: str) -> bytes:
+    with open_file(path) as file:
+        content = file.read(SMALL_BYTES + 1)
+    if len(content) > SMALL_BYTES:
+        raise Unreachable("too_large", f"more than {SMALL_BYTES:,} bytes")
+    return content
+
+
+def _unzipped(content: bytes) -> bytes:
+    """The content without the compression that some servers apply unasked."""
+    if not content.startswith(GZIP):
+        return content
+    unpacked = io.BytesIO()
+    gunzip(io.BytesIO(content), unpacked, SMALL_BYTES)
+    return unpacked.getvalue()
+
+
+def _cached_name(shard: str, status: os.stat_result | None) -> str:
+    """A hash of what the shard is, then what can be read of its name; a local file, of `status`, by size and date."""
     identity = shard
     readable = "pipe" if shard.startswith(PIPE) else shard.partition("?")[0]
-    if not is_away(shard):
-        status = os.stat(_path(shard))
+    if status:
         identity = f"{os.path.abspath(_path(shard))}\x1f{status.st_size}\x1f{status.st_mtime_ns}"
     digest = hashlib.blake2b(identity.encode("utf-8", "surrogatepass"), digest_size=_DIGEST // 2).hexdigest()
     readable = re.sub(r"(\.tar)?(\.gz|\.tgz|\.tar)?$", "", os.path.basename(readable))
@@ -218,8 +255,8 @@ def _cache_faults_told(cache: Path) -> Iterator[None]:
         raise InputError(f"--cache-dir {cache} cannot be written ({reason}); name a folder that can") from None
 
 
-def _fetch(shard: str, target: Path, attempts: int) -> str:
-    """Download or run, unpack, and only then give the file its name; returns its path."""
+def _fetch(shard: str, target: Path, attempts: int, cache_bytes: int) -> str:
+    """Download or run, unpack, look what it is, and only then give the file its name; returns its path."""
     part, unpacked = Path(f"{target}.part"), Path(f"{target}.unpacked")
     try:
         if shard.startswith(PIPE):
@@ -230,8 +267,9 @@ def _fetch(shard: str, target: Path, attempts: int) -> str:
         ready, packed = part, part if is_away(shard) else Path(_path(shard))
         if packed != part or is_gzip(part):
             ready = unpacked
-            if not _unpack(packed, unpacked):
+            if not _unpack(packed, unpacked, cache_bytes):
                 target = Path(f"{target}{_BAD_GZIP}")
+        check_tar(ready)
         os.replace(ready, target)
         return str(target)
     finally:
@@ -239,11 +277,12 @@ def _fetch(shard: str, target: Path, attempts: int) -> str:
         unpacked.unlink(missing_ok=True)
 
 
-def _unpack(packed: Path, unpacked: Path) -> bool:
-    with open(packed, "rb") as source, open(unpacked, "wb") as output:
-        whole = gunzip(source, output)
-        if not output.tell():
-            raise Unreachable("bad_gzip", str(packed))
+def _unpack(packed: Path, unpacked: Path, cache_bytes: int) -> bool:
+    with open_file(packed) as source, open(unpacked, "wb") as output:
+        usual = max(LEAST_LIMIT, USUAL_RATIO * os.fstat(source.fileno()).st_size)
+        whole = gunzip(source, output, min(cache_bytes or usual, usual))
+        if output.tell() < (1 if whole else tarfile.BLOCKSIZE):
+            raise Unreachable("bad_gzip", f"no sample in {packed.name} can be unpacked")
     return whole
 
 

@@ -1,15 +1,21 @@
 """Owns talking to what is not a file of this machine: addresses, listing, downloads and commands, with retries."""
 
 import errno
+import inspect
+import math
 import os
+import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
-from typing import TypeVar
+from contextlib import suppress
+from typing import BinaryIO, TypeVar
 
 import fsspec
 from fsspec.callbacks import Callback
+from fsspec.implementations.local import LocalFileSystem
 from fsspec.registry import known_implementations
 
 from lib.data.order import draw
@@ -18,6 +24,13 @@ from lib.errors import InputError
 ATTEMPTS = 5
 BASE_DELAY = 1.0
 """Seconds before the second attempt, on average; twice as long before each further one."""
+LEAST_RATE = 1024.0
+"""Bytes a second; a transfer that is slower over SLOW_SECONDS (a command's over SLOW_COMMAND_SECONDS) is given up."""
+SLOW_SECONDS, SLOW_COMMAND_SECONDS = 60.0, 300.0
+LONGEST = 6 * 3600.0
+"""Seconds after which a shard's transfer is given up, and no further attempt begun."""
+SMALL_BYTES, SMALL_SECONDS = 64 * 2**20, 120.0
+"""Limits of a small file beside the shards."""
 
 PIPE = "pipe:"
 TARS = (".tar", ".tar.gz", ".tgz")
@@ -25,7 +38,10 @@ TARS = (".tar", ".tar.gz", ".tgz")
 ZIPPED = (".gz", ".tgz")
 """Of these, what has to be unpacked."""
 
+_HTTP = ("http", "https")
 _SECONDS_OF_SILENCE = 60
+_POLL_SECONDS = 0.5
+_DETAIL = 300  # characters of an error's text
 _DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 # Stores of objects say "forbidden" of what is not there.
 _REFUSALS = (401, 403, 404, 410)
@@ -34,7 +50,7 @@ T = TypeVar("T")
 
 
 class Unreachable(Exception):
-    """A shard that cannot be had; `reason` is unreachable or bad_gzip."""
+    """A shard that cannot be had; `reason` is unreachable, not_a_file, not_a_tar, bad_gzip or too_large."""
 
     def __init__(self, reason: str, detail: str = ""):
         super().__init__(reason, detail)
@@ -42,6 +58,32 @@ class Unreachable(Exception):
 
     def __str__(self) -> str:
         return f"{self.reason}: {self.detail}" if self.detail else self.reason
+
+
+class Pace(Callback):
+    """Progress of one transfer, in bytes; every report raises Unreachable if it is too slow, too long or too large.
+
+    window: seconds over which LEAST_RATE must be kept. longest: seconds for all of it.
+    """
+
+    def __init__(self, window: float, longest: float, most_bytes: float = math.inf) -> None:
+        super().__init__()
+        self.window, self.longest, self.most_bytes = window, longest, most_bytes
+        self.began = self.since = time.monotonic()
+        self.bytes_then = 0
+
+    def call(self, hook_name: str | None = None, **kwargs: object) -> None:
+        """Judge the progress; fsspec's filesystems call it for every piece."""
+        now = time.monotonic()
+        if max(self.value, self.size or 0) > self.most_bytes:
+            raise Unreachable("too_large", f"more than {self.most_bytes:,.0f} bytes")
+        if now - self.began > self.longest:
+            raise Unreachable("unreachable", f"not finished within {self.longest:,.0f} seconds")
+        if now - self.since >= self.window:
+            if self.value - self.bytes_then < LEAST_RATE * (now - self.since):
+                came = f"{self.value - self.bytes_then:,} bytes in {now - self.since:.0f} seconds"
+                raise Unreachable("unreachable", f"too slow, {came}")
+            self.since, self.bytes_then = now, self.value
 
 
 def is_url(data: str) -> bool:
@@ -54,12 +96,18 @@ def is_away(shard: str) -> bool:
     return shard.startswith(PIPE) or is_url(shard)
 
 
-def remote_matches(url: str, flag: str) -> list[str]:
-    """The URL itself, unasked, or what a glob in it finds; InputError, naming `flag`, where it cannot be used."""
-    scheme = url.partition("://")[0]
-    filesystem = _known_filesystem(url, flag)
+def remote_matches(url: str, flag: str, schemes: set[str]) -> list[str]:
+    """The URL itself, unasked, or what a glob in it finds; InputError, naming `flag`, where it cannot be used.
+
+    schemes: those already found usable, which are not looked at again; the URL's is added.
+    """
     # Http takes "?" and "[" for parts of a name.
-    if not any(letter in url for letter in ("*" if scheme in ("http", "https") else "*?[")):
+    is_glob = any(letter in url for letter in ("*" if _scheme(url) in _HTTP else "*?["))
+    if not is_glob and _scheme(url) in schemes:
+        return [url]
+    filesystem = _filesystem(url, flag, SMALL_SECONDS)
+    schemes.add(_scheme(url))
+    if not is_glob:
         return [url]
     try:
         names = attempted(lambda: filesystem.glob(url), url)
@@ -71,10 +119,18 @@ def remote_matches(url: str, flag: str) -> list[str]:
     return [filesystem.unstrip_protocol(name) for name in names]
 
 
-def read_url(url: str) -> str | None:
-    """The text of a small file, or None where the remote has none; raises Unreachable."""
+def read_url(url: str) -> bytes | None:
+    """A small file's bytes, or None where the remote has none; raises Unreachable, also beyond SMALL_BYTES."""
+
+    def read() -> bytes:
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, "file")
+            _get(url, path, Pace(SLOW_SECONDS, SMALL_SECONDS, SMALL_BYTES))
+            with open(path, "rb") as file:
+                return file.read()
+
     try:
-        return attempted(lambda: _filesystem(url).cat_file(url), url).decode("utf-8", errors="replace")
+        return attempted(read, url)
     except Unreachable as error:
         if error.__cause__ is None:
             raise
@@ -83,15 +139,14 @@ def read_url(url: str) -> str | None:
 
 def download(url: str, path: str, attempts: int) -> None:
     """Bring a file to `path`, whole; raises Unreachable, or OSError where `path` cannot be written."""
+    attempted(lambda: _get(url, path, Pace(SLOW_SECONDS, LONGEST)), url, attempts)
 
-    def get() -> None:
-        told = Callback()  # learns the size that the server says
-        _filesystem(url).get_file(url, path, callback=told)
-        size = os.path.getsize(path)
-        if told.size is not None and size != told.size:
-            raise ConnectionError(f"cut short, {size} of {told.size} bytes")
 
-    attempted(get, url, attempts)
+def _get(url: str, path: str, pace: Pace) -> None:
+    _filesystem(url, "--data", pace.longest).get_file(url, path, callback=pace)
+    size = os.path.getsize(path)
+    if pace.size is not None and size != pace.size:
+        raise ConnectionError(f"cut short, {size} of {pace.size} bytes")
 
 
 def run_command(shard: str, path: str, attempts: int) -> None:
@@ -99,65 +154,99 @@ def run_command(shard: str, path: str, attempts: int) -> None:
     command = f"set -o pipefail; {shard.removeprefix(PIPE)}"
 
     def run() -> None:
-        with open(path, "wb") as output:
-            done = subprocess.run(
-                ["bash", "-c", command], stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.PIPE
-            )
-        if done.returncode:
-            said = done.stderr.decode("utf-8", errors="replace").strip().split("\n")[-1]
-            raise ConnectionError(f"exit code {done.returncode}{': ' * bool(said)}{said}")
+        with open(path, "wb") as output, tempfile.TemporaryFile() as errors:
+            code = _exit_code(command, output, errors)
+            errors.seek(max(0, os.fstat(errors.fileno()).st_size - _DETAIL))
+            said = errors.read(_DETAIL).decode("utf-8", errors="replace").strip().split("\n")[-1]
+        if code:
+            raise ConnectionError(f"exit code {code}{': ' * bool(said)}{said}")
 
     attempted(run, shard, attempts)
+
+
+def _exit_code(command: str, output: BinaryIO, errors: BinaryIO) -> int:
+    """Run a command to its end, or kill it and all that it started where its output is too slow."""
+    process = subprocess.Popen(
+        ["bash", "-c", command], stdin=subprocess.DEVNULL, stdout=output, stderr=errors, start_new_session=True
+    )
+    pace = Pace(SLOW_COMMAND_SECONDS, LONGEST)
+    try:
+        while True:
+            with suppress(subprocess.TimeoutExpired):
+                return process.wait(_POLL_SECONDS)
+            pace.absolute_update(os.fstat(output.fileno()).st_size)
+    finally:
+        if process.returncode is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 def attempted(get: Callable[[], T], name: str, attempts: int = ATTEMPTS) -> T:
     """What `get` returns, tried again after growing pauses; raises Unreachable after the last attempt.
 
-    What a remote says is not there or not allowed is not asked for again: that Unreachable has a cause.
+    What a remote says is not there or not allowed is not asked for again: that Unreachable has a cause. An Unreachable
+    of `get` itself (too slow, too large) costs much time: it is tried once more. No attempt begins after LONGEST.
     """
     told = name.partition("?")[0] if is_url(name) else name  # behind it stand keys of access
+    began, reason = time.monotonic(), "unreachable"
     for attempt in range(1, attempts + 1):
         try:
             return get()
         except (NotImplementedError, InputError):
             raise
+        except Unreachable as error:
+            reason, detail, attempts = error.reason, error.detail, min(attempts, 2)
         except Exception as error:  # every filesystem has errors of its own
             if isinstance(error, FileNotFoundError | PermissionError) or getattr(error, "status", 0) in _REFUSALS:
-                raise Unreachable("unreachable", _one_line(error).replace(name, told)) from error
+                raise Unreachable("unreachable", _one_line(error, name, told)) from error
             if isinstance(error, OSError) and error.errno in _DISK_FAULTS:
                 raise
-            detail = _one_line(error).replace(name, told)
-        if attempt == attempts:
+            reason, detail = "unreachable", _one_line(error, name, told)
+        if attempt >= attempts or time.monotonic() - began > LONGEST:
             break
         if attempt == 1:
             print(f"{told} failed ({detail}), trying again", file=sys.stderr, flush=True)
         jitter = 0.5 + draw("retry", name, os.getpid(), attempt) / 2**63
         time.sleep(BASE_DELAY * 2 ** (attempt - 1) * jitter)
-    raise Unreachable("unreachable", detail)
+    raise Unreachable(reason, detail)
 
 
-def _filesystem(url: str) -> fsspec.AbstractFileSystem:
-    scheme = url.partition("://")[0]
-    if scheme not in ("http", "https"):
-        return fsspec.filesystem(scheme)
+def _filesystem(url: str, flag: str, longest: float) -> fsspec.AbstractFileSystem:
+    """The filesystem of an address; InputError, naming `flag`, where there is none or it cannot be made.
+
+    longest: seconds for one request over http, answers included.
+    """
+    scheme, shown = _scheme(url), url.partition("?")[0]
+    try:
+        options = _http_options(longest) if scheme in _HTTP else {}
+        # Asked first: one that lacks an argument, as ftp its host, is half made and prints a traceback of its end.
+        inspect.signature(fsspec.get_filesystem_class(scheme).__init__).bind(None, **options)
+        filesystem = fsspec.filesystem(scheme, **options)
+    except ImportError as error:
+        package = "aiohttp" if scheme in _HTTP else _package(scheme)
+        remedy = f"needs {package}; pip install {package}" if package else _one_line(error)
+        raise InputError(f"{flag} {shown}: {remedy}") from None
+    except (TypeError, ValueError):  # of a scheme that fsspec does not know, or needs more for than an address
+        raise InputError(f"{flag} {shown}: {scheme}:// is not known; give http, https, s3, gs or hf") from None
+    except Exception as error:  # every filesystem has errors of its own
+        raise InputError(f"{flag} {shown}: {scheme}:// cannot be used ({_one_line(error)})") from None
+    if isinstance(filesystem, LocalFileSystem):
+        raise InputError(f"{flag} {shown}: {scheme}:// is this machine; give the path alone")
+    return filesystem
+
+
+def _http_options(longest: float) -> dict:
     import aiohttp  # here, so that a missing package is an error of those who need it
 
-    # aiohttp gives up on any download after five minutes; here only silence counts.
-    timeout = aiohttp.ClientTimeout(total=None, sock_connect=_SECONDS_OF_SILENCE, sock_read=_SECONDS_OF_SILENCE)
-    options = {"timeout": timeout, "trust_env": True, "headers": {"Accept-Encoding": "identity"}}
-    return fsspec.filesystem(scheme, client_kwargs=options)
+    # aiohttp gives up on any download after five minutes.
+    timeout = aiohttp.ClientTimeout(total=longest, sock_connect=_SECONDS_OF_SILENCE, sock_read=_SECONDS_OF_SILENCE)
+    # What was packed for the way is kept as it came: its size is that of Content-Length, and `gunzip` has a limit.
+    settings = {"timeout": timeout, "trust_env": True, "auto_decompress": False}
+    return {"client_kwargs": settings | {"headers": {"Accept-Encoding": "identity"}}}
 
 
-def _known_filesystem(url: str, flag: str) -> fsspec.AbstractFileSystem:
-    scheme = url.partition("://")[0]
-    try:
-        return _filesystem(url)
-    except ImportError as error:
-        package = "aiohttp" if scheme in ("http", "https") else _package(scheme)
-        remedy = f"needs {package}; pip install {package}" if package else _one_line(error)
-        raise InputError(f"{flag} {url}: {remedy}") from None
-    except ValueError:
-        raise InputError(f"{flag} {url}: {scheme}:// is not known; give http, https, s3, gs or hf") from None
+def _scheme(url: str) -> str:
+    return url.partition("://")[0]
 
 
 def _package(scheme: str) -> str | None:
@@ -166,5 +255,6 @@ def _package(scheme: str) -> str | None:
     return package if package != "fsspec" else None
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+def _one_line(error: Exception, name: str = "", told: str = "") -> str:
+    """The error's text, with `told` in place of the name that it must not show."""
+    return " ".join((str(error).replace(name, told) if name else str(error)).split())[:_DETAIL] or type(error).__name__

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections import Counter
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -9,6 +10,7 @@ from lib.data.fields import decode, is_utf8, name_of, texts_of
 from lib.data.remote.fetch import Fetcher
 from lib.data.remote.transfer import PIPE, is_away, is_url
 from lib.data.shards.tars import Sample
+from lib.errors import InputError
 
 _LONGEST_NUMBER = 9  # digits of a class number
 
@@ -108,11 +110,20 @@ def _read(sample: Sample, own_key: str, form: TextForm) -> Annotation:
 
 
 def listed_classes(shards: tuple[str, ...], fetcher: Fetcher) -> tuple[str, ...] | None:
-    """Class names by number from classes.txt beside the first shard, if it is there."""
-    listing = fetcher.read_text(beside(shards[0], "classes.txt"))
-    if listing is None:
+    """Class names by number from classes.txt beside the first shard, if it is there.
+
+    Raises InputError for a list with an empty line, which would move all names that follow, or a name twice.
+    """
+    path = beside(shards[0], "classes.txt")
+    listing = fetcher.read_text(path)
+    if listing is None or not listing.strip():
         return None
-    return tuple(name.strip().replace("_", " ") for name in listing.split("\n") if name.strip())
+    names = [name.strip().replace("_", " ") for name in listing.rstrip().split("\n")]
+    for name, count in Counter(names).items():
+        if count > 1 or not name:
+            line = len(names) - names[::-1].index(name)
+            raise InputError(f"{path}: line {line} is {f'{name!r} again' if name else 'empty'}; name every class once")
+    return tuple(names)
 
 
 def shown(shard: str) -> str:

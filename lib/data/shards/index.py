@@ -2,10 +2,12 @@
 
 import json
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from lib.data.fields import is_utf8, name_of
 from lib.data.remote.fetch import Fetcher
 from lib.errors import InputError
 
@@ -13,6 +15,9 @@ INDEX = "index.json"
 SPLITS = ("train", "val", "test", "all")
 
 _VERSION = 1
+_LARGEST = 2**40  # samples, pairs or bytes of one shard
+# "?" would end the name in an address.
+_FILE_NAME = re.compile(r"(?!\.{1,2}$)[^/\\?\0]{1,255}")
 
 
 class ShardEntry(NamedTuple):
@@ -45,17 +50,14 @@ def read_index(folder: str, fetcher: Fetcher) -> ShardIndex | None:
         record = json.loads(text)
         if not isinstance(record, dict) or not {"version", "shards"} <= record.keys():
             return None  # another program's index
-        if record["version"] != _VERSION:
-            raise InputError(
-                f"{path} is of version {record['version']}, read here is {_VERSION}; pack the shards again"
-            )
-        shards = {name: _entry(entry) for name, entry in record["shards"].items()}
-        classes = None if record.get("classes") is None else tuple(map(str, record["classes"]))
+        version = _count(record, "version")
+        if version != _VERSION:
+            raise InputError(f"{path} is of version {version}, read here is {_VERSION}; pack the shards again")
+        return ShardIndex(_entries(record["shards"]), _classes(record.get("classes")))
     except InputError:
         raise
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path} is damaged ({error!r}); pack the shards again, or remove it") from None
-    return ShardIndex(shards, classes)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise InputError(f"{path} is damaged ({_told(error)}); pack the shards again, or remove it") from None
 
 
 def write_index(folder: Path, index: ShardIndex) -> None:
@@ -67,8 +69,47 @@ def write_index(folder: Path, index: ShardIndex) -> None:
     os.replace(unfinished, folder / INDEX)
 
 
-def _entry(entry: dict) -> ShardEntry:
-    split = str(entry["split"])
-    if split not in SPLITS:
-        raise ValueError(f"split {split!r}")
-    return ShardEntry(split, int(entry["samples"]), int(entry["pairs"]), int(entry["bytes"]))
+def _told(error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    return f"{error} is missing" if isinstance(error, KeyError) else str(error)[:200]
+
+
+def _entries(shards: object) -> dict[str, ShardEntry]:
+    if not isinstance(shards, dict) or not shards:
+        raise ValueError("shards must be an object with an entry for each shard")
+    return {_checked_name(name): _entry(entry) for name, entry in shards.items()}
+
+
+def _entry(entry: object) -> ShardEntry:
+    if not isinstance(entry, dict):
+        raise TypeError(f"{entry!r} in place of a shard's entry")
+    if entry["split"] not in SPLITS:
+        raise ValueError(f"split {entry['split']!r}")
+    return ShardEntry(entry["split"], *(_count(entry, name) for name in ("samples", "pairs", "bytes")))
+
+
+def _count(record: dict, name: str) -> int:
+    count = record[name]
+    if type(count) is not int or not 0 <= count <= _LARGEST:
+        raise ValueError(f"{name} {count!r}")
+    return count
+
+
+def _checked_name(name: str) -> str:
+    """The shard's name, which is that of a file in the index's own folder."""
+    if not _FILE_NAME.fullmatch(name) or not is_utf8(name):
+        raise ValueError(f"no name of a file beside the index: {name!r}")
+    return name
+
+
+def _classes(names: object) -> tuple[str, ...] | None:
+    if names is None:
+        return None
+    if not isinstance(names, list) or not names:
+        raise TypeError("classes must be a list of names")
+    found = [name_of(name) for name in names]
+    classes = tuple(name for name in found if name and is_utf8(name))
+    if len(set(classes)) < len(names):
+        raise ValueError("classes must be distinct names")
+    return classes

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from itertools import islice
 
-from lib.data.remote.fetch import Fetcher, Unreachable
+from lib.data.remote.fetch import Fetcher, Unreachable, copy_note
 from lib.data.shards.annotations import Annotation, TextForm, annotate, listed_classes, shard_names, shown
 from lib.data.shards.shard_set import ShardSet
 from lib.data.shards.tars import Damage, Sample, index_samples
@@ -51,8 +51,8 @@ def _nothing(path: str, apart: bool, fetcher: Fetcher) -> str:
     """Why nothing of the shards can be used, and what to do."""
     damage, local = _damage(path, fetcher)
     if damage:
-        copy = "" if local in (None, path) else f" remove its copy {local} to fetch it again,"
-        return f" is no tar that can be read ({damage});{copy} check the file, or pack anew"
+        copy = copy_note(path, local) if local else ""
+        return f" is no tar that can be read ({damage}){copy}; check the file, or pack anew"
     if apart:
         return (
             ": the image and the text of a sample are not next to each other in the tar; sort its members by name, as "

@@ -26,7 +26,8 @@ def find_shards(data: str, flag: str, fetcher: Fetcher) -> ShardSet:
 
     An index beside them that names them all says which split each is of. Raises InputError, naming `flag`.
     """
-    if os.path.isdir(data) or (is_url(data) and not shown(data).rstrip("}").endswith(TARS)):
+    # An address with "?" is that of one shard: nothing lies below it.
+    if os.path.isdir(data) or (is_url(data) and "?" not in data and not data.rstrip("}").endswith(TARS)):
         index = read_index(data, fetcher)
         if index:
             shards = tuple(f"{data.rstrip('/')}/{name}" for name in index.shards)

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from lib.data.order import salted, stable_hash
 from lib.data.pairs import Captions, Source, fill, parts_of
-from lib.data.remote.fetch import Fetcher, Unreachable
+from lib.data.remote.fetch import Fetcher, Unreachable, copy_note
 from lib.data.remote.transfer import ZIPPED, is_away
 from lib.data.shards.annotations import Annotation, TextForm, annotate, shard_names, shown
 from lib.data.shards.kind import notes, text_form
@@ -85,7 +85,7 @@ class ShardSource(Source):
     def fault(self, shard: int, reason: str, path: str | None = None) -> Item:
         """The note of a shard as a whole; `path`, if it was read: a bad copy in the cache is named, to be removed."""
         where = shown(self.shards[shard])
-        copy = f" (its copy in the cache: {path})" if path and self.is_away(shard) else ""
+        copy = copy_note(self.shards[shard], path) if path else ""
         return Item(where + copy, self.names[shard], reason=reason)
 
     def items(self, shard: int, sample: Sample) -> Iterator[Item]:
