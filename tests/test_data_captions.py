@@ -1,6 +1,7 @@
 """COCO's, Flickr's and Karpathy's files are read as they are found in the wild; what is wrong is counted and said."""
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -104,6 +105,21 @@ def test_a_missing_image_counts_once_and_a_bad_caption_by_itself(tmp_path):
     }
 
 
+def test_odd_fields_of_coco_cost_their_entry_alone(tmp_path):
+    make_images(tmp_path, "1.jpg", "2.jpg")
+    content = coco("1.jpg", "2.jpg", captions=1)
+    odd_ids = [[1], {"a": 1}, True, None, float("nan")]
+    content["annotations"] += [{"image_id": each, "caption": "x"} for each in odd_ids]
+    content["annotations"] += [{"image_id": 10, "caption": each} for each in (None, float("nan"), ["a"], {"a": 1}, 7)]
+    content["images"] += [{"id": each, "file_name": "1.jpg"} for each in ([1], True, 10)]
+    content["images"] += [{"id": 20, "file_name": each} for each in (17, "a\0b", "", ["1.jpg"])] + [None]
+    source, _ = open_sources(str(write_json(tmp_path / "a.json", content)), None, None)
+    assert texts_by_image(source) == {"1.jpg": ["1.jpg said 0", "7"], "2.jpg": ["2.jpg said 0"]}
+    annotations = {f"a.json: annotation {number}" for number in range(2, 11)}
+    images = {f"a.json: image {number}" for number in range(2, 10)}
+    assert reasons(source) == dict.fromkeys(annotations | images, "malformed_row")
+
+
 def test_other_json_is_told_apart_by_what_it_holds(tmp_path):
     make_images(tmp_path, "1.jpg")
     boxes = coco("1.jpg")
@@ -162,6 +178,24 @@ def test_karpathys_splits_are_those_of_the_file(tmp_path):
         assert validation.captions == ["four"]
     test = open_evaluation(str(path), "auto", None)
     assert test.captions == ["five"] and test.skipped == (("f.jpg", "missing"),)
+
+
+def test_odd_fields_of_karpathys_file_cost_their_entry_alone(tmp_path):
+    make_images(tmp_path, "a.jpg", "b.jpg")
+    content = karpathy(("a.jpg", "train", None, ["one"]), ("b.jpg", "train", None, ["two"]))
+    content["images"][1]["sentences"] += [{"raw": 7}, {"raw": None}, {"raw": ["x"]}, "x", {}]
+    good = content["images"][0]
+    content["images"] += [good | {"split": ["train"]}, good | {"split": "extra"}, good | {"split": None}]
+    content["images"] += [
+        good | {"sentences": {"raw": "x"}},
+        good | {"filename": ["a.jpg"]},
+        good | {"filename": "a\0"},
+    ]
+    content["images"] += [None, 7, good | {"filename": "c.jpg", "filepath": "a\0b"}]
+    source, _ = open_sources(f"karpathy:{write_json(tmp_path / 'k.json', content)}", None, None)
+    assert texts_by_image(source) == {"a.jpg": ["one"], "b.jpg": ["two", "7"]}
+    found = Counter(reason for _, reason in source.skipped)
+    assert found == {"malformed_row": 6, "unknown_split": 2, "empty_caption": 4, "missing": 1}
 
 
 def test_a_karpathy_file_that_is_not_one_is_said(tmp_path):

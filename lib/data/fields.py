@@ -41,7 +41,8 @@ def text_of(value: object) -> str | None:
     "7". Raises NotText for anything else.
     """
     if isinstance(value, str):
-        return value.strip().strip(_BYTE_ORDER_MARK).strip()
+        text = value.strip()
+        return text.strip(_BYTE_ORDER_MARK).strip() if _BYTE_ORDER_MARK in text else text
     if value is None or (isinstance(value, float) and not isfinite(value)):
         return None
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -59,7 +60,7 @@ def texts_of(value: object) -> list[str]:
 
     A missing text in a list is "": the others keep their numbers. Raises NotText for lists and objects in a list.
     """
-    if isinstance(value, list | tuple):
+    if not isinstance(value, str) and isinstance(value, list | tuple):  # texts first: tables have millions of them
         return [text_of(each) or "" for each in value]
     text = text_of(value)
     return [] if text is None else [text]
@@ -72,6 +73,8 @@ def decode(content: bytes) -> str:
 
 def is_utf8(text: str) -> bool:
     """Whether the text can be written as UTF-8: one with half a surrogate pair cannot, and no tokenizer takes it."""
+    if text.isascii():
+        return True
     try:
         text.encode()
     except UnicodeEncodeError:

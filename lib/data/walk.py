@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from lib.data.fields import shown
-from lib.data.files import is_hidden, is_image_name
+from lib.data.files import is_image_name
 
 OUTPUTS = (
     {"config.yaml", "checkpoints"},
@@ -43,7 +43,7 @@ def walk_images(root: str | os.PathLike) -> Iterator[FolderImages]:
             continue
         try:
             with os.scandir(path) as entries:
-                listed = sorted((entry for entry in entries if not is_hidden(entry.name)), key=lambda each: each.name)
+                listed = sorted((entry for entry in entries if entry.name[0] != "."), key=lambda each: each.name)
         except OSError:
             if not folder:
                 raise
@@ -64,15 +64,15 @@ def _sorted_out(folder: str, listed: list[os.DirEntry], follow: bool) -> tuple[F
     found = FolderImages(folder, [], [])
     inner: list[tuple[str, bool]] = []
     for entry in listed:
-        path = f"{folder}/{entry.name}" if folder else entry.name
         kind = _kind(entry)
+        if kind == "file":
+            if is_image_name(entry.name):
+                found.names.append(entry.name)
+            continue
+        path = f"{folder}/{entry.name}" if folder else entry.name
         if kind == "folder" and (follow or not entry.is_symlink()):
             inner.append((path, entry.is_symlink()))
-        if not is_image_name(entry.name):
-            continue
-        if kind == "file":
-            found.names.append(entry.name)
-        else:
+        if is_image_name(entry.name):
             found.skipped.append((shown(path), "not_a_file" if kind == "folder" else kind))
     return found, inner
 

@@ -14,8 +14,8 @@ class Examined(Settings):
     """Data to evaluate on."""
 
     data: str = "digits"
-    """As in training: digits, class folders, a table of captions, COCO, Flickr or Karpathy files, tar shards, parquet
-    files, a folder of save_to_disk, or hub:OWNER/NAME[:SPLIT]."""
+    """As in training: digits, class folders, imagefolders, a table of captions or classes, COCO, Flickr or Karpathy
+    files, tar shards, parquet files, a folder of save_to_disk, or hub:OWNER/NAME[:SPLIT]."""
     image_root: str | None = None
     """Folder of the images that a table or annotation file names; None: beside it."""
     image_column: str | None = None

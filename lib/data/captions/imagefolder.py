@@ -38,7 +38,7 @@ def read_imagefolder(root: Path, flag: str, image_root: str | None, columns: Col
     tables = [Table(file, flag, columns, ImageFinder(file.parent, (), None)) for file in files]
     for file, table in zip(files, tables, strict=True):
         place = "" if file.parent == root else f"{file.parent.name}/"
-        add_rows(listing, table, finder, place, lambda key: _split_of(key) or "all")
+        add_rows(listing, table, finder, place, _split_of)
     of_classes = {table.labelled for table in tables if table.is_understood}
     if len(of_classes) > 1:
         raise InputError(f"{flag} {root}: one file of metadata has captions and another classes; give them one column")
@@ -79,7 +79,7 @@ def _count_unnamed(root: Path, listing: Listing) -> None:
     named = {os.path.normpath(key) for key in listing.keys}
     for found in walk_images(root):
         prefix = f"{found.folder}/" if found.folder else ""
-        split = _split_of(prefix)
+        split = _split_of(f"{prefix}image")
         for name in found.names:
             if (key := prefix + name) not in named:
                 listing.skip(shown(key), "no_row" if is_utf8(key) else "not_utf8", split)

@@ -113,7 +113,9 @@ class ImageFinder:
         """The path of the image that has one of these names, or None."""
         for place in self._places:
             for name in names:
-                folder, file = os.path.split(os.path.join(place, name))  # an absolute name stays as it is
+                folder, file = place, name
+                if "/" in name:
+                    folder, file = os.path.split(os.path.join(place, name))  # an absolute name stays as it is
                 if file in self._listing(folder):
                     return os.path.join(folder, file)
         return None

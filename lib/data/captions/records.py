@@ -141,14 +141,22 @@ class _Lines:
 def json_objects(file: TextIO) -> Iterator[tuple[int, dict | str]]:
     """(line number, object, or the reason why the line is none) of each line that is not blank."""
     for line, text in enumerate(file, start=1):
-        text = text.strip("\ufeff\r\n\t ")
-        if not text:
-            continue
         try:
             record = json.loads(text)
         except (ValueError, RecursionError):
-            record = None
+            text = text.strip("\ufeff\r\n\t ")
+            if not text:
+                continue
+            record = _json(text) if text.startswith("{") else None
         yield line, record if isinstance(record, dict) else "malformed_row"
+
+
+def _json(text: str) -> object:
+    """The value, also behind a byte order mark, as of files that were joined; None where there is none."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
 
 
 def _delimiter_of(header: str, usual: str) -> str:

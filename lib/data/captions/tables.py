@@ -32,19 +32,24 @@ def read_table(
 
 
 def add_rows(
-    listing: Listing, table: "Table", finder: ImageFinder, place: str = "", split_of: Callable[[str], str] | None = None
+    listing: Listing,
+    table: "Table",
+    finder: ImageFinder,
+    place: str = "",
+    split_of: Callable[[str], str | None] | None = None,
 ) -> None:
     """List the rows of a table; InputError where rows have splits and none is known.
 
-    place: what image names are relative to, "train/". split_of: the split of an image whose row names none.
+    place: what image names are relative to, "train/". split_of: the split of an image whose row names none, or None.
     """
     unknown: tuple[int, str] | None = None
+    of_place = split_of(f"{place}image") if split_of else None
     for line, row in table.rows():
         if isinstance(row, str):
-            listing.skip(f"{place}{table.path.name}:{line}", row)
+            listing.skip(f"{place}{table.path.name}:{line}", row, of_place)
             continue
         key = row.image if not place or row.image.startswith("/") else place + row.image
-        split = SPLITS.get(row.split.lower()) if row.split else split_of(key) if split_of else "train"
+        split = SPLITS.get(row.split.lower()) if row.split else (split_of(key) or "all") if split_of else "train"
         if split is None:
             unknown = unknown or (line, str(row.split))
             listing.named.add(key)
@@ -165,9 +170,9 @@ class Table:
                 found[names] = self._own(names)
                 if self._chosen is None and not self._missing(names):
                     found = {names: self._choose(names)}
-            own = found[names]
             # A column that the object lacks is None, and no object has that for a key.
-            yield line, _row(*(record.get(name) for name in own))
+            image, text, split, group = map(record.get, found[names])
+            yield line, _row(image, text, split, group)
         if first and self._chosen is None:
             self._choose(first)
 

@@ -1,7 +1,7 @@
 """Class folders: images sorted into one folder for each class, in split folders or directly."""
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -83,8 +83,7 @@ def find_class_folders(root: Path, flag: str) -> ClassFolders:
 class _Parts:
     """Images by split and class folder, and what is left out; without images in a class folder no split."""
 
-    def __init__(self, walked: Iterable[FolderImages]):
-        walked = list(walked)
+    def __init__(self, walked: Sequence[FolderImages]):
         of_classes = {found.folder: found for found in walked if found.names and is_utf8(found.folder)}
         split_of = {
             top: SPLITS[top.lower()]
@@ -96,8 +95,11 @@ class _Parts:
         for found in walked:
             split, reason = _place(found.folder, split_of)
             self._add(found, split, reason)
-        for split, folders in self.splits.items():
-            self.splits[split] = dict(sorted(folders.items()))
+        self.splits = {
+            split: dict(sorted(self.splits[split].items()))
+            for split in ("train", "val", "test", "all")
+            if split in self.splits
+        }
         classes = {folder for folders in self.splits.values() for folder in folders if is_image_name(folder)}
         if classes:  # called photo.jpg, and no image that is not a file
             for skips in self.left_out.values():
@@ -110,9 +112,9 @@ class _Parts:
         if reason is not None or not is_utf8(found.folder):
             skips += [(shown(prefix + name), reason or "not_utf8") for name in found.names]
             return
-        bad = [name for name in found.names if not name.isascii() and not is_utf8(name)]
-        skips += [(shown(prefix + name), "not_utf8") for name in bad]
-        names = [name for name in found.names if name not in set(bad)] if bad else found.names
+        names = [name for name in found.names if name.isascii() or is_utf8(name)]
+        if len(names) < len(found.names):
+            skips += [(shown(prefix + name), "not_utf8") for name in found.names if not is_utf8(name)]
         if names:
             self.splits.setdefault(split or "all", {})[found.folder] = names
 
@@ -142,8 +144,9 @@ def check_no_captions(root: Path, flag: str) -> None:
         if stems:  # the first folder with images speaks for all
             texts = sorted(name for name in names if name.endswith(".txt") and name.removesuffix(".txt") in stems)
             if 2 * len(texts) >= len(stems):
+                first = shown(os.path.join(folder, texts[0]))
                 raise InputError(
-                    f"{flag} {root}: images have texts beside them ({os.path.join(folder, texts[0])}), which class "
+                    f"{flag} {root}: images have texts beside them ({first}), which class "
                     f"folders do not read; list them in a .csv with the columns filename and caption, or write "
                     f"folders:{root} to train on the folders' names"
                 )
@@ -156,7 +159,7 @@ def image_names(folder: Path) -> list[str]:
         return sorted(entry.name for entry in entries if is_image_name(entry.name))
 
 
-def _remedy(root: Path, walked: Iterable[FolderImages]) -> str:
+def _remedy(root: Path, walked: Sequence[FolderImages]) -> str:
     """What to give instead of a folder without class folders."""
     deeper = next((found.folder for found in walked if found.names and "/" in found.folder), None)
     if deeper is None:
