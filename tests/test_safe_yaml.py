@@ -9,10 +9,10 @@ import pytest
 import train_clip
 from lib import safe_yaml
 from lib.config import parse_config, save_config
+from lib.data.classes.class_names import renamed
 from lib.data.classes.prompt_banks import load_negative_prompts, load_templates
 from lib.errors import InputError
 from lib.evaluation.agnostic.prompts import generic_prompts
-from lib.evaluation.zeroshot.class_names import renamed
 
 READERS = {
     "--config": lambda file: parse_config(train_clip.DEFAULTS, "", ["--config", str(file)]),
