@@ -43,7 +43,7 @@ def walk_images(root: str | os.PathLike) -> Iterator[FolderImages]:
             continue
         try:
             with os.scandir(path) as entries:
-                listed = sorted((entry for entry in entries if entry.name[0] != "."), key=lambda each: each.name)
+                listed = [entry for entry in entries if entry.name[0] != "."]
         except OSError:
             if not folder:
                 raise
@@ -56,7 +56,7 @@ def walk_images(root: str | os.PathLike) -> Iterator[FolderImages]:
         depth = folder.count("/") + 1 if folder else 0
         found, inner = _sorted_out(folder, listed, depth < _LINKS_TO_DEPTH)
         yield found
-        waiting += reversed(inner)
+        waiting += sorted(inner, reverse=True)
 
 
 def _sorted_out(folder: str, listed: list[os.DirEntry], follow: bool) -> tuple[FolderImages, list[tuple[str, bool]]]:
@@ -74,6 +74,8 @@ def _sorted_out(folder: str, listed: list[os.DirEntry], follow: bool) -> tuple[F
             inner.append((path, entry.is_symlink()))
         if is_image_name(entry.name):
             found.skipped.append((shown(path), "not_a_file" if kind == "folder" else kind))
+    found.names.sort()
+    found.skipped.sort()
     return found, inner
 
 
