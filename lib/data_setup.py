@@ -39,7 +39,7 @@ LOOKED_AT, LOOKED_AT_IN_SHARDS, LOOKED_AT_SHARDS = 20_000, 2_000, 10
 
 
 def make_fetcher(config: TrainConfig) -> Fetcher:
-    """What brings remote shards here, and where it puts them."""
+    """The fetcher of remote shards, with its cache."""
     cache = config.cache_dir or default_fetcher().cache
     return Fetcher(cache, int(config.shard_cache_gib * 2**30), config.allow_pipe)
 
@@ -67,7 +67,7 @@ def open_data(config: TrainConfig, fetcher: Fetcher, folder: Path) -> tuple[Sour
 
 
 def show_data(config: TrainConfig) -> None:
-    """What --data-info asks for, from rank 0."""
+    """Report the data for --data-info, from rank 0."""
     if os.environ.get("RANK", "0") == "0":
         folder = config.output_dir or Path("runs/data_info")
         source, validation = open_data(config, make_fetcher(config), folder)
@@ -101,7 +101,7 @@ def make_prepare(
     cache: Path,
     precision: Precision,
 ) -> Prepare:
-    """What is done to every pair; frozen trunks run here, once, where their outputs are to be stored."""
+    """The preparation of every pair; frozen trunks run here, once, where their outputs are to be stored."""
     images = ImagePipeline(
         processing.image_size,
         processing.resize,

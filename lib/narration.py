@@ -1,4 +1,4 @@
-"""What a run says of itself: the start-up plan, a line per step, and the counts of its data."""
+"""Lines that a run prints about itself: the start-up plan, a line per step, and the counts of its data."""
 
 import dataclasses
 import os
@@ -125,7 +125,7 @@ def _host_lines(run: Run, host_bytes: int) -> list[str]:
 
 
 def next_command(run: Run) -> str:
-    """What evaluates the run's model on what it did not train on."""
+    """The command that evaluates the run's model on data that it did not train on."""
     config, task = run.config, "zeroshot" if run.source.classes else "retrieval"
     flags = {
         "--model": str(run.folder),

@@ -1,4 +1,4 @@
-"""What a script trains for: its tiled loss, and the dense twin that --verify-gradients compares it with."""
+"""The objective of a script: its tiled loss, and the dense twin that --verify-gradients compares it with."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace

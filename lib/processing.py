@@ -1,4 +1,4 @@
-"""What a model wants of its inputs: one form of texts and images for training, evaluation and export."""
+"""The form of a model's inputs: one form of texts and images for training, evaluation and export."""
 
 import json
 import re

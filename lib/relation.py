@@ -1,4 +1,4 @@
-"""Which pairs are positives of which anchors, and which count at all: by their ids, never as a mask of all pairs.
+"""Positives of each anchor, and pairs that do not count for it: by their ids, never as a mask of all pairs.
 
 What is linear in the logits (their targets) needs only sums over equal ids: O(N D), where a mask would be N x N.
 """
@@ -20,9 +20,12 @@ NOBODY = torch.iinfo(torch.int64).min
 
 
 Names = tuple[str, ...]
+"""Names of ids."""
 
 
-class _Identified(Protocol):
+class Identified(Protocol):
+    """Pairs with the three ids, each (N,)."""
+
     @property
     def group(self) -> Tensor: ...
     @property
@@ -39,7 +42,7 @@ class Ids(NamedTuple):
     text_id: Tensor
 
     @classmethod
-    def of(cls, pairs: _Identified) -> "Ids":
+    def of(cls, pairs: Identified) -> "Ids":
         """The ids of a chunk or of embedded pairs."""
         return cls(pairs.group, pairs.sample_id, pairs.text_id)
 

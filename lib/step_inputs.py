@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lib.backends.device import fork_rng
 from lib.data.batch import joined_rows
-from lib.relation import Ids
+from lib.relation import Identified, Ids
 from lib.replay import RandomState
 
 Inputs = dict[str, Tensor]
@@ -22,7 +22,7 @@ Inputs = dict[str, Tensor]
 TEXT_INPUTS = ("input_ids", "attention_mask", "text_pooled")
 
 
-class TowerChunk(Protocol):
+class TowerChunk(Identified, Protocol):
     """One chunk of pairs (see lib.data.Chunk): group, sample_id and text_id (C,), and what the forward takes.
 
     `inputs` names pixel_values, or image_pooled where the image trunk is frozen and its output stored; and input_ids
@@ -31,12 +31,6 @@ class TowerChunk(Protocol):
 
     @property
     def inputs(self) -> Inputs: ...
-    @property
-    def group(self) -> Tensor: ...
-    @property
-    def sample_id(self) -> Tensor: ...
-    @property
-    def text_id(self) -> Tensor: ...
 
 
 class Chunks(Protocol):

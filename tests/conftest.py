@@ -1,4 +1,4 @@
-"""What all tests share: the folder of real data, where there is one."""
+"""Fixtures of several files of tests: the folder of real data, a web server, a cache of shards."""
 
 from pathlib import Path
 
@@ -14,3 +14,29 @@ def shared() -> Path:
     if not (folder / "data").is_dir():
         pytest.skip("needs the real data folder ../shared, which is not here")
     return folder
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """A web server of this machine, for tests that fetch from it."""
+    pytest.importorskip("aiohttp")
+    from made_server import Server
+
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    server = Server()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def no_pauses(monkeypatch):
+    """No waiting between the attempts of a transfer."""
+    monkeypatch.setattr("lib.data.remote.transfer.BASE_DELAY", 0.001)
+
+
+@pytest.fixture
+def fetcher(tmp_path):
+    """A fetcher with an empty cache that keeps everything."""
+    from lib.data.remote.fetch import Fetcher
+
+    return Fetcher(tmp_path / "cache", 0)

@@ -11,31 +11,14 @@ from pathlib import Path
 
 import fsspec
 import pytest
-from made_server import Server, cached, random_tar
+from made_server import cached, random_tar
 from made_shards import tar_bytes
 
 from lib.data.remote import fetch, transfer
 from lib.data.remote.fetch import Fetcher, Unreachable, fault
 from lib.errors import InputError
 
-
-@pytest.fixture
-def server(monkeypatch):
-    pytest.importorskip("aiohttp")
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    server = Server()
-    yield server
-    server.close()
-
-
-@pytest.fixture(autouse=True)
-def no_pauses(monkeypatch):
-    monkeypatch.setattr(transfer, "BASE_DELAY", 0.001)
-
-
-@pytest.fixture
-def fetcher(tmp_path) -> Fetcher:
-    return Fetcher(tmp_path / "cache", 0)
+pytestmark = pytest.mark.usefixtures("no_pauses")
 
 
 def test_a_remote_that_fails_twice_is_asked_three_times_and_then_no_more(server, fetcher, capfd):

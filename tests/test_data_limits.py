@@ -12,31 +12,14 @@ import fsspec
 import psutil
 import pytest
 from braceexpand import UnbalancedBracesError, braceexpand
-from made_server import Server, cached, random_tar
+from made_server import cached, random_tar
 from made_shards import tar_bytes
 
 from lib.data.remote import contents, fetch, patterns, transfer
 from lib.data.remote.fetch import Fetcher, Unreachable, copy_note
 from lib.errors import InputError
 
-
-@pytest.fixture
-def server(monkeypatch):
-    pytest.importorskip("aiohttp")
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    server = Server()
-    yield server
-    server.close()
-
-
-@pytest.fixture(autouse=True)
-def no_pauses(monkeypatch):
-    monkeypatch.setattr(transfer, "BASE_DELAY", 0.001)
-
-
-@pytest.fixture
-def fetcher(tmp_path) -> Fetcher:
-    return Fetcher(tmp_path / "cache", 0)
+pytestmark = pytest.mark.usefixtures("no_pauses")
 
 
 def test_braces_stand_for_the_names_that_bash_has(tmp_path, fetcher, monkeypatch):

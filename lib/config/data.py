@@ -1,4 +1,4 @@
-"""What is trained on, and how it is read."""
+"""Training data, and how it is read."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +9,7 @@ from lib.config.settings import MOST_WORKERS, Settings
 
 @dataclass(frozen=True)
 class Data(Settings):
-    """What is trained on, and how it is read."""
+    """Training data, and how it is read."""
 
     data: tuple[str, ...] = ("digits",)
     """Training pairs: `digits` (embedded), a folder with train/<class>/ images, images with metadata.csv or

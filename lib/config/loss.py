@@ -1,4 +1,4 @@
-"""What the loss takes for positives and negatives, and the logit scale."""
+"""Positives and negatives of the loss, and the logit scale."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +9,7 @@ from lib.config.settings import Settings
 
 @dataclass(frozen=True)
 class Loss(Settings):
-    """What counts as positive and as negative, and the logit scale."""
+    """Positives, negatives and the logit scale."""
 
     positives: Literal["group", "pair"] = "group"
     """group: all pairs of a class or image are positives of each other; pair: only the diagonal, as in the papers."""

@@ -1,4 +1,4 @@
-"""Owns the unit that travels from the data to the towers: one chunk of pairs."""
+"""A chunk of pairs, the unit that travels from the data to the towers."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
@@ -61,7 +61,7 @@ class Chunk:
 
     @property
     def inputs(self) -> dict[str, Tensor]:
-        """What the towers' forward takes, by name."""
+        """Inputs of the towers' forward, by name."""
         tensors = self._tensors()
         return {name: tensor for name, tensor in tensors.items() if name not in ("group", "sample_id", "text_id")}
 

@@ -1,4 +1,4 @@
-"""Owns the division of data without parts: a fraction of the images is kept from training, to evaluate on."""
+"""Division of data without parts: a fraction of the images is kept from training, to evaluate on."""
 
 import os
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from lib.data.classes.folders import ClassFolders
 from lib.data.classes.labelled_rows import LabelledRows
 from lib.data.order import stable_hash
 from lib.data.recognize import OpenedData
-from lib.data.skipped import Skips
+from lib.data.skipped import Skips, of_all_splits
 from lib.errors import InputError
 
 
@@ -42,11 +42,11 @@ def hold_out(opened: OpenedData, fraction: float | None, data: str) -> OpenedDat
 
 def _of_training(left_out: Mapping[str, Skips]) -> dict[str, Skips]:
     """Entries without a usable image are counted with the part that is trained on."""
-    return {"train": tuple(skip for skips in left_out.values() for skip in skips)}
+    return {"train": of_all_splits(left_out)}
 
 
 def _unit(image: Captioned) -> str:
-    """What stays together: images that share captions, where the data says so."""
+    """The name under which images that share captions stay together, where the data says so."""
     return image.group or image.key
 
 

@@ -108,7 +108,7 @@ def _without_png_texts(content: bytes) -> bytes:
 
     Texts with metadata of the image are kept, and other files stay as they are.
     """
-    if not content.startswith(_PNG) or not any(kind in content for kind in _PNG_TEXTS):
+    if not content.startswith(_PNG):
         return content
     kept, place = [_PNG], len(_PNG)
     while place + 12 <= len(content):
@@ -117,7 +117,7 @@ def _without_png_texts(content: bytes) -> bytes:
         if not is_text or content.startswith(_PNG_ORIENTATION, place + 8):
             kept.append(content[place:end])
         place = end
-    return b"".join(kept)
+    return b"".join(kept) if sum(map(len, kept)) < place else content
 
 
 def _reduce(image: Image.Image, extent: Extent) -> None:

@@ -1,4 +1,4 @@
-"""Owns the reading of indexed sources: by chunk number, or as one stream of a mixture."""
+"""Reading of indexed sources: by chunk number, or as one stream of a mixture."""
 
 from dataclasses import dataclass, field
 from functools import partial
@@ -103,7 +103,7 @@ class IndexedStream:
         return read_pair(self.source, prepare, pair, epoch, pair, self.seed)
 
     def skip(self, pair: int, reason: str) -> Skip:
-        """What is noted of a pair that cannot be used."""
+        """The note of a pair that cannot be used."""
         return Skip(self.source.where, self.source.key(pair), reason)
 
     def _begin(self, epoch: int) -> None:

@@ -123,13 +123,12 @@ class MixedSource(Source):
     """they sum to 1"""
 
     def __post_init__(self) -> None:
-        texts = [part.distinct_texts for part in self.parts if part.distinct_texts is not None]
         merged: dict[str, object] = {
             "parts": tuple(replace(part, part=number) for number, part in enumerate(self.parts)),
             "classes": _merged(part.classes for part in self.parts),
             "templates": _merged(part.templates for part in self.parts),
             "shared_text_pairs": _sum_if_known([part.shared_text_pairs for part in self.parts]),
-            "distinct_texts": sum(texts) if len(texts) == len(self.parts) else None,
+            "distinct_texts": _sum_if_known([part.distinct_texts for part in self.parts]),
             "skipped": tuple(chain.from_iterable(part.skipped for part in self.parts)),
             "unusable": tuple(chain.from_iterable(part.unusable for part in self.parts)),
         }
@@ -149,6 +148,7 @@ def parts_of(source: Source) -> tuple[Source, ...]:
 
 
 def _sum_if_known(counts: list[int | None]) -> int | None:
+    """The sum, or None where one of the counts is not known."""
     known = [count for count in counts if count is not None]
     return sum(known) if len(known) == len(counts) else None
 

@@ -25,7 +25,7 @@ class Pair(NamedTuple):
 
 @dataclass(frozen=True)
 class Prepare:
-    """What is done to every pair, alike for all sources; it travels to the workers."""
+    """Preparation of every pair, alike for all sources; it travels to the workers."""
 
     images: ImagePipeline
     tokenize: Tokenize
@@ -72,7 +72,7 @@ class Prepare:
         )
 
     def texts(self, texts: list[str]) -> dict[str, Tensor]:
-        """What the towers' forward takes of texts without images, by name."""
+        """Inputs of the towers' forward for texts without images, by name."""
         return {name: tensor for name, tensor in self._texts(texts)[1].items() if tensor is not None}
 
     def _texts(self, texts: list[str]) -> tuple[Tensor, dict[str, Tensor | None]]:
@@ -90,7 +90,7 @@ class Prepare:
 
 
 def text_key(text: str) -> int:
-    """What a text's output is stored under."""
+    """The key under which a text's output is stored."""
     return stable_hash(text)
 
 

@@ -1,4 +1,4 @@
-"""Owns what --data means: which kind of data a path, a name or a prefix stands for, and opening it."""
+"""Recognition of --data: the kind of data that a path, a name or a prefix stands for, and opening it."""
 
 import os
 import re
@@ -7,10 +7,10 @@ from typing import NamedTuple
 
 from lib.data.captions.coco import coco_files, read_coco, read_coco_folder
 from lib.data.captions.flickr import flickr_file, flickr_form, read_flickr
-from lib.data.captions.imagefolder import PARQUET, is_imagefolder, metadata_files, read_imagefolder
+from lib.data.captions.imagefolder import PARQUET, metadata_files, read_imagefolder
 from lib.data.captions.karpathy import karpathy_files, read_karpathy
 from lib.data.captions.listing import CaptionedImages
-from lib.data.captions.tables import SUFFIXES, names_images_below, read_table
+from lib.data.captions.tables import SUFFIXES, is_metadata, names_images_below, read_table
 from lib.data.classes.digits import Digits
 from lib.data.classes.folders import check_no_captions, find_class_folders
 from lib.data.classes.labelled import LabelledImages
@@ -18,9 +18,9 @@ from lib.data.classes.labelled_rows import LabelledRows
 from lib.data.classes.torchvision_sets import NAMES, TorchvisionSet
 from lib.data.fields import FOUND_COLUMNS, Columns
 from lib.data.files import fault_of, open_file
-from lib.data.hub.load import PARQUET as PARQUET_SUFFIX
-from lib.data.hub.load import has_card, holds_parquet, is_saved, load_hub, load_parquet, load_saved
-from lib.data.hub.samples import read_rows
+from lib.data.hub.library import PARQUET as PARQUET_SUFFIX
+from lib.data.hub.library import has_card, holds_parquet, is_saved, load_hub, load_parquet, load_saved
+from lib.data.hub.row_samples import read_rows
 from lib.data.remote.fetch import Fetcher
 from lib.data.remote.transfer import TARS
 from lib.data.shards.shard_set import ShardSet, find_shards
@@ -42,7 +42,7 @@ _KINDS = {
     "arrow": "a folder of save_to_disk",
     "torchvision": f"one of {', '.join(NAMES)}",
 }
-"""What each prefix stands for."""
+"""The kinds of data by their prefixes, in words."""
 
 _LISTED_HERE = ("folders", "imagefolder", "table", "coco", "flickr", "karpathy")
 """Kinds of which every file is on this machine and is listed at once."""
@@ -164,7 +164,7 @@ def _open(kind: str, name: str, flag: str, image_root: str | None, fetcher: Fetc
 
 
 def _kinds(name: str) -> list[str]:
-    """What the name may stand for, the likeliest first; nothing where none of it is there."""
+    """The kinds that the name may stand for, the likeliest first; none where there is nothing of that name."""
     path = Path(name)
     kinds = []
     if path.is_dir():
@@ -197,14 +197,15 @@ def _kinds_of_folder(folder: Path) -> list[str]:
         return ["shards"]
     if is_saved(folder):
         return ["arrow"]
-    imagefolder = ["imagefolder"] * is_imagefolder(folder)
+    metadata = metadata_files(folder)
+    imagefolder = ["imagefolder"] * any(map(is_metadata, metadata))
     # Before Karpathy's: the hub's own dataset_infos.json is called as his files are.
     parquet = ["parquet"] * holds_parquet(folder)
     if metadata_files(folder, (PARQUET,)) and not has_card(folder):  # refused there: its paths need --image-root
         imagefolder = ["imagefolder"]
     captions = [("coco", coco_files), ("karpathy", karpathy_files), ("flickr", flickr_file)]
     kinds = imagefolder + parquet + [kind for kind, find in captions if find(folder)] + ["folders"]
-    return kinds + ["imagefolder"] * bool(metadata_files(folder) and not imagefolder)
+    return kinds + ["imagefolder"] * bool(metadata and not imagefolder)
 
 
 def _only(path: Path, found: list[Path], flag: str) -> Path:

@@ -8,6 +8,11 @@ Skips = tuple[tuple[str, str], ...]
 _ORDER = ("train", "all", "val", "test")
 
 
+def of_all_splits(left_out: Mapping[str, Skips]) -> Skips:
+    """The skips of every split, in one list."""
+    return tuple(skip for skips in left_out.values() for skip in skips)
+
+
 def by_split(left_out: Mapping[str | None, Sequence[tuple[str, str]]], splits: Collection[str]) -> dict[str, Skips]:
     """Deal skips out to the splits that there are.
 

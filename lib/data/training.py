@@ -103,7 +103,7 @@ class TrainingData:
         self._begin(fresh_start(source))
         self._new_skips: list[Skip] = []
         self.counts = Counts()
-        """What this rank handed out in the first pass; what indexing left out is counted on rank 0."""
+        """Pairs that this rank handed out in the first pass; those that indexing left out are counted on rank 0."""
         if rank == 0:
             for part in parts_of(source):
                 self._count(0, [Skip(part.where, key, reason) for key, reason in part.skipped])

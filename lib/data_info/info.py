@@ -83,8 +83,7 @@ def _shard_facts(source: ShardSource, seed: int) -> dict:
         facts |= _caption_facts(np.array(list(captions.values())), [text for item in good for text in item.texts])
     images = {item.key: item.image for item in good}  # with several captions an image comes several times
     # All of them where the shards were counted; else those that were looked at.
-    counted = source.samples is not None and not source.form.own_keys
-    left_out = source.unusable if counted else [(item.key, item.reason) for item in items if item.reason]
+    left_out = source.unusable or [(item.key, item.reason) for item in items if item.reason]
     return facts | {"image_headers": shard_headers(list(images.values())), "left_out": _left_out(left_out)}
 
 
@@ -143,7 +142,7 @@ def _left_out(skipped: Sequence[tuple[str, str]]) -> dict[str, dict]:
 
 
 def _lines(title: str, facts: dict) -> Iterator[str]:
-    """What is printed of a part of the data, the title before the first line."""
+    """The printed lines about a part of the data, the title before the first."""
     label = title
     for line in _statements(facts):
         yield f"{label:<11}{line}"

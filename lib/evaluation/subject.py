@@ -1,4 +1,4 @@
-"""What a task measures: a model, one part of the data, and how to run the one over the other."""
+"""The subject of a task: a model, one part of the data, and how to run the one over the other."""
 
 import sys
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Owns COCO's captions: one JSON file of images and annotations, or the folder that holds those of 2014 or 2017."""
+"""COCO's captions: one JSON file of images and annotations, or the folder that holds those of 2014 or 2017."""
 
 import re
 from pathlib import Path

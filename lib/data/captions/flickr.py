@@ -1,4 +1,4 @@
-"""Owns the captions of Flickr8k and Flickr30k: Kaggle's tables, and the token files with lists of splits."""
+"""Captions of Flickr8k and Flickr30k: Kaggle's tables, and the token files with lists of splits."""
 
 import csv
 import re
@@ -22,7 +22,7 @@ FOLDERS = (
     "flickr30k_images",
     "flickr30k_images/flickr30k_images",
 )
-"""What the folder of images is called in the copies that are about."""
+"""Names of the folder of images in the copies that are about."""
 
 _CAPTIONS = ("captions.txt", "results.csv")
 _TEXT_FOLDERS = (".", "Flickr8k_text", "Flickr_TextData", "flickr30k_images", "text", "annotations")

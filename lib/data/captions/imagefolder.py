@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from lib.data.captions.listing import SPLITS, CaptionedImages, ImageFinder, Listing
-from lib.data.captions.tables import Table, add_rows, is_metadata
+from lib.data.captions.tables import Table, add_rows
 from lib.data.classes.labelled_rows import LabelledRows, labelled_by_captions
 from lib.data.fields import Columns, is_utf8, shown
 from lib.data.walk import walk_images
@@ -13,11 +13,6 @@ from lib.errors import InputError
 
 METADATA = ("metadata.csv", "metadata.jsonl")
 PARQUET = "metadata.parquet"
-
-
-def is_imagefolder(folder: Path) -> bool:
-    """Whether metadata in the folder or a split folder in it names files and their captions or classes."""
-    return any(map(is_metadata, metadata_files(folder)))
 
 
 def metadata_files(folder: Path, names: tuple[str, ...] = METADATA) -> list[Path]:

@@ -1,4 +1,4 @@
-"""Owns Karpathy's split files: JSON that lists images of COCO or Flickr with their sentences and splits."""
+"""Karpathy's split files: JSON that lists images of COCO or Flickr with their sentences and splits."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Owns the listing of captioned images that every caption reader produces, and the search for their files."""
+"""Lists of captioned images, which every reader of captions makes, and the search for their files."""
 
 import json
 import os
@@ -224,5 +224,5 @@ def load_json(path: Path, flag: str) -> object:
 
 
 def shape_of(content: object) -> str:
-    """What a JSON file holds, for a message that something else was expected."""
+    """The shape of a JSON file in words, for a message that something else was expected."""
     return f"keys {', '.join(content)[:80]}" if isinstance(content, dict) and content else f"a {type(content).__name__}"

@@ -160,5 +160,5 @@ def _json(text: str) -> object:
 
 
 def _delimiter_of(header: str, usual: str) -> str:
-    """What separates the cells: the usual of the file's suffix, or the one that the header has in its place."""
+    """The separator of cells: the usual of the file's suffix, or the one that the header has in its place."""
     return next((mark for mark in (usual, "\t", ";", ",") if mark in header), usual)

@@ -1,4 +1,4 @@
-"""Owns captioned images once they are listed: training pairs and evaluation sets made of them."""
+"""Training pairs and evaluation sets, made of captioned images that were listed."""
 
 from collections import Counter
 

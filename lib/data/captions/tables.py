@@ -82,7 +82,7 @@ def is_metadata(path: Path) -> bool:
 
 
 class Row(NamedTuple):
-    """What a row says: its image, and captions or the name of its class."""
+    """An image of a table, and its captions or the name of its class."""
 
     image: str
     texts: list[str]

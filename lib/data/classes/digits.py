@@ -1,4 +1,4 @@
-"""Owns the embedded data: scikit-learn's 1,797 handwritten digits, which need no file and no network."""
+"""The embedded data: scikit-learn's 1,797 handwritten digits, which need no file and no network."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -160,7 +160,7 @@ def image_names(folder: Path) -> list[str]:
 
 
 def _remedy(root: Path, walked: Sequence[FolderImages]) -> str:
-    """What to give instead of a folder without class folders."""
+    """Advice for a folder without class folders."""
     deeper = next((found.folder for found in walked if found.names and "/" in found.folder), None)
     if deeper is None:
         return _advice(root) or ": it must hold train/<class>/ or <class>/ folders with images in them"
@@ -171,7 +171,7 @@ def _remedy(root: Path, walked: Sequence[FolderImages]) -> str:
 
 
 def _advice(root: Path) -> str:
-    """What else may be meant by a folder, judged by what lies in it; "" for nothing."""
+    """Advice on other data in a folder, judged by its files; "" for none."""
     for name in sorted(os.listdir(root)):
         if name.lower().endswith(_TABLES):
             return f"; if its captions are what you want, give {shown(str(root / name))}"

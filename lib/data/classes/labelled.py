@@ -1,4 +1,4 @@
-"""Owns images with classes, whatever they come from: training pairs and evaluation sets made of them."""
+"""Training pairs and evaluation sets, made of images with classes from anywhere."""
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -26,11 +26,11 @@ class LabelledImages(Protocol):
 
     @property
     def name(self) -> str:
-        """What a report calls them."""
+        """Their name in reports."""
 
     @property
     def splits(self) -> Collection[str]:
-        """Which of train, val and test there are, or "all" alone."""
+        """Those of train, val and test that there are, or "all" alone."""
 
     @property
     def left_out(self) -> Mapping[str, Skips]:

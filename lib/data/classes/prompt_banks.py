@@ -1,4 +1,4 @@
-"""Owns prompt templates: the banks shipped beside this file, and banks of the user's own."""
+"""Prompt templates: the banks shipped beside this file, and banks of the user's own."""
 
 from collections.abc import Sequence
 from pathlib import Path

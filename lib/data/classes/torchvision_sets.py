@@ -1,4 +1,4 @@
-"""Owns data sets that torchvision knows by name: CIFAR-10, CIFAR-100 and Imagenette."""
+"""Data sets that torchvision knows by name: CIFAR-10, CIFAR-100 and Imagenette."""
 
 import hashlib
 from collections.abc import Mapping

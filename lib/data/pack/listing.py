@@ -2,7 +2,6 @@
 
 import io
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import NamedTuple
@@ -19,7 +18,7 @@ from lib.data.shards.index import SPLITS
 from lib.data.shards.kind import text_form
 from lib.data.shards.shard_set import ShardSet
 from lib.data.shards.tars import IMAGE_SUFFIXES, Damage, index_samples, read_member
-from lib.data.skipped import Skips
+from lib.data.skipped import of_all_splits
 
 _OF_FORMAT = {name: extensions[0].removeprefix(".") for name, extensions in READABLE.items()}
 
@@ -131,10 +130,10 @@ def list_samples(opened: OpenedData, flag: str, fetcher: Fetcher, lines: bool = 
     """
     if isinstance(opened, CaptionedImages):
         entries = [_captioned(image, opened.stored) for image in opened.images]
-        return Listing(_by_split(entries), None, _every(opened.left_out))
+        return Listing(_by_split(entries), None, [*of_all_splits(opened.left_out)])
     if isinstance(opened, ShardSet):
         return _of_shards(opened, flag, fetcher, lines)
-    listing = Listing(malformed=_every(opened.left_out))
+    listing = Listing(malformed=[*of_all_splits(opened.left_out)])
     for split in sorted(opened.splits, key=SPLITS.index):
         images, labels, listing.classes = opened.images(split)
         names = [listing.classes[label] for label in labels]
@@ -142,10 +141,6 @@ def list_samples(opened: OpenedData, flag: str, fetcher: Fetcher, lines: bool = 
             image = FileImage(images.paths[index]) if isinstance(images, ImageFiles) else HeldImage(images, index)
             listing.entries.append(Entry(split, key, name, image, class_name=name))
     return listing
-
-
-def _every(left_out: Mapping[str, Skips]) -> list[tuple[str, str]]:
-    return [skip for skips in left_out.values() for skip in skips]
 
 
 def _by_split(entries: list[Entry]) -> list[Entry]:

@@ -1,4 +1,4 @@
-"""Owns what becomes of a sample on its way into a shard: its image read, checked or made smaller, its members."""
+"""Samples on their way into a shard: an image is read, checked or made smaller, and its members are made."""
 
 import io
 import json

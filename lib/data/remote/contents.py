@@ -5,7 +5,7 @@ import zlib
 from pathlib import Path
 from typing import BinaryIO
 
-from lib.data.files import open_file
+from lib.data.files import fault_of, open_file
 from lib.data.remote.transfer import Unreachable
 
 GZIP = b"\x1f\x8b"
@@ -89,7 +89,7 @@ def _read(packed: BinaryIO) -> bytes:
     try:
         return packed.read(_PIECE)
     except OSError as error:  # of a failing disk; errors of writing are the cache's
-        raise Unreachable("unreachable", error.strerror or str(error)) from None
+        raise Unreachable("unreachable", fault_of(error)) from None
 
 
 def _write(content: bytes, unpacked: BinaryIO, most_bytes: float) -> None:

@@ -1,4 +1,4 @@
-"""Owns the way of a shard to a local file: from a pattern to names, and through the cache."""
+"""From a pattern to the names of shards, and from a shard to a local file, through the cache."""
 
 import hashlib
 import io
@@ -15,7 +15,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from lib.data.fields import decode
-from lib.data.files import open_file
+from lib.data.files import fault_of, open_file
 from lib.data.remote.contents import GZIP, check_tar, gunzip, is_gzip, is_web_page
 from lib.data.remote.patterns import expanded, local_matches
 from lib.data.remote.transfer import (
@@ -126,7 +126,7 @@ class Fetcher:
         except UnicodeDecodeError:
             problem, remedy = "is not UTF-8 text", "save it as UTF-8, or remove it"
         except OSError as error:
-            problem = f"cannot be read ({error.strerror or error})"
+            problem = f"cannot be read ({fault_of(error)})"
         raise InputError(f"--data: {path_or_url.partition('?')[0]} {problem}; {remedy}")
 
     def _check_pipe(self, data: str, flag: str) -> None:
@@ -200,7 +200,7 @@ def _needs_unpacking(shard: str) -> bool:
         with open_file(_path(shard)) as file:
             return file.read(262)[257:] != b"ustar"
     except OSError as error:
-        raise Unreachable("unreachable", error.strerror or str(error)) from None
+        raise Unreachable("unreachable", fault_of(error)) from None
 
 
 def _small_file(path: str) -> bytes:
@@ -252,8 +252,7 @@ def _cache_faults_told(cache: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = error.strerror or str(error)
-        raise InputError(f"--cache-dir {cache} cannot be written ({reason}); name a folder that can") from None
+        raise InputError(f"--cache-dir {cache} cannot be written ({fault_of(error)}); name a folder that can") from None
 
 
 def _fetch(shard: str, target: Path, attempts: int, cache_bytes: int) -> str:

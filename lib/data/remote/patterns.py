@@ -65,7 +65,7 @@ def _expand(pattern: str) -> Iterator[str]:
 
 
 def _alternatives(inside: str) -> Iterator[str]:
-    """What stands between two braces: a range, a list, or neither, whose braces are part of the name."""
+    """The names for the inside of two braces: a range, a list, or neither, whose braces are part of the name."""
     if numbers := int_range_re.match(inside):
         return iter(make_int_range(*numbers.groups()))
     if letters := char_range_re.match(inside):

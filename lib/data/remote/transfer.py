@@ -1,4 +1,4 @@
-"""Owns talking to what is not a file of this machine: addresses, listing, downloads and commands, with retries."""
+"""Transfers from other machines and from commands: addresses, listing, downloads, with retries."""
 
 import errno
 import inspect
@@ -34,7 +34,7 @@ SMALL_BYTES, SMALL_SECONDS = 64 * 2**20, 120.0
 
 PIPE = "pipe:"
 TARS = (".tar", ".tar.gz", ".tgz")
-"""What the name of a shard ends with."""
+"""Endings of the names of shards."""
 ZIPPED = (".gz", ".tgz")
 """Of these, what has to be unpacked."""
 
@@ -182,7 +182,7 @@ def _exit_code(command: str, output: BinaryIO, errors: BinaryIO) -> int:
 
 
 def attempted(get: Callable[[], T], name: str, attempts: int = ATTEMPTS) -> T:
-    """What `get` returns, tried again after growing pauses; raises Unreachable after the last attempt.
+    """The value of `get`, tried again after growing pauses; raises Unreachable after the last attempt.
 
     What a remote says is not there or not allowed is not asked for again: that Unreachable has a cause. An Unreachable
     of `get` itself (too slow, too large) costs much time: it is tried once more. No attempt begins after LONGEST.

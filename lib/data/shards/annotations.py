@@ -15,6 +15,7 @@ from lib.data.shards.tars import Sample
 from lib.errors import InputError
 
 _LONGEST_NUMBER = 9  # digits of a class number
+_LINE_END = re.compile(r"\r\n?|\n")  # splitlines would end a line at other marks too
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Annotation(NamedTuple):
 
 
 def shard_names(shards: tuple[str, ...]) -> tuple[str, ...]:
-    """What tells the shards apart: their paths below the folder that holds them all, without what follows a "?"."""
+    """Names that tell the shards apart: paths below the folder that holds them all, without what follows a "?"."""
     places = [_place(shard) for shard in shards]
     if len(set(places)) < len(shards):  # addresses that differ only there
         places = list(shards)
@@ -101,8 +102,7 @@ def _read(sample: Sample, own_key: str, form: TextForm) -> Annotation:
         captions = texts_of(record.get("caption")) or captions
     if not any(captions) and "txt" in members:
         text = decode(members["txt"])
-        lines = re.split(r"\r\n?|\n", text) if form.lines else []
-        captions = [each for line in lines if (each := line.strip())] if form.lines else texts_of(text)
+        captions = [line for line in texts_of(_LINE_END.split(text)) if line] if form.lines else texts_of(text)
     known, class_name = _class_name(name_of(label), form.classes)
     return Annotation(
         given_key or own_key if form.own_keys else own_key,

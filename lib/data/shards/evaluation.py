@@ -67,7 +67,7 @@ def _stamp(shard: str, fetcher: Fetcher) -> tuple:
 def shard_evaluation(
     shards: ShardSet, split: str, flag: str, templates: tuple[str, ...], fetcher: Fetcher, lines: bool = False
 ) -> EvaluationSet:
-    """All samples of a split's shards, with captions, or with labels where the first sample has no caption.
+    """All samples of a split's shards, with captions, or with labels where `text_form` finds no captions.
 
     lines: each line of a .txt member is a caption.
     """

@@ -1,4 +1,4 @@
-"""Owns the index that lies beside packed shards: their splits, counts and class names."""
+"""The index beside packed shards: their splits, counts and class names."""
 
 import json
 import os
@@ -21,7 +21,7 @@ _FILE_NAME = re.compile(r"(?!\.{1,2}$)[^/\\?\0]{1,255}")
 
 
 class ShardEntry(NamedTuple):
-    """What the index says of one shard."""
+    """The index's entry of one shard."""
 
     split: str
     """train, val, test or all"""

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from itertools import islice
+from typing import NamedTuple
 
 from lib.data.remote.fetch import Fetcher, Unreachable, copy_note
 from lib.data.shards.annotations import Annotation, TextForm, annotate, listed_classes, shard_names, shown
@@ -34,31 +35,48 @@ def text_form(shards: ShardSet, split: str, flag: str, fetcher: Fetcher, lines: 
         form, fault = TextForm(listed_classes(paths, fetcher), lines=lines), None
     except InputError as error:  # no matter where the shards hold captions
         form, fault = TextForm(lines=lines), error
-    apart, empty, class_name, first_shard = False, False, None, None
-    for sample, shard in islice(_first_samples(shards, paths, flag, fetcher), _LOOKED_AT):
-        if shard != first_shard and (class_name or empty):
-            break  # the first shard with texts is enough: others may have to be fetched
-        first_shard = shard
-        note = annotate(sample, shard, form)
-        apart |= sample.fault == "apart"
-        if note.reason or sample.image_suffix is None:
-            continue
-        if any(note.captions):
-            return form, False
-        empty |= bool(note.captions)
-        class_name = class_name or note.class_name
-    if class_name is None:
-        if empty:  # which is told with the counts
-            return form, False
-        raise InputError(f"{flag} {shown(paths[0])}{_nothing(paths[0], apart, fetcher)}")
+    seen = _Seen.of(_first_samples(shards, paths, flag, fetcher), form)
+    if seen.captions:
+        return form, False
+    if seen.class_name is None:
+        raise InputError(f"{flag} {shown(paths[0])}{_nothing(paths[0], seen.apart, fetcher)}")
     if fault:
         raise fault
-    if form.classes is None and class_name.isdecimal():
+    if form.classes is None and seen.class_name.isdecimal():
         raise InputError(
             f"{flag} {shown(paths[0])}: classes are numbers and have no names; put classes.txt, one name a line, "
             "beside the shards"
         )
     return form, True
+
+
+class _Seen(NamedTuple):
+    """Texts among the first samples."""
+
+    captions: bool
+    """whether there are any; also if all are empty and there is no class: the counts tell then"""
+    class_name: str | None
+    """the first"""
+    apart: bool
+    """whether images and texts of a name are not neighbours"""
+
+    @classmethod
+    def of(cls, samples: Iterator[tuple[Sample, str]], form: TextForm) -> "_Seen":
+        """Look at samples until a caption comes, or at the first shard with texts: others may have to be fetched."""
+        apart, empty, class_name, first_shard = False, False, None, None
+        for sample, shard in islice(samples, _LOOKED_AT):
+            if shard != first_shard and (class_name or empty):
+                break
+            first_shard = shard
+            note = annotate(sample, shard, form)
+            apart |= sample.fault == "apart"
+            if note.reason or sample.image_suffix is None:
+                continue
+            if any(note.captions):
+                return cls(True, class_name, apart)
+            empty |= bool(note.captions)
+            class_name = class_name or note.class_name
+        return cls(empty and class_name is None, class_name, apart)
 
 
 def _nothing(path: str, apart: bool, fetcher: Fetcher) -> str:

@@ -1,4 +1,4 @@
-"""Owns which tar shards --data stands for, and which split each belongs to."""
+"""The tar shards that --data stands for, and the split of each."""
 
 import os
 from dataclasses import dataclass

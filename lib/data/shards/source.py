@@ -101,8 +101,9 @@ class ShardSource(Source):
         item = partial(Item, where, note.key, image, image_id)
         if self.templates:
             prompts = tuple(fill(template, note.class_name or "") for template in self.templates)
-            group = stable_hash(note.group or note.class_name)  # a class is the same group in every part of a mixture
-            group = group if note.group in (None, note.class_name) else salted(group, self.part)
+            group = stable_hash(note.group or note.class_name)
+            if note.group not in (None, note.class_name):  # a class is the same group in every part of a mixture
+                group = salted(group, self.part)
             yield item(prompts, (0,) * len(prompts), group)
             return
         written = [(number, caption) for number, caption in enumerate(note.captions) if caption]
@@ -142,7 +143,7 @@ class ShardSource(Source):
 
 
 def shard_source(shards: ShardSet, captions: Captions, templates: tuple[str, ...], fetcher: Fetcher) -> ShardSource:
-    """The shards to train on; captions where the first sample has some, else class prompts."""
+    """The shards to train on, with captions, or with class prompts where `text_form` finds no captions."""
     split = next((split for split in ("train", "all") if split in shards.splits), None)
     if split is None:
         raise InputError(f"--data {shards.where} has no shards of split train, only {', '.join(shards.splits)}")

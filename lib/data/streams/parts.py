@@ -113,5 +113,5 @@ class _Stream:
 
 
 def part_seed(source: Source, seed: int, number: int) -> int:
-    """What part `number` of a source is shuffled by: the seed itself where it is not a part of a mixture."""
+    """The seed that shuffles part `number` of a source: the seed itself where it is not a part of a mixture."""
     return draw("part", seed, number) if isinstance(source, MixedSource) else seed

@@ -1,4 +1,4 @@
-"""Owns one stream's endless reading of shards: pass after pass, shuffled in a buffer, from any exact position."""
+"""One stream's endless reading of shards: pass after pass, shuffled in a buffer, from any exact position."""
 
 import threading
 from collections import defaultdict
@@ -69,7 +69,7 @@ class ShardStream:
         )
 
     def skip(self, item: Item, reason: str) -> Skip:
-        """What is noted of an item that cannot be used."""
+        """The note of an item that cannot be used."""
         return Skip(item.where, item.key, reason)
 
     def _begin(self, epoch: int) -> None:

@@ -10,7 +10,7 @@ from lib.data.captions.listing import SPLITS, Caption, Captioned, CaptionedImage
 from lib.data.classes.labelled_rows import LabelledRows
 from lib.data.fields import Columns, NotText, is_utf8, name_of, readable_class, texts_of
 from lib.data.hub.columns import Found, find_columns
-from lib.data.hub.load import Rows
+from lib.data.hub.library import Rows
 from lib.data.hub.row_images import RowImages
 from lib.data.skipped import by_split
 from lib.errors import InputError

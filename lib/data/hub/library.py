@@ -194,7 +194,7 @@ def _calm(datasets: Any) -> Iterator[None]:
 
 
 def _fault_of_hub(error: Exception, repository: str) -> str:
-    """What was wrong and what to do, to follow the name that was asked for."""
+    """The fault and its remedy, in words that follow the name that was asked for."""
     message = _reason(error)
     if "Config name is missing" in message or "BuilderConfig" in message:
         names = re.search(r"\[(.*?)\]", message)
