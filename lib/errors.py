@@ -3,7 +3,7 @@
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr
 
 SECONDS_FOR_RANK_0 = 5.0
@@ -27,6 +27,20 @@ class StoppedEarly(Exception):
 
     That is EX_TEMPFAIL of sysexits.h, "try again later", by which launch/ and schedulers start a job again.
     """
+
+
+@contextmanager
+def raised_as(make: Callable[[Exception], Exception], *faults: type[Exception]) -> Iterator[None]:
+    """Raise faults of these types as the error that `make` returns for them; errors of this file pass unchanged.
+
+    `with raised_as(lambda fault: InputError(f"--config {path} cannot be read ({fault})"), OSError): ...`
+    """
+    try:
+        yield
+    except (InputError, RunError, StoppedEarly):
+        raise
+    except faults as fault:
+        raise make(fault) from fault
 
 
 def on_rank_0() -> bool:
