@@ -3,24 +3,22 @@
 A folder step_000100/ holds the model as `TwoTowers.from_pretrained` and `Processing.from_pretrained` load it, the
 weights as they train where these are others (adapters, or an average is the model), their average, the optimizer and
 schedule, one file per rank (random states, data position), the memory, and checkpoint.json, which names every other
-file with its size: a folder without it, or with a file of another size, is not a checkpoint.
+file with its hash: a folder without it, or with a file of another size, is not a checkpoint.
 """
 
-import json
-import os
+import re
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch.utils._pytree import tree_map
 
+from lib.durable import find_damage, flush, read_manifest, save_tensors, seal
 from lib.errors import InputError
 from lib.processing import Processing
 from lib.towers import TwoTowers
@@ -74,22 +72,23 @@ def save_checkpoint(
     if rank == 0:
         optimizer, model = _on_host(state.optimizer), _on_host(model)
         stores = _on_host({"memory": state.memory, "weights": state.weights, "average": state.average})
-    with _disk_errors():
-        torch.save(own, unfinished / _rank_file(rank))
-        if rank == 0:
-            towers.save_pretrained(unfinished, model)
-            processing.save_pretrained(unfinished)
-            torch.save(optimizer, unfinished / "optimizer.pt")
-            for name, tensors in stores.items():
-                if tensors:
-                    save_file(tensors, unfinished / f"{name}.safetensors")
+    torch.save(own, unfinished / _rank_file(rank))
+    if rank == 0:
+        towers.save_pretrained(unfinished, model)
+        processing.save_pretrained(unfinished)
+        torch.save(optimizer, unfinished / "optimizer.pt")
+        for name, tensors in stores.items():
+            if tensors:
+                save_tensors(tensors, unfinished / f"{name}.safetensors")
     barrier()
     if rank == 0:
-        _seal(unfinished, state.progress)
+        seal(unfinished, MANIFEST, {"progress": state.progress})
         if final.exists():  # the same step of an earlier attempt
-            shutil.rmtree(final)
+            outdated = root / f".outdated_step_{step:06d}"
+            shutil.rmtree(outdated, ignore_errors=True)
+            final.rename(outdated)
         unfinished.rename(final)
-        _sync(root)
+        flush(root)
     barrier()
     return final
 
@@ -100,7 +99,9 @@ def load_state(folder: Path, rank: int, world_size: int) -> TrainingState:
     At another number of ranks than the checkpoint's there are no random states to go on from, and rank 0 takes over
     what all ranks had counted.
     """
-    progress = json.loads((folder / MANIFEST).read_text())["progress"]
+    content = read_manifest(folder, MANIFEST)
+    assert content is not None, "find_resume names whole folders"
+    progress = content["progress"]
     saved = progress["world_size"]
     if saved == world_size:
         own = _load(folder / _rank_file(rank))
@@ -129,67 +130,81 @@ def merge_counts(counts: Sequence[dict]) -> dict:
     }
 
 
-def find_resume(resume: str, root: Path) -> Path | None:
-    """The folder that --resume names: none, the newest whole one under `root` (auto), or a path."""
+def find_resume(resume: str, root: Path) -> tuple[Path | None, list[str]]:
+    """The checkpoint that --resume names, all of whose files have their hashes, and what to warn of.
+
+    none; auto: the newest under `root`; or a path. A damaged checkpoint of a run is passed over for the one before.
+    """
     if resume == "none":
-        return None
-    if resume == "auto":
-        return newest_whole(root)
-    folder = Path(resume)
-    if (folder / "checkpoints").is_dir():
-        folder = newest_whole(folder / "checkpoints") or folder
-    if not is_whole(folder):
-        raise InputError(
-            f"--resume {resume} is not a whole checkpoint folder; use auto, none, or RUN/checkpoints/step_..."
-        )
-    return folder
+        return None, []
+    folder = root if resume == "auto" else Path(resume)
+    runs = folder if resume == "auto" else folder / "checkpoints"
+    warnings: list[str] = []
+    if resume == "auto" or runs.is_dir():
+        for step, checkpoint in reversed(step_folders(runs).items()):
+            damaged = find_damage(checkpoint, MANIFEST)
+            if damaged is None:
+                return checkpoint, warnings
+            if damaged == MANIFEST:
+                warnings.append(f"{checkpoint} is not a whole checkpoint, or was cut short: it is passed over")
+            else:
+                aside = checkpoint.with_name(f"{checkpoint.name}.damaged")
+                warnings.append(
+                    f"{checkpoint} is damaged: its {damaged} is not what was written; the run resumes from the "
+                    f"checkpoint before step {step}"
+                )
+                if resume == "auto":  # or it would be named as one to resume from
+                    shutil.rmtree(aside, ignore_errors=True)
+                    checkpoint.rename(aside)
+        if resume == "auto":
+            return None, warnings
+    elif (damaged := find_damage(folder, MANIFEST)) is None:
+        return folder, []
+    elif damaged != MANIFEST:
+        raise InputError(f"--resume {resume} is damaged: its {damaged} is not what was written; name another one")
+    raise InputError(f"--resume {resume} is not a whole checkpoint folder; use auto, none, or RUN/checkpoints/step_...")
+
+
+def step_folders(root: Path) -> dict[int, Path]:
+    """Checkpoint folders by step, ascending; whatever else lies there, as step_000004.bak, is none."""
+    found = {
+        int(named[1]): folder for folder in root.glob("step_*") if (named := re.fullmatch(r"step_(\d+)", folder.name))
+    }
+    return dict(sorted(found.items()))
 
 
 def newest_whole(root: Path) -> Path | None:
     """The checkpoint of the highest step that has all its files, or None."""
-    folders = sorted(root.glob("step_*"), key=lambda folder: int(folder.name.removeprefix("step_")))
-    return next((folder for folder in reversed(folders) if is_whole(folder)), None)
+    return next((folder for folder in reversed(step_folders(root).values()) if is_whole(folder)), None)
 
 
 def is_whole(folder: Path) -> bool:
     """Whether every file that checkpoint.json names is there with its size."""
-    try:
-        files = json.loads((folder / MANIFEST).read_text())["files"]
-        return all((folder / name).stat().st_size == size for name, size in files.items())
-    except (OSError, ValueError, KeyError):
-        return False
+    return read_manifest(folder, MANIFEST) is not None
 
 
 def mark_best(folder: Path) -> None:
     """Point checkpoints/best at this checkpoint, in one atomic rename."""
-    link = folder.parent / f".{BEST}"
+    link, best = folder.parent / f".{BEST}", folder.parent / BEST
     link.unlink(missing_ok=True)
     link.symlink_to(folder.name)
-    link.replace(folder.parent / BEST)
+    if best.is_dir() and not best.is_symlink():  # a copy of the run that followed the link: the step has its own folder
+        shutil.rmtree(best)
+    link.replace(best)
 
 
-def prune(root: Path, keep: int) -> None:
-    """Remove all but the `keep` newest checkpoints and the best one, and what an interrupted save left; 0 keeps all."""
-    for unfinished in root.glob(".unfinished_step_*"):
-        shutil.rmtree(unfinished)
-    best = (root / BEST).resolve() if (root / BEST).exists() else None
-    folders = sorted(root.glob("step_*"), key=lambda folder: int(folder.name.removeprefix("step_")))
-    for folder in folders[:-keep] if keep else []:
-        if folder.resolve() != best:
-            (folder / MANIFEST).unlink(missing_ok=True)  # a removal that is cut short leaves no checkpoint behind
-            shutil.rmtree(folder)
+def prune(root: Path, keep: int, best: int | None) -> None:
+    """Remove all but the `keep` newest checkpoints and that of the best step, and what an interrupted save left.
 
-
-@contextmanager
-def _disk_errors() -> Iterator[None]:
-    """torch and safetensors raise errors of their own where a file cannot be written: make an OSError of them.
-
-    Nothing within may compute or copy on a device, whose errors come late and are RuntimeErrors too.
+    keep: 0 keeps all.
     """
-    try:
-        yield
-    except (RuntimeError, SafetensorError) as error:
-        raise OSError(str(error)) from error
+    for left in (*root.glob(".unfinished_step_*"), *root.glob(".outdated_step_*")):
+        shutil.rmtree(left)
+    folders = step_folders(root)
+    for step in list(folders)[:-keep] if keep else []:
+        if step != best:
+            (folders[step] / MANIFEST).unlink(missing_ok=True)  # a removal cut short leaves no checkpoint behind
+            shutil.rmtree(folders[step])
 
 
 def _on_host(values: dict) -> dict:
@@ -212,20 +227,3 @@ def _load(file: Path) -> dict:
 
 def _rank_file(rank: int) -> str:
     return f"rank_{rank:04d}.pt"
-
-
-def _seal(folder: Path, progress: dict) -> None:
-    """Flush every file to the disk, then write the manifest that declares the folder whole."""
-    files = {str(f.relative_to(folder)): f.stat().st_size for f in sorted(folder.rglob("*")) if f.is_file()}
-    for name in files:
-        _sync(folder / name)
-    (folder / MANIFEST).write_text(json.dumps({"progress": progress, "files": files}, indent=1))
-    _sync(folder / MANIFEST)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

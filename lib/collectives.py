@@ -1,9 +1,9 @@
 """Collective operations over all ranks; on one process each returns its argument unchanged."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -61,6 +61,20 @@ def gather_objects(value: T) -> list[T]:
     values: list = [None] * world_size
     dist.all_gather_object(values, value)
     return values
+
+
+def decided_by_rank_0(decide: Callable[[], T]) -> T:
+    """What `decide` returns on rank 0, where alone it is called, or the InputError that it raises, on every rank."""
+    decision: T | InputError | None = None
+    if rank_and_world_size()[0] == 0:
+        try:
+            decision = decide()
+        except InputError as fault:
+            decision = fault
+    decision = gather_objects(decision)[0]
+    if isinstance(decision, InputError):
+        raise decision
+    return cast(T, decision)
 
 
 def logsumexp_over_ranks(partial: Tensor) -> Tensor:

@@ -1,12 +1,27 @@
-"""What ends a script in one line and an exit code: a fault of what the user gave, one on the way, or a stop."""
+"""Errors that end a script with one line and an exit code: faults of the input, of the machine, or a stop."""
 
+import errno
 import os
+import re
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, redirect_stderr
+from contextlib import ExitStack, contextmanager, nullcontext, redirect_stderr
+from types import FrameType
 
 SECONDS_FOR_RANK_0 = 5.0
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+"""Ways in which a scheduler, a person or a terminal that closes ends a run."""
+_ROOM, _RIGHTS, _FAILING = "make room, or name another folder", "name another folder", "see to the disk"
+_REMEDY = {
+    errno.ENOSPC: _ROOM, errno.EDQUOT: _ROOM, errno.EFBIG: _ROOM, errno.EROFS: _RIGHTS, errno.EACCES: _RIGHTS,
+    errno.EPERM: _RIGHTS, errno.EIO: _FAILING, errno.ESTALE: _FAILING,
+}  # fmt: skip
+# safetensors and tokenizers, written in Rust, and torch raise errors of their own where a file cannot be written.
+_RUST = re.compile(r"^(.*)\(os error (\d+)\)", re.DOTALL)
+_TORCH = re.compile(r"PytorchStreamWriter failed|inline_container")
+_WORKER = "DataLoader worker (pid"
 
 
 class InputError(ValueError):
@@ -22,10 +37,11 @@ class RunError(RuntimeError):
         """Only the rank that met it knows: it is told from there."""
 
 
-class StoppedEarly(Exception):
+class StoppedEarly(BaseException):
     """A signal ended the run before its last step: the same command with --resume auto goes on. Exit code 75.
 
-    That is EX_TEMPFAIL of sysexits.h, "try again later", by which launch/ and schedulers start a job again.
+    That is EX_TEMPFAIL of sysexits.h, "try again later", by which launch/ and schedulers start a job again. As
+    KeyboardInterrupt it is no Exception: at start-up it is raised anywhere, and no library may take it for its own.
     """
 
 
@@ -56,15 +72,51 @@ def silenced(wanted: bool) -> Iterator[None]:
 
 
 @contextmanager
-def told_in_one_line() -> Iterator[None]:
-    """Turn these into one line on stderr and an exit code; other errors keep their traceback.
+def machine_faults_told(standing: Callable[[], str] | None = None) -> Iterator[None]:
+    """Raise a full or failing disk and a lost data worker as RunError.
 
-    What all ranks have met is told by rank 0, whom the others leave the time for it: launchers end all ranks as soon as
-    one has ended. Printing to a reader that went away, as in `--help | head`, ends the script with code 1 and no word.
+    standing: says what to resume from; it ends the line of every RunError and StoppedEarly that leaves.
     """
-    with _ended_by_a_closed_pipe():
+    try:
+        yield
+    except (Exception, StoppedEarly) as error:
+        fault = error if isinstance(error, RunError | StoppedEarly) else _machine_fault(error)
+        if fault is None or (fault is error and standing is None):
+            raise
+        if standing is not None:
+            fault.args = (f"{fault}; {standing()}",)
+        raise fault from fault.__cause__ or (None if fault is error else error)
+
+
+def _machine_fault(error: BaseException) -> RunError | None:
+    """The error as one of a disk or of a data worker; None for any other."""
+    words = str(error)
+    in_rust = _RUST.search(words)
+    number = error.errno if isinstance(error, OSError) else int(in_rust[2]) if in_rust else None
+    if number in _REMEDY or _TORCH.search(words):
+        reason = in_rust[1].strip() if in_rust else words.strip().split("\n")[0]
+        return RunError(f"the disk refuses a file ({reason}): {_REMEDY.get(number or 0, _ROOM)}", of_one_rank=True)
+    if _WORKER in words:
+        return RunError(
+            "a data worker was killed, or ran out of memory or of /dev/shm: lower --workers, or give the machine or "
+            f"its container more ({words.strip().split('. ')[0]})",
+            of_one_rank=True,
+        )
+    return None
+
+
+@contextmanager
+def told_in_one_line() -> Iterator[None]:
+    """Around a script: faults of the input and of the machine, and stops, become one line on stderr and an exit code.
+
+    Other errors keep their traceback. What all ranks have met is told by rank 0, whom the others leave the time for
+    it: launchers end all ranks as soon as one has ended. Printing to a reader that went away, as in `--help | head`,
+    ends the script with code 1 and no word.
+    """
+    with _ended_by_a_closed_pipe(), ExitStack() as undone:
         try:
-            yield
+            with _stopped_by_signals(undone), machine_faults_told():
+                yield
         except (InputError, RunError, StoppedEarly) as error:
             word = "stopped" if isinstance(error, StoppedEarly) else "error"
             if on_rank_0() or getattr(error, "of_one_rank", False):
@@ -76,6 +128,30 @@ def told_in_one_line() -> Iterator[None]:
             if ended.code and not on_rank_0():
                 time.sleep(SECONDS_FOR_RANK_0)
             raise
+
+
+@contextmanager
+def _stopped_by_signals(undone: ExitStack) -> Iterator[None]:
+    """Raise StoppedEarly where a stop signal arrives; one that is ignored, as SIGHUP under nohup, stays so.
+
+    undone: puts the handlers back at the end of the script. Until then more signals are ignored once one was obeyed.
+    """
+    stopped: list[int] = []
+
+    def stop(number: int, _: FrameType | None) -> None:
+        if not stopped:
+            stopped.append(number)
+            raise StoppedEarly(f"by {signal.Signals(number).name}")
+
+    for number in STOP_SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            undone.callback(signal.signal, number, signal.signal(number, stop))
+    try:
+        yield
+    except Exception as error:
+        if stopped and not isinstance(error, InputError):  # the end of another rank, or what stopping has broken
+            raise StoppedEarly(f"by {signal.Signals(stopped[0]).name}") from error
+        raise
 
 
 @contextmanager

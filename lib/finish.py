@@ -4,17 +4,40 @@ import copy
 import dataclasses
 
 from lib.backends import peak_memory_bytes
-from lib.collectives import gather_objects
+from lib.checkpoint import MANIFEST
+from lib.collectives import decided_by_rank_0, gather_objects
 from lib.curve import find_parting, parting_words
 from lib.data import IndexedSource
+from lib.durable import find_damage, read_manifest
 from lib.export import export, noise_and_texts
 from lib.export.card import model_card
+from lib.export.checked import RECORD
 from lib.export.formats import HUGGING_FACE
 from lib.lora import merge
 from lib.narration import compared, counts_at_the_end, next_command
-from lib.report import Reporter, read_metrics
+from lib.report import Reporter, read_metrics, read_summary
 from lib.run import Run
 from lib.towers import TwoTowers
+
+EXPORT = "export"
+"""Folder in that of the run."""
+
+
+def is_finished(run: Run) -> bool:
+    """Whether the export of the best (or last) step is there and whole, and the summary that is written after it."""
+
+    def decide() -> bool:
+        record = read_manifest(run.folder / EXPORT, RECORD) or {}
+        summary = read_summary(run.folder)
+        exported = record.get("step") == exported_step(run, run.first_step)
+        return exported and summary.get("steps") == run.first_step and "export_difference" in summary
+
+    return decided_by_rank_0(decide)
+
+
+def exported_step(run: Run, last: int) -> int:
+    """The step whose model is exported: the best whose checkpoint was kept, else the last."""
+    return run.best["step"] if run.best_checkpoint else last
 
 
 def finish(run: Run, report: Reporter, expected: dict[str, int], step: int, complete: bool, seconds: float) -> None:
@@ -49,26 +72,30 @@ def finish(run: Run, report: Reporter, expected: dict[str, int], step: int, comp
     report.summary(summary)
     last = run.whole_towers() if complete else None  # of all ranks, where each holds a part
     if last is not None and run.accelerator.is_main_process:
-        report.summary(summary | {"export_difference": _export(run, last, report)})
+        report.summary(summary | {"export_difference": _export(run, last, step, report)})
         report.say(f"next: {next_command(run)}")
     report.close()
     run.accelerator.wait_for_everyone()  # rank 0 exports alone: the others must not end the group before it has
     run.accelerator.end_training()
 
 
-def _export(run: Run, last: TwoTowers, report: Reporter) -> float:
+def _export(run: Run, last: TwoTowers, step: int, report: Reporter) -> float:
     """Write the best model (the last one without evaluations) in the Hugging Face layout, and check it."""
     # Mixed precision is an instance's own `forward`; the check compares with a plain float32 model.
     vars(last).pop("forward", None)
-    folder, at = run.folder / "export", run.best.get("step", run.steps)
+    folder, at, best = run.folder / EXPORT, exported_step(run, step), run.best_checkpoint
+    if best and (damaged := find_damage(best, MANIFEST)):
+        report.say(f"warning: {best} is damaged ({damaged}): the model of step {step} is exported instead")
+        at, best = step, None
     report.say(f"exporting the model of step {at}, and loading it again to compare")
-    best = run.checkpoints / "best"
-    if run.best and best.exists():
+    if best:
         towers = TwoTowers.from_pretrained(best)
     else:
         towers = copy.deepcopy(last.cpu())  # which leaves torch.compile behind
         merge(towers)
     card = model_card(run.folder, at, towers, run.processing, HUGGING_FACE, folder.name)
-    difference = export(towers.cpu().eval(), run.processing, folder, noise_and_texts(run.processing), card=card)
+    difference = export(
+        towers.cpu().eval(), run.processing, folder, noise_and_texts(run.processing), card=card, step=at
+    )
     report.say(f"exported to {folder}: largest logit difference {difference:.1e}")
     return difference

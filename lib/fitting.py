@@ -126,7 +126,7 @@ class Fitting:
         if self.config.compile:
             size = self._compiled_chunk(size, room, fixed=isinstance(asked, int))
         pairs = largest_part(per_rank, size)
-        with device_faults_reported(pairs, lambda: self.resume_from):
+        with device_faults_reported(pairs):
             return size, self._measured(pairs)
 
     def _measured(self, pairs: int) -> ChunkMemory:

@@ -1,24 +1,24 @@
-"""The run's folder: chosen by rank 0 for all, seen to be writable, and locked against a second job."""
+"""The run's folder: chosen by rank 0 for all, and locked against a second job before it is looked into."""
 
 import errno
 import json
 import os
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from accelerate import Accelerator
 from filelock import FileLock, Timeout
 
-from lib.collectives import gather_objects
+from lib.collectives import decided_by_rank_0
 from lib.config import TrainConfig
-from lib.errors import InputError, RunError
-from lib.report import METRICS
+from lib.errors import InputError, raised_as
+from lib.report import CONFIG, METRICS
 
-DISK_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG, errno.EIO, errno.ESTALE}
 LOCK, HOLDER = ".lock", ".lock_holder.json"
-SECONDS_FOR_THE_LAST_JOB = 20  # of a killed job, data workers may hold the lock until they notice
+SECONDS_FOR_THE_LAST_JOB = 20.0  # of a killed job, data workers may hold the lock until they notice
+_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # of file systems without
 
 
 @contextmanager
@@ -28,79 +28,77 @@ def claimed_folder(config: TrainConfig, family: str, accelerator: Accelerator) -
     The operating system lets go of the lock when the process ends, however it ends.
     Raises InputError, on all ranks alike, for a folder that cannot be written, holds a run or is in use.
     """
-    lock: FileLock | None = None
-    choice: Path | InputError | None = None
-    if accelerator.is_main_process:
-        try:
-            choice = _choose(config, family)
-            lock = _lock(choice)
-        except InputError as error:
-            choice = error
-    choice = gather_objects(choice)[0]
-    if isinstance(choice, InputError):
-        raise choice
-    assert choice is not None, "rank 0 chooses"
+    locks: list[FileLock] = []
+    folder = decided_by_rank_0(lambda: _claim(config, family, locks))
+    if locks:
+        with suppress(OSError):  # a full disk is told of where it matters
+            (folder / HOLDER).write_text(json.dumps({"host": socket.gethostname(), "process": os.getpid()}))
     try:
-        yield choice
+        yield folder
     finally:
-        if lock is not None:
-            (choice / HOLDER).unlink(missing_ok=True)
+        for lock in locks:
+            (folder / HOLDER).unlink(missing_ok=True)
             lock.release()
 
 
-def _choose(config: TrainConfig, family: str) -> Path:
-    folder = config.output_dir
-    if folder is None:
-        names = [Path("runs") / (family if number == 1 else f"{family}-{number}") for number in range(1, 10_000)]
-        folder = next(name for name in names if not name.exists())
-    elif config.resume != "auto" and (folder / METRICS).exists():
-        raise InputError(
-            f"--output-dir {folder} already holds a run; go on with it by --resume auto, or name another folder"
-        )
-    try:
+def _claim(config: TrainConfig, family: str, locks: list[FileLock]) -> Path:
+    """Lock the folder first and look into it then: two jobs that start at one moment cannot both find it free."""
+    if config.output_dir is not None:
+        folder = config.output_dir
+        _lock(folder, SECONDS_FOR_THE_LAST_JOB, locks)
+        if config.resume != "auto" and holds_a_run(folder):
+            raise InputError(
+                f"--output-dir {folder} already holds a run; go on with it by --resume auto, or name another folder"
+            )
+        return folder
+    for number in range(1, 10_000):
+        folder = Path("runs") / (family if number == 1 else f"{family}-{number}")
+        with suppress(_InUse):
+            _lock(folder, 0, locks)
+            if not holds_a_run(folder):
+                return folder
+            while locks:
+                locks.pop().release()
+    raise InputError("runs/ holds 10,000 runs; name another place with --output-dir")
+
+
+def holds_a_run(folder: Path) -> bool:
+    """Whether a run has left anything there that another must not write over."""
+    return any((folder / name).exists() for name in (METRICS, CONFIG, "checkpoints", "export"))
+
+
+class _InUse(InputError):
+    """Another job holds the folder's lock."""
+
+
+def _lock(folder: Path, seconds: float, locks: list[FileLock]) -> None:
+    """Make the folder and hold its lock, if its file system has locks."""
+    with raised_as(
+        lambda fault: InputError(f"--output-dir {folder} cannot be written ({_reason(fault)}); name another folder"),
+        OSError,
+    ):
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / ".writable").touch()
-        (folder / ".writable").unlink()
-    except OSError as error:
-        raise InputError(f"--output-dir {folder} cannot be written ({error.strerror}); name another folder") from None
-    return folder
+        lock = FileLock(folder / LOCK)
+        try:
+            lock.acquire(timeout=seconds)
+        except Timeout:
+            raise _InUse(
+                f"--output-dir {folder} is in use by another job ({_holder(folder)}); wait for it, stop it, or name "
+                "another folder"
+            ) from None
+        except (OSError, NotImplementedError) as fault:
+            if isinstance(fault, OSError) and fault.errno not in _NO_LOCKS:
+                raise
+            return
+    locks.append(lock)
 
 
-def _lock(folder: Path) -> FileLock | None:
-    """Hold the folder's lock; None on a file system that has no locks."""
-    lock = FileLock(folder / LOCK)
-    try:
-        lock.acquire(timeout=SECONDS_FOR_THE_LAST_JOB)
-    except Timeout:
-        raise InputError(
-            f"--output-dir {folder} is in use by another job ({_holder(folder)}); wait for it, stop it, or name "
-            "another folder"
-        ) from None
-    except (OSError, NotImplementedError):
-        return None
-    with suppress(OSError):  # a full disk is told of where it matters
-        (folder / HOLDER).write_text(json.dumps({"host": socket.gethostname(), "process": os.getpid()}))
-    return lock
+def _reason(fault: Exception) -> str:
+    return getattr(fault, "strerror", None) or str(fault)
 
 
 def _holder(folder: Path) -> str:
-    try:
+    with suppress(OSError, ValueError, KeyError, TypeError):
         holder = json.loads((folder / HOLDER).read_text())
         return f"process {holder['process']} on {holder['host']}"
-    except (OSError, ValueError, KeyError):
-        return "which has not said its name"
-
-
-@contextmanager
-def full_disk_told(standing: Callable[[], Path | None]) -> Iterator[None]:
-    """Turn the errors of a disk that is full, read-only or gone into a RunError that names what to go on from."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in DISK_FAULTS:
-            raise
-        raise RunError(
-            f"{error}; the last whole checkpoint is {standing()}. Make room or name another --output-dir, and go on "
-            "with --resume",
-            of_one_rank=True,
-        ) from error
+    return "unknown process"

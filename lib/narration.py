@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lib.backends import Backend, peak_memory_bytes
 from lib.backends.device import peak_reserved_bytes
-from lib.checkpoint import is_whole, merge_counts
+from lib.checkpoint import merge_counts
 from lib.collectives import gather_objects
 from lib.config import TrainConfig, changed_settings, save_config
 from lib.data import Prepare
@@ -72,11 +72,7 @@ def announce(run: Run, report: Reporter) -> dict[str, int]:
         "there is one class alone: with --positives group all pairs are positives of each other"
         if run.source.classes and len(run.source.classes) == 1 and config.positives == "group"
         else None,
-        *(
-            f"{folder} is not a whole checkpoint, cut short while it was written or removed: it is passed over"
-            for folder in sorted(run.checkpoints.glob("step_*"))
-            if not is_whole(folder)
-        ),
+        *run.warnings,
     ):
         if warning:
             report.say(f"warning: {warning}")

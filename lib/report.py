@@ -5,6 +5,7 @@ import math
 import os
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -28,6 +29,8 @@ class Reporter:
         if self.active:
             for name in (METRICS, SKIPPED):
                 _drop_lines_after(folder / name, first_step)
+            evaluations = [line["eval"] for line in read_metrics(folder) if "eval" in line]
+            self.last_evaluation = evaluations[-1] if evaluations else {}
         self.steps, self.first_step = steps, first_step
         self.bar: tqdm | None = None  # from the first step on: the plan stands above it
 
@@ -109,14 +112,22 @@ def read_metrics(folder: Path) -> list[dict]:
 
 
 def read_lines(file: Path) -> list[dict]:
-    """The lines of a JSONL file, none if there is no such file; a last line cut off by a kill is left out."""
+    """The lines of a JSONL file, none if there is no such file; lines that are damaged, as by a kill, are left out."""
     lines = []
-    for line in file.read_text().splitlines() if file.exists() else []:
-        try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
+    for line in file.read_text(errors="replace").splitlines() if file.exists() else []:
+        with suppress(ValueError, RecursionError):
+            values = json.loads(line)
+            if isinstance(values, dict) and isinstance(values.get("step", 0), int):
+                lines.append(values)
     return lines
+
+
+def read_summary(folder: Path) -> dict:
+    """The run's summary.json; nothing where there is none, or a damaged one."""
+    with suppress(OSError, ValueError, RecursionError):
+        values = json.loads((folder / SUMMARY).read_bytes())
+        return values if isinstance(values, dict) else {}
+    return {}
 
 
 def _finite(value: object) -> object:

@@ -16,7 +16,6 @@ from lib.checkpoint import TrainingState
 from lib.config import TrainConfig
 from lib.data import EvaluationSet, Prepare, Source, TrainingData
 from lib.data_setup import Loading, TextLengths
-from lib.errors import RunError
 from lib.first_pass import Recompute, Recomputed
 from lib.lora import merged_weights
 from lib.optim import move_schedule
@@ -73,6 +72,8 @@ class Run:
     """None on ranks other than 0, which do not count."""
     negatives: list[Inputs]
     """Texts that fit no image, in chunks, encoded at every step."""
+    warnings: list[str]
+    """About the checkpoints that were passed over."""
     first_step: int = 0
     """Steps that were done before this process began."""
     best: dict = field(default_factory=dict)
@@ -91,6 +92,12 @@ class Run:
     @property
     def checkpoints(self) -> Path:
         return self.folder / "checkpoints"
+
+    @property
+    def best_checkpoint(self) -> Path | None:
+        """The folder of the best step, if it is whole; None without evaluations."""
+        folder = checkpoint.step_folders(self.checkpoints).get(self.best.get("step", -1))
+        return folder if folder and checkpoint.is_whole(folder) else None
 
     @property
     def same_text(self) -> SameText:
@@ -155,28 +162,20 @@ class Run:
             weights=whole.state_dict() if whole is not None and (self.config.lora or self.config.eval_ema) else {},
             average=self.average.state_dict() if self.average else {},
         )
-        try:
-            folder = checkpoint.save_checkpoint(
-                self.checkpoints,
-                step,
-                self.towers,
-                {} if model is None else merged_weights(model),
-                self.processing,
-                state,
-                rank=self.accelerator.process_index,
-                barrier=self.accelerator.wait_for_everyone,
-            )
-        except OSError as error:
-            standing = checkpoint.newest_whole(self.checkpoints)
-            raise RunError(
-                f"step {step}: the checkpoint cannot be written ({error}); the last whole one is {standing}. "
-                "Make room or name another --output-dir, and go on with --resume",
-                of_one_rank=True,
-            ) from error
+        folder = checkpoint.save_checkpoint(
+            self.checkpoints,
+            step,
+            self.towers,
+            {} if model is None else merged_weights(model),
+            self.processing,
+            state,
+            rank=self.accelerator.process_index,
+            barrier=self.accelerator.wait_for_everyone,
+        )
         if self.accelerator.is_main_process:
             if self.best.get("step") == step:
                 checkpoint.mark_best(folder)
-            checkpoint.prune(self.checkpoints, self.config.keep_checkpoints)
+            checkpoint.prune(self.checkpoints, self.config.keep_checkpoints, self.best.get("step"))
         return folder
 
     def restore(self, state: TrainingState) -> None:
@@ -195,11 +194,10 @@ class Run:
         self.first_step, self.best = state.progress["step"], state.progress["best"]
         self.stale = state.progress.get("stale", 0)
         if self.best:  # a kill may have come between the checkpoint and its mark, or the run has a new folder
-            folder = self.checkpoints / f"step_{self.best['step']:06d}"
-            if not checkpoint.is_whole(folder):
+            if not self.best_checkpoint:
                 self.best = {}
             elif self.accelerator.is_main_process:
-                checkpoint.mark_best(folder)
+                checkpoint.mark_best(self.best_checkpoint)
         random = state.rank["random"]
         if random:
             RandomState(random["cpu"], random["accelerator"], self.accelerator.device).restore()

@@ -11,6 +11,7 @@ from lib.averaging import WeightAverage
 from lib.backends import Backend
 from lib.backends.device import device_faults_reported
 from lib.checkpoint import TrainingState
+from lib.collectives import decided_by_rank_0
 from lib.config import TrainConfig, flag
 from lib.data import TrainingData
 from lib.data_setup import (
@@ -37,11 +38,11 @@ def make_run(config: TrainConfig, family: Family, backend: Backend, folder: Path
     """Build everything that the settings ask for in the run's folder, or raise InputError before the first batch."""
     accelerator = backend.accelerator
     _check_backend(config, backend)
-    resume_from = checkpoint.find_resume(config.resume, folder / "checkpoints")
+    resume_from, warnings = decided_by_rank_0(lambda: checkpoint.find_resume(config.resume, folder / "checkpoints"))
     state = _load_state(resume_from, accelerator)
     if state:
         _check_same_run(config, family, state.progress)
-    with device_faults_reported(None, lambda: resume_from):
+    with device_faults_reported(None):
         fetcher = make_fetcher(config)
         source, validation = open_data(config, fetcher, folder)
         torch.manual_seed(config.seed)
@@ -60,7 +61,7 @@ def make_run(config: TrainConfig, family: Family, backend: Backend, folder: Path
     warmup = steps // 10 if config.warmup_steps == "auto" else config.warmup_steps
     if warmup > steps:
         raise InputError(f"--warmup-steps {warmup} are more than the run's {steps} steps; lower them, or add --steps")
-    with device_faults_reported(plan.chunk_pairs, lambda: resume_from):
+    with device_faults_reported(plan.chunk_pairs):
         optimizer = make_optimizer(config, towers, fused=backend.loss_scale is None)
         average = WeightAverage(towers, config.ema) if config.ema else None
         wrapped = backend.prepare(towers, optimizer, config.grad_clip)
@@ -101,6 +102,7 @@ def make_run(config: TrainConfig, family: Family, backend: Backend, folder: Path
             steps=steps,
             pretrained=pretrained,
             share_texts=share_texts,
+            warnings=warnings,
             text_lengths=TextLengths.of(source, processing) if accelerator.is_main_process else None,
             negatives=[
                 {name: tensor.to(accelerator.device) for name, tensor in prepare.texts(list(some)).items()}

@@ -5,13 +5,12 @@ import signal
 import threading
 from collections.abc import Callable
 from math import ceil
-from pathlib import Path
 
 import torch
 
 from lib.collectives import sum_counts
+from lib.errors import STOP_SIGNALS, StoppedEarly
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 SECONDS_BETWEEN_LOOKS = 2.0  # a look is one small reduction: often enough for a 30-second grace, too rare to cost
 SECONDS_UNTIL_TOLD = 25.0  # torchrun kills 30 s after SIGTERM, Kubernetes too
 
@@ -21,12 +20,12 @@ class StepGivenUp(Exception):
 
 
 class StopSignal:
-    """Within it SIGTERM, SIGUSR1 and a first Ctrl-C only set a flag; `look` and the loop make the ranks agree on it.
+    """Within it stop signals, as a first Ctrl-C, only set a flag; `look` and the loop make the ranks agree on it.
 
-    standing: names the checkpoint to go on from; it is told where stopping takes longer than a grace period may be.
+    standing: says what to resume from; it is told where stopping takes longer than a grace period may be.
     """
 
-    def __init__(self, device: torch.device, standing: Callable[[], Path | None]) -> None:
+    def __init__(self, device: torch.device, standing: Callable[[], str]) -> None:
         self.received = False
         """A signal came to this rank."""
         self.obeyed = False
@@ -37,7 +36,8 @@ class StopSignal:
         self._timer.daemon = True
 
     def __enter__(self) -> "StopSignal":
-        self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        heard = [number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+        self._before = {number: signal.signal(number, self._note) for number in heard}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -63,7 +63,7 @@ class StopSignal:
 
     def _note(self, number: int, _: object) -> None:
         if self.received and number == signal.SIGINT:
-            raise KeyboardInterrupt
+            raise StoppedEarly("at once, by a second Ctrl-C")
         if not self.received:
             self._timer.start()
             # Not print: the signal may have come in the middle of one.
@@ -71,10 +71,8 @@ class StopSignal:
         self.received = True
 
     def _tell(self) -> None:
-        standing = self._standing()
         _on_local_rank_0(
-            f"stopping takes longer than {SECONDS_UNTIL_TOLD:.0f} s; should the process be killed meanwhile, "
-            + (f"--resume auto goes on from {standing}" if standing else "there is no checkpoint yet to go on from")
+            f"stopping takes longer than {SECONDS_UNTIL_TOLD:.0f} s; if killed meanwhile: {self._standing()}"
         )
 
 

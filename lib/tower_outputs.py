@@ -7,7 +7,7 @@ tokenizer or the form of the images, and the texts or image files themselves. Wh
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from filelock import FileLock
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -28,7 +27,8 @@ from lib.data.pairs import Images
 from lib.data.prepare import text_key
 from lib.data.shards.evaluation import shard_images
 from lib.data.shards.source import ShardSource
-from lib.errors import InputError
+from lib.durable import Damaged, load_checked, save_checked
+from lib.errors import InputError, raised_as
 from lib.evaluation.embed import counted, evaluating, image_loader
 from lib.fingerprint import fingerprint
 from lib.processing import Processing
@@ -38,7 +38,7 @@ from lib.towers.tower import ImageTower, TextTower
 BLOCK = 4096
 """Rows of a file: what an interruption loses at most, on each rank."""
 
-_FORMAT = 1
+_FORMAT = 2
 
 Batches = Callable[[range], Iterator[tuple[dict[str, Tensor], Sequence[str]]]]
 """Rows to batches of what the towers take, with a reason for each row that could not be read, empty for the others."""
@@ -133,29 +133,30 @@ class Caching:
         return stored
 
     def _fill(self, folder: Path, keys: np.ndarray, batches: Batches, tower: str) -> None:
-        """Compute what the folder lacks."""
+        """Compute the blocks that the folder lacks, or of which the disk gives back other bytes."""
         rank, world_size = rank_and_world_size()
-        if not all(gather_objects((folder / MANIFEST).is_file())):
-            blocks = [range(start, min(start + BLOCK, len(keys))) for start in range(0, len(keys), BLOCK)]
-            unreadable: dict[int, str] = {}
-            # Every rank has the same blocks and takes its own; no collective until all are done.
-            with evaluating(self.towers), self.precision.autocast(), _bar(tower, len(keys), rank) as bar:
-                for number, rows in list(enumerate(blocks))[rank::world_size]:
-                    unreadable |= self._block(folder / _block_name(number), keys, rows, batches, tower, bar)
-            found = gather_objects(unreadable)
-            if rank == 0:
-                names = [_block_name(number) for number in range(len(blocks))]
-                _seal(folder, names, {str(key): why for of_rank in found for key, why in of_rank.items()})
-            gather_objects(None)  # nobody reads before rank 0 has written
+        blocks = [range(start, min(start + BLOCK, len(keys))) for start in range(0, len(keys), BLOCK)]
+        unreadable: dict[int, str] = {}
+        # Every rank has the same blocks and takes its own; no collective until all are done.
+        with evaluating(self.towers), self.precision.autocast(), _bar(tower, len(keys), rank) as bar:
+            for number, rows in list(enumerate(blocks))[rank::world_size]:
+                unreadable |= self._block(folder / _block_name(number), keys, rows, batches, tower, bar)
+        found = gather_objects(unreadable)
+        if rank == 0:
+            names = [_block_name(number) for number in range(len(blocks))]
+            _list_blocks(folder, names, {str(key): why for of_rank in found for key, why in of_rank.items()})
+        gather_objects(None)  # nobody reads before rank 0 has written
 
     def _block(
         self, file: Path, keys: np.ndarray, rows: range, batches: Batches, tower: str, bar: tqdm
     ) -> dict[int, str]:
-        """Compute and write a block, unless an earlier, interrupted attempt did; returns why which keys have no row."""
-        notes = file.with_suffix(".json")
-        if file.is_file() and notes.is_file():
-            bar.update(len(rows))
-            return {int(key): reason for key, reason in json.loads(notes.read_text()).items()}
+        """Compute and write a block that is not there whole; returns why which keys have no row."""
+        if file.is_file():
+            with suppress(Damaged):
+                found = json.loads(load_checked(file)[1]["unreadable"])
+                bar.update(len(rows))
+                return {int(key): reason for key, reason in found.items()}
+            bar.write(f"{file} is damaged: its outputs are computed again")
         pooled: list[Tensor] = []
         reasons: list[str] = []
         device = self.precision.device
@@ -167,10 +168,8 @@ class Caching:
         good = torch.tensor([not reason for reason in reasons])
         own = torch.from_numpy(keys[rows.start : rows.stop])
         unreadable = {int(key): reason for key, reason in zip(own, reasons, strict=True) if reason}
-        notes.write_text(json.dumps(unreadable))
-        unfinished = file.with_suffix(f".{rank_and_world_size()[0]}.unfinished")
-        save_file({"keys": own[good].contiguous(), "pooled": torch.cat(pooled)[good].contiguous()}, unfinished)
-        unfinished.replace(file)
+        stored = {"keys": own[good].contiguous(), "pooled": torch.cat(pooled)[good].contiguous()}
+        save_checked(stored, file, {"unreadable": json.dumps(unreadable)})
         return unreadable
 
 
@@ -203,15 +202,12 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 def _make(folder: Path, tower: str) -> None:
-    try:
+    words = f"--cache-{tower}: {folder} cannot be made"
+    with raised_as(lambda fault: InputError(f"{words} ({fault}); name another place with --cache-dir"), OSError):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(
-            f"--cache-{tower}: {folder} cannot be made ({error.strerror}); name another place with --cache-dir"
-        ) from None
 
 
-def _seal(folder: Path, blocks: list[str], unreadable: dict[str, str]) -> None:
+def _list_blocks(folder: Path, blocks: list[str], unreadable: dict[str, str]) -> None:
     """Write the manifest, whole or not at all."""
     with safe_open(folder / blocks[0], framework="pt") as block:
         width = block.get_slice("pooled").get_shape()[1]

@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator
 from contextlib import closing
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -17,19 +18,18 @@ from lib.checkpoint import newest_whole
 from lib.collectives import gather_objects, rank_and_world_size, sum_counts, sum_over_ranks
 from lib.config import TrainConfig
 from lib.data import Chunk, StepChunks
-from lib.data.workers import lost_workers_reported
 from lib.data_setup import show_data
-from lib.errors import InputError, RunError, StoppedEarly
+from lib.errors import InputError, RunError, StoppedEarly, machine_faults_told
 from lib.evaluation.best import BestMetric
 from lib.evaluation.validation import validate
-from lib.finish import finish
+from lib.finish import finish, is_finished
 from lib.first_step import prepare_first_step
-from lib.folder import claimed_folder, full_disk_told
+from lib.folder import claimed_folder
 from lib.losses import Loss, Pairs
 from lib.narration import all_counts, announce, step_metrics, step_timing
 from lib.objective import Objective
 from lib.optim import scheduled_scale
-from lib.report import SKIPPED, SUMMARY, Reporter
+from lib.report import SKIPPED, Reporter
 from lib.run import Run, Update
 from lib.setup import make_run
 from lib.step_inputs import Chunks
@@ -48,8 +48,20 @@ def train(config: TrainConfig, objective: Objective) -> None:
         show_data(config)
         return
     backend = backends.start(config.tracker, config.precision, config.deterministic)
-    with claimed_folder(config, objective.family, backend.accelerator) as folder, Watchdog():
+    with (
+        claimed_folder(config, objective.family, backend.accelerator) as folder,
+        Watchdog(),
+        machine_faults_told(partial(_standing, folder)),
+    ):
         _train(make_run(config, objective.family, backend, folder), objective)
+
+
+def _standing(folder: Path) -> str:
+    """What to say at a run's early end."""
+    newest = newest_whole(folder / "checkpoints")
+    if newest is None:
+        return "there is no checkpoint yet: --resume auto starts anew"
+    return f"--resume auto resumes from {newest}"
 
 
 def _train(run: Run, objective: Objective) -> None:
@@ -60,29 +72,19 @@ def _train(run: Run, objective: Objective) -> None:
     report = Reporter(run.folder, run.accelerator, run.steps, run.first_step)
     expected = announce(run, report)
     over = _is_over(run, run.first_step)
-    if over and (run.folder / SUMMARY).exists():
+    if over and is_finished(run):
         report.say(_nothing_left(run))
         run.accelerator.end_training()
         return
-    standing = partial(newest_whole, run.checkpoints)
     # The batches are closed whatever happens: at its end the process waits for the data workers, who wait for it.
     data = closing(run.data.steps(run.first_step, run.first_step if over else run.steps))
-    stop = StopSignal(run.accelerator.device, standing)
+    stop = StopSignal(run.accelerator.device, partial(_standing, run.folder))
     # The bar is ended before a fault is printed, or both would share a line.
-    with (
-        full_disk_told(standing),
-        device_faults_reported(run.plan.chunk_pairs, standing),
-        lost_workers_reported(),
-        closing(report),
-        stop,
-        data as batches,
-    ):
+    with device_faults_reported(run.plan.chunk_pairs), closing(report), stop, data as batches:
         step = _loop(run, objective, loss, best, batches, stop, report)
         finish(run, report, expected, step, _is_over(run, step), time.perf_counter() - started)
     if stop.obeyed and step < run.steps:
-        saved = standing()
-        then = f"goes on from {saved}" if saved else "there is no checkpoint, it starts anew"
-        raise StoppedEarly(f"by a signal after step {step} of {run.steps}; --resume auto: {then}")
+        raise StoppedEarly(f"by a signal after step {step} of {run.steps}")
 
 
 def _loop(
@@ -329,10 +331,8 @@ def _due(step: int, every: int, last: int) -> bool:
 
 def _diverged(run: Run, step: int, loss: float, grad_norm: float) -> str:
     """What to say about a loss or gradient that is not a number."""
-    last = newest_whole(run.checkpoints)
-    standing = f"the last good checkpoint is {last}" if last else "no checkpoint had been written"
     times = f" in {run.nonfinite} steps in a row" if run.nonfinite > 1 else ""
     return (
-        f"step {step}: loss {loss}, gradient norm {grad_norm}{times}: training diverged; {standing}. "
-        "Lower --lr, lengthen --warmup-steps or lower --grad-clip, and go on with --resume auto"
+        f"step {step}: loss {loss}, gradient norm {grad_norm}{times}: training diverged. Lower --lr, lengthen "
+        "--warmup-steps or lower --grad-clip"
     )

@@ -9,6 +9,7 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from lib.collectives import rank_and_world_size
+from lib.errors import StoppedEarly
 
 SECONDS_TO_FAIL = 15.0  # from an error to the end of the process
 
@@ -41,7 +42,8 @@ class Watchdog:
     def __exit__(self, failure: type[BaseException] | None, *_: object) -> None:
         self._ended.set()
         if failure and self._world_size > 1:  # the end of a process may wait too, for a worker or a connection
-            timer = threading.Timer(min(SECONDS_TO_FAIL, self._limit), os._exit, [1])
+            code = 75 if issubclass(failure, StoppedEarly) else 1
+            timer = threading.Timer(min(SECONDS_TO_FAIL, self._limit), os._exit, [code])
             timer.daemon = True
             timer.start()
 

@@ -28,9 +28,9 @@ from lib.data import training
 from lib.data import workers as data_workers
 from lib.data.ahead import ImageBuffer, ReadAhead
 from lib.data.order import stable_hash
-from lib.data.workers import LARGEST_PART, bytes_in_flight, lost_workers_reported, workers_that_fit
+from lib.data.workers import LARGEST_PART, bytes_in_flight, workers_that_fit
 from lib.data_setup import Loading, chunks_ahead
-from lib.errors import InputError, RunError
+from lib.errors import InputError, RunError, machine_faults_told
 from lib.losses import sigmoid
 from lib.plan import BatchPlan
 
@@ -225,7 +225,7 @@ def test_a_worker_that_fails_ends_the_run_and_leaves_no_process(monkeypatch, fau
     monkeypatch.setattr("lib.data.indexed.IndexedParts.__getitem__", failing)
     expected, words = (KeyError, "a fault of ours") if fault == "raises" else (RunError, "a data worker was killed")
     steps = closing(training_data(source(), workers=1).steps(0, 2))
-    with pytest.raises(expected, match=words) as kept, lost_workers_reported(), steps as opened:
+    with pytest.raises(expected, match=words) as kept, machine_faults_told(), steps as opened:
         for step in opened:
             list(step)
     assert kept.value.__traceback__ and not [each for each in multiprocessing.active_children() if each.is_alive()]

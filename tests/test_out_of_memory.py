@@ -60,7 +60,7 @@ def test_out_of_memory_in_a_run_is_one_line_and_loses_no_finished_step(place, tm
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
     assert line == (
         "error: out of memory with chunks of 4 pairs (3.50 GiB more were asked for): use --chunk-size 2; "
-        f"the last good checkpoint is {last}"
+        f"--resume auto resumes from {last}"
     )
     monkeypatch.undo()
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -70,7 +70,7 @@ def test_out_of_memory_in_a_run_is_one_line_and_loses_no_finished_step(place, tm
 
 def test_out_of_memory_before_the_first_step_says_that_nothing_was_saved(tmp_path, monkeypatch):
     monkeypatch.setattr("lib.setup.make_optimizer", fails_at(1, None))
-    with pytest.raises(RunError, match=r"chunks of 4 pairs \(3.50 GiB .*; no checkpoint had been written"):
+    with pytest.raises(RunError, match=r"chunks of 4 pairs \(3.50 GiB .*; there is no checkpoint yet"):
         train_clip.main([*FLAGS, f"--output-dir={tmp_path / 'run'}"])
 
 

@@ -3,7 +3,7 @@
 import errno
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -91,11 +91,11 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 @contextmanager
-def device_faults_reported(chunk_pairs: int | None, standing: Callable[[], Path | None]) -> Iterator[None]:
+def device_faults_reported(chunk_pairs: int | None) -> Iterator[None]:
     """Turn a failed allocation into a RunError that names the amount, the chunk and what to do.
 
     The same for a kernel that --deterministic forbids. chunk_pairs: None before chunks are known, when weights and
-    stores alone need the memory. standing: the checkpoint to resume from, if there is one.
+    stores alone need the memory.
     """
     try:
         yield
@@ -116,9 +116,7 @@ def device_faults_reported(chunk_pairs: int | None, standing: Callable[[], Path 
         else:
             chunks = f"with chunks of {chunk_pairs} pairs"
             remedy = f"use --chunk-size {chunk_pairs // 2}" if chunk_pairs > 1 else "use --gradient-checkpointing"
-        checkpoint = standing()
-        resume = f"the last good checkpoint is {checkpoint}" if checkpoint else "no checkpoint had been written"
-        raise RunError(f"out of memory {chunks} ({asked}): {remedy}; {resume}", of_one_rank=True) from error
+        raise RunError(f"out of memory {chunks} ({asked}): {remedy}", of_one_rank=True) from error
 
 
 @contextmanager

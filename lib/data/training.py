@@ -21,7 +21,7 @@ from lib.data.prepare import Prepare
 from lib.data.streams.layouts import Start, dealings, excluded_in, fresh_start, layout, take_over
 from lib.data.streams.parts import StreamParts
 from lib.data.streams.positions import ShardPosition, loaded, saved
-from lib.data.workers import LARGEST_PART, PARTS_A_WORKER, end_workers, lost_workers_reported, start_worker
+from lib.data.workers import LARGEST_PART, PARTS_A_WORKER, end_workers, start_worker
 from lib.errors import InputError
 
 T = TypeVar("T")
@@ -275,8 +275,7 @@ class TrainingData:
 
 
 def _next_part(parts: Iterator[Prepared | InputError]) -> Prepared:
-    with lost_workers_reported():
-        prepared = next(parts)
+    prepared = next(parts)
     if isinstance(prepared, InputError):
         raise prepared
     return prepared

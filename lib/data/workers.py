@@ -7,12 +7,12 @@ import shutil
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
 from lib.collectives import local_ranks
-from lib.errors import RunError
+from lib.errors import STOP_SIGNALS
 
 _PR_SET_PDEATHSIG = 1
 LARGEST_PART = 64
@@ -54,21 +54,6 @@ def bytes_in_flight(workers: int, part_size: int, image_bytes: int) -> int:
     return (PARTS_A_WORKER * workers + 1) * part_size * image_bytes
 
 
-@contextmanager
-def lost_workers_reported() -> Iterator[None]:
-    """Turn torch's errors of a worker that ended, which its signal handler raises anywhere, into a RunError."""
-    try:
-        yield
-    except RuntimeError as error:
-        if "DataLoader worker (pid" not in str(error):
-            raise
-        raise RunError(
-            f"a data worker was killed, or ran out of memory or of {SHARED_MEMORY}: lower --workers, or give the "
-            f"machine or its container more ({str(error).strip().split('. ')[0]})",
-            of_one_rank=True,
-        ) from error
-
-
 def end_workers(parts: Iterator) -> None:
     """End a DataLoader's workers, who ignore signals and whom the end of the process would wait for.
 
@@ -84,7 +69,7 @@ def start_worker(_: int) -> None:
     """Make a DataLoader worker leave signals to the main process, end with it, and keep to one thread."""
     # A cluster signals every process of a job, and Ctrl-C every one of a terminal: the main process saves and
     # then stops the workers, so they must outlive the signal.
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     # A rank that is killed must not live on in them: they hold its connections and the run folder's lock open.
     if sys.platform == "linux":

@@ -13,7 +13,6 @@ from accelerate import PartialState
 from lib.backends.device import is_out_of_memory
 from lib.backends.precision import set_up_kernels
 from lib.collectives import meeting
-from lib.data.workers import lost_workers_reported
 from lib.errors import InputError, RunError
 from lib.evaluation.agnostic.task import agnostic
 from lib.evaluation.compare.task import compare
@@ -38,7 +37,7 @@ def carry_out(options: Task) -> None:
         if options.output_dir is not None:
             _make_folder(options.output_dir)
         set_up_kernels(state.device, deterministic=False)
-        with _out_of_memory_reported(options), lost_workers_reported():
+        with _out_of_memory_reported(options):
             outcome = measure(options, state.device)
         if outcome is not None and options.output_dir is not None:
             _write(outcome, options.output_dir)

@@ -1,5 +1,6 @@
 """The run that a model comes from, and whether it was trained on what it is measured on."""
 
+from contextlib import suppress
 from pathlib import Path
 
 from lib.data.sources import split_weight
@@ -23,9 +24,11 @@ def trained_on(model: str, examined: Examined, part: str) -> str | None:
     run = run_of(model)
     if run is None or not (run / CONFIG).is_file():
         return None
-    config = read_yaml(run / CONFIG, f"--model {model}: {run / CONFIG}")
+    config = None
+    with suppress(InputError):
+        config = read_yaml(run / CONFIG, str(run / CONFIG))
     if not isinstance(config, dict):
-        raise InputError(f"--model {model}: {run / CONFIG} holds no settings; restore it, or remove it")
+        return f"{run / CONFIG} is damaged: it is unknown whether {run} was trained on these images"
     data, kept = config.get("data") or (), config.get("hold_out") or 0
     same = {_where(each) for each in ([data] if isinstance(data, str) else data)} & {_where(examined.data)}
     # What --hold-out keeps is the same images and more for a larger fraction.

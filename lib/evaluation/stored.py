@@ -1,17 +1,16 @@
 """Embeddings kept on disk: computed once for a model and its inputs, found again by the hash of both."""
 
 import json
-import os
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 from torch import Tensor
 
 from lib.collectives import gather_objects, rank_and_world_size
+from lib.durable import Damaged, load_checked, save_checked
 from lib.evaluation.embed import Embedded
 
 
@@ -35,16 +34,11 @@ class StoredEmbeddings:
         # What a network withheld today may be there tomorrow.
         if rank_and_world_size()[0] > 0 or any(reason == "unreachable" for _, reason in embedded.skipped):
             return
-        file = self._file(name)
-        unfinished = file.with_suffix(f".{os.getpid()}.unfinished")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             tensors = {"embeds": embedded.embeds.contiguous(), "valid": embedded.valid}
-            save_file(tensors, unfinished, {"skipped": json.dumps(embedded.skipped)})
-            unfinished.replace(file)
+            save_checked(tensors, self._file(name), {"skipped": json.dumps(embedded.skipped)})
         except (OSError, SafetensorError) as fault:
-            with suppress(OSError):
-                unfinished.unlink()
             _tell(f"embeddings are not kept for a next time: {fault}; name another place with --cache-dir")
 
     def _file(self, name: str) -> Path:
@@ -54,12 +48,12 @@ class StoredEmbeddings:
 def _read(file: Path) -> Embedded | None:
     if not file.is_file():
         return None
-    try:
-        with safe_open(file, framework="pt") as stored:
-            skipped = [(key, reason) for key, reason in json.loads(stored.metadata()["skipped"])]
-            return Embedded(stored.get_tensor("embeds"), stored.get_tensor("valid"), skipped)
-    except (OSError, SafetensorError):  # damaged: computed and written anew
-        return None
+    with suppress(Damaged):
+        tensors, metadata = load_checked(file)
+        skipped = [(key, reason) for key, reason in json.loads(metadata["skipped"])]
+        return Embedded(tensors["embeds"], tensors["valid"], skipped)
+    _tell(f"{file} is damaged: its embeddings are computed again")
+    return None
 
 
 def of_texts(embeds: Tensor) -> Embedded:

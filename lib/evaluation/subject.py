@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from lib.backends import Precision, auto_workers, choose_precision
+from lib.checkpoint import BEST, newest_whole
 from lib.collectives import rank_and_world_size
 from lib.data.evaluation_set import EvaluationSet
 from lib.data.fields import Columns
@@ -189,12 +190,12 @@ def model_folder(model: str) -> str:
         if root.is_absolute() or len(root.parts) > 2 or model.startswith("."):  # no id of the hub
             raise InputError(f"--model {model}: there is no such folder")
         return model
-    for folder in (root, root / "export", root / "checkpoints" / "best"):
-        if (folder / "config.json").is_file():
+    for folder in (root, root / "export", root / "checkpoints" / BEST, newest_whole(root / "checkpoints")):
+        if folder and (folder / "config.json").is_file():
             return str(folder)
     raise InputError(
-        f"--model {model} holds no model: no config.json in it, in its export/ or in its checkpoints/best/; "
-        "name a finished run, a checkpoint or an export"
+        f"--model {model} holds no model: no config.json in it or in its export/, and no checkpoint; name a run, a "
+        "checkpoint or an export"
     )
 
 

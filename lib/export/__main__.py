@@ -86,9 +86,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     towers, processing = TwoTowers.from_pretrained(checkpoint), Processing.from_pretrained(checkpoint)
     form, folder = config.form, config.folder
     name, on_hub = config.push_to_hub or folder.name, config.push_to_hub is not None
-    card = model_card(config.run, step_of(checkpoint), towers, processing, form, name, on_hub)
+    step = step_of(checkpoint)
+    card = model_card(config.run, step, towers, processing, form, name, on_hub)
     try:
-        difference = export(towers, processing, folder, noise_and_texts(processing), form=form, card=card)
+        difference = export(towers, processing, folder, noise_and_texts(processing), form=form, card=card, step=step)
     except OSError as error:
         raise InputError(f"--output {folder} cannot be written ({error}); name another folder") from error
     print(f"exported {checkpoint} to {folder}: largest logit difference {difference:.1e}")

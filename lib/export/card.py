@@ -1,17 +1,18 @@
 """Owns the model card: the README.md of an export, from what the run's own files say."""
 
-import json
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from huggingface_hub import ModelCardData
 
+from lib.errors import InputError
 from lib.export.formats import HUGGING_FACE, ONNX, Format
 from lib.export.hugging_face import COMPOSED
 from lib.processing import Processing
-from lib.report import CONFIG, SUMMARY, flatten, read_metrics
+from lib.report import CONFIG, flatten, read_metrics, read_summary
 from lib.safe_yaml import read_yaml
 from lib.towers import PRESETS, TwoTowers
 from lib.towers.presets import SIZES
@@ -34,7 +35,7 @@ def model_card(
     name: of the export: its folder's, or that of a repository of the hub.
     No folder of this machine is named: the card is made to be published.
     """
-    config, summary = (_read(run / file) if step is not None else {} for file in (CONFIG, SUMMARY))
+    config, summary = (_read(run / CONFIG), read_summary(run)) if step is not None else ({}, {})
     composed = processing.model_type == COMPOSED
     known_to_hub = form.library != ONNX.library and not composed
     data = ModelCardData(
@@ -153,10 +154,8 @@ def _public(source: str) -> str:
 
 
 def _read(file: Path) -> dict:
-    """A YAML or JSON file, empty if there is none."""
-    if not file.is_file():
-        return {}
-    if file.suffix == ".json":
-        return json.loads(file.read_text(encoding="utf-8")) or {}
-    settings = read_yaml(file, str(file))
-    return settings if isinstance(settings, dict) else {}
+    """The run's settings; nothing where the file is missing or damaged."""
+    with suppress(InputError):
+        settings = read_yaml(file, str(file)) if file.is_file() else {}
+        return settings if isinstance(settings, dict) else {}
+    return {}

@@ -4,10 +4,11 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from lib.durable import check_model, save_tensors
 from lib.processing import check_model_type
 from lib.towers.composed import saved_pair
 from lib.towers.dual import file_weights, load_dual
@@ -24,7 +25,7 @@ def save_folder(folder: Path, description: dict, weights: dict[str, Tensor]) -> 
     if description["model_type"] != "two_towers":
         weights = file_weights(weights, description["model_type"])
     whole = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
-    save_file(whole, folder / "model.safetensors", metadata={"format": "pt"})
+    save_tensors(whole, folder / "model.safetensors", {"format": "pt"})
     (folder / "config.json").write_text(json.dumps(description, indent=2, sort_keys=True) + "\n")
 
 
@@ -34,6 +35,7 @@ def load_parts(folder_or_id: str | Path, image_size: int | None = None) -> Parts
     image_size: another side than the model's own.
     """
     # Weights are drawn before they are read: a caller's random state is not to feel it.
+    check_model(Path(folder_or_id))
     with reading("--model", folder_or_id), torch.random.fork_rng(devices=[]):
         settings, _ = PretrainedConfig.get_config_dict(folder_or_id)
         check_model_type(folder_or_id, settings)
