@@ -168,7 +168,9 @@ def find_resume(resume: str, root: Path) -> tuple[Path | None, list[str]]:
 def step_folders(root: Path) -> dict[int, Path]:
     """Checkpoint folders by step, ascending; whatever else lies there, as step_000004.bak, is none."""
     found = {
-        int(named[1]): folder for folder in root.glob("step_*") if (named := re.fullmatch(r"step_(\d+)", folder.name))
+        int(named[1]): folder
+        for folder in root.glob("step_*")
+        if (named := re.fullmatch(r"step_(\d{6,})", folder.name))
     }
     return dict(sorted(found.items()))
 

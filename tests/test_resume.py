@@ -12,15 +12,20 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT
 from PIL import Image
 from ranks import on_ranks
+from safetensors.torch import load_file
 
+import evaluate
+import lib.export.__main__ as export
 import train_clip
 from lib.checkpoint import is_whole, newest_whole
 from lib.data import open_sources
 from lib.errors import InputError
 from lib.report import read_metrics
+from lib.towers import TwoTowers
 
 STEPS = 12
 FLAGS = [
@@ -170,6 +175,171 @@ def test_a_cut_checkpoint_is_passed_over(finished, tmp_path):
     assert not is_whole(newest)
     assert newest_whole(finished / "checkpoints").name == "step_000002"
     weights.write_bytes(content)
+
+
+def copied(finished: Path, folder: Path) -> tuple[Path, list[str]]:
+    """The finished run in another folder, and the flags that add two steps to it."""
+    shutil.copytree(finished, folder, symlinks=True)
+    flags = [f"--output-dir={folder}", "--steps=6", "--save-every=2", "--eval-every=0", "--workers=0", "--resume=auto"]
+    return folder, [*FLAGS, *flags]
+
+
+@pytest.fixture(scope="module")
+def longer(finished, tmp_path_factory) -> dict:
+    """The weights of the run with two more steps."""
+    run, flags = copied(finished, tmp_path_factory.mktemp("longer") / "run")
+    train_clip.main(flags)
+    return load_file(run / "checkpoints" / "step_000006" / "model.safetensors")
+
+
+def same(run: Path, weights: dict) -> bool:
+    found = load_file(run / "checkpoints" / "step_000006" / "model.safetensors")
+    return found.keys() == weights.keys() and all(torch.equal(found[name], weights[name]) for name in found)
+
+
+def flipped(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) * 6 // 10] ^= 0x40
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [
+        ("model.safetensors", "one flipped bit"),
+        ("optimizer.pt", "zeros of the same size"),
+        ("memory.safetensors", "one flipped bit"),
+        ("rank_0000.pt", "one flipped bit"),
+    ],
+)
+def test_a_damaged_checkpoint_is_told_put_aside_and_the_one_before_resumed(
+    name, how, finished, longer, tmp_path, capsys
+):
+    run, flags = copied(finished, tmp_path / "run")
+    newest = run / "checkpoints" / "step_000004"
+    if how == "one flipped bit":
+        flipped(newest / name)
+    else:
+        (newest / name).write_bytes(bytes((newest / name).stat().st_size))
+    train_clip.main(flags)
+    printed = capsys.readouterr().out
+    assert f"{newest} is damaged: its {name} is not what was written" in printed and "steps      6 (from 2)" in printed
+    assert same(run, longer) and newest.with_name("step_000004.damaged").is_dir()
+
+
+def test_a_damaged_checkpoint_that_was_named_is_refused(finished, tmp_path):
+    run, _ = copied(finished, tmp_path / "run")
+    damaged = run / "checkpoints" / "step_000004"
+    flipped(damaged / "optimizer.pt")
+    with pytest.raises(InputError, match=r"--resume .*step_000004 is damaged: its optimizer.pt"):
+        train_clip.main([*FLAGS, f"--resume={damaged}", f"--output-dir={tmp_path / 'other'}"])
+    flipped(damaged / "model.safetensors")
+    with pytest.raises(InputError, match=r"step_000004 is damaged: its model.safetensors"):
+        TwoTowers.from_pretrained(damaged)
+
+
+@pytest.mark.parametrize("content", ["[1]", "", '{"files": 3}', '{"progress": {}, "files": {"x": []}}', "[" * 100_000])
+def test_a_manifest_that_says_nothing_is_no_checkpoint(content, finished, tmp_path):
+    run, _ = copied(finished, tmp_path / "run")
+    (run / "checkpoints" / "step_000004" / "checkpoint.json").write_text(content)
+    assert newest_whole(run / "checkpoints").name == "step_000002"
+
+
+def test_a_checkpoint_of_a_newer_version_is_refused_and_not_passed_over(finished, tmp_path):
+    run, flags = copied(finished, tmp_path / "run")
+    manifest = run / "checkpoints" / "step_000004" / "checkpoint.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"version": 99}))
+    with pytest.raises(InputError, match="has format version 99, and this program reads up to 1: update it"):
+        train_clip.main(flags)
+
+
+def test_a_checkpoint_of_before_with_sizes_and_no_version_resumes(finished, longer, tmp_path):
+    run, flags = copied(finished, tmp_path / "run")
+    manifest = run / "checkpoints" / "step_000004" / "checkpoint.json"
+    content = json.loads(manifest.read_text())
+    content["files"] = {name: entry["bytes"] for name, entry in content["files"].items()}
+    del content["version"]
+    manifest.write_text(json.dumps(content))
+    train_clip.main(flags)
+    assert same(run, longer)
+
+
+def test_folders_of_other_names_beside_the_checkpoints_are_let_alone(finished, longer, tmp_path):
+    run, flags = copied(finished, tmp_path / "run")
+    checkpoints = run / "checkpoints"
+    for name in ("step_000004.bak", "step_old", "step_4", "old_step_000004", "step_000009 (copy)"):
+        shutil.copytree(checkpoints / "step_000004", checkpoints / name)
+    (checkpoints / "step_000010").write_text("a file")
+    train_clip.main([*flags, "--keep-checkpoints=1"])
+    assert same(run, longer)
+    assert {"step_000004.bak", "step_old", "step_4", "old_step_000004"} <= {f.name for f in checkpoints.iterdir()}
+
+
+def test_a_run_copied_with_its_links_followed_resumes_and_keeps_its_best(tmp_path):
+    """cp -rL, rsync -L and object storage make a folder of checkpoints/best."""
+    run, flags = tmp_path / "run", [*FLAGS, "--eval-every=2", "--save-every=2", "--keep-checkpoints=1"]
+    train_clip.main([*flags, f"--output-dir={run}", "--steps=2"])
+    shutil.copytree(run, tmp_path / "copy")
+    best = tmp_path / "copy" / "checkpoints" / "best"
+    assert best.is_dir() and not best.is_symlink()
+    train_clip.main([*flags, f"--output-dir={tmp_path / 'copy'}", "--steps=4", "--resume=auto"])
+    summary = json.loads((tmp_path / "copy" / "summary.json").read_text())
+    assert best.is_symlink() and best.resolve().name == f"step_{summary['best']['step']:06d}"
+
+
+@pytest.mark.parametrize("content", [b"", b"data: [digits\n", b"\xff\xfe\x00", b"[1]"], ids=repr)
+def test_damaged_files_that_nothing_needs_stop_no_resume(content, finished, longer, tmp_path):
+    run, flags = copied(finished, tmp_path / "run")
+    for name in ("config.yaml", "summary.json"):
+        (run / name).write_bytes(content)
+    for name in ("metrics.jsonl", "skipped.jsonl"):
+        with open(run / name, "ab") as file:
+            file.write(content + b"\n")
+    train_clip.main(flags)
+    assert same(run, longer) and [line["step"] for line in read_metrics(run)] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("content", [b"", b"data: [digits\n", b"\xff\xfe\x00"], ids=repr)
+def test_damaged_files_that_nothing_needs_stop_no_evaluation_and_no_export(content, finished, tmp_path, capsys):
+    run, _ = copied(finished, tmp_path / "run")
+    for name in ("config.yaml", "summary.json", "metrics.jsonl"):
+        (run / name).write_bytes(content)
+    flags = ["--data=digits", "--workers=0", f"--output-dir={tmp_path / 'out'}", f"--cache-dir={tmp_path / 'cache'}"]
+    assert evaluate.main(["zeroshot", f"--model={run}", "--split=test", *flags]) == 0
+    assert f"{run / 'config.yaml'} is damaged: it is unknown whether" in capsys.readouterr().out
+    export.main([str(run), f"--output={tmp_path / 'export'}"])
+    assert (tmp_path / "export" / "README.md").is_file()
+
+
+def test_an_extended_run_is_finished_once_the_export_of_its_new_end_is_there(finished, longer, tmp_path, monkeypatch):
+    run, flags = copied(finished, tmp_path / "run")
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("lib.finish.export", raising(KeyboardInterrupt))
+        train_clip.main(flags)
+    assert json.loads((run / "export" / "export.json").read_text())["step"] == 4
+    train_clip.main(flags)
+    assert json.loads((run / "export" / "export.json").read_text())["step"] == 6
+    exported = load_file(run / "export" / "model.safetensors")
+    assert all(torch.equal(exported[name], longer[name]) for name in longer)
+
+
+def test_an_export_that_is_not_whole_is_made_again_and_a_card_may_be_edited(finished, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run, symlinks=True)
+    flags = [*FLAGS, f"--output-dir={run}", "--steps=4", "--save-every=2", "--eval-every=0", "--resume=auto"]
+    (run / "export" / "README.md").write_text("a licence")
+    train_clip.main(flags)
+    assert "nothing is left to do" in capsys.readouterr().out
+    (run / "export" / "model.safetensors").write_bytes(b"cut")
+    train_clip.main(flags)
+    assert "exported to" in capsys.readouterr().out and (run / "export" / "model.safetensors").stat().st_size > 3
+
+
+def raising(kind: type[BaseException]):
+    def fails(*_, **__):
+        raise kind
+
+    return fails
 
 
 def test_a_finished_run_stays_as_it_is(finished, capsys):
