@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_map
 
 from lib.errors import InputError
 from lib.processing import Processing
+from lib.redaction import write_text
 from lib.towers import TwoTowers
 
 MANIFEST = "checkpoint.json"
@@ -219,7 +220,7 @@ def _seal(folder: Path, progress: dict) -> None:
     files = {str(f.relative_to(folder)): f.stat().st_size for f in sorted(folder.rglob("*")) if f.is_file()}
     for name in files:
         _sync(folder / name)
-    (folder / MANIFEST).write_text(json.dumps({"progress": progress, "files": files}, indent=1))
+    write_text(folder / MANIFEST, json.dumps({"progress": progress, "files": files}, indent=1))
     _sync(folder / MANIFEST)
 
 

@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr
 
+from lib.redaction import hide_secrets_in_output
+
 SECONDS_FOR_RANK_0 = 5.0
 
 
@@ -61,7 +63,9 @@ def told_in_one_line() -> Iterator[None]:
 
     What all ranks have met is told by rank 0, whom the others leave the time for it: launchers end all ranks as soon as
     one has ended. Printing to a reader that went away, as in `--help | head`, ends the script with code 1 and no word.
+    Nothing is printed with a password or a token of an address.
     """
+    hide_secrets_in_output()
     with _ended_by_a_closed_pipe():
         try:
             yield

@@ -14,6 +14,7 @@ from filelock import FileLock, Timeout
 from lib.collectives import gather_objects
 from lib.config import TrainConfig
 from lib.errors import InputError, RunError
+from lib.redaction import write_text
 from lib.report import METRICS
 
 DISK_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG, errno.EIO, errno.ESTALE}
@@ -79,7 +80,7 @@ def _lock(folder: Path) -> FileLock | None:
     except (OSError, NotImplementedError):
         return None
     with suppress(OSError):  # a full disk is told of where it matters
-        (folder / HOLDER).write_text(json.dumps({"host": socket.gethostname(), "process": os.getpid()}))
+        write_text(folder / HOLDER, json.dumps({"host": socket.gethostname(), "process": os.getpid()}))
     return lock
 
 

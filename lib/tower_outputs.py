@@ -32,6 +32,7 @@ from lib.errors import InputError
 from lib.evaluation.embed import counted, evaluating, image_loader
 from lib.fingerprint import fingerprint
 from lib.processing import Processing
+from lib.redaction import write_text
 from lib.towers import TwoTowers
 from lib.towers.tower import ImageTower, TextTower
 
@@ -167,7 +168,7 @@ class Caching:
         good = torch.tensor([not reason for reason in reasons])
         own = torch.from_numpy(keys[rows.start : rows.stop])
         unreadable = {int(key): reason for key, reason in zip(own, reasons, strict=True) if reason}
-        notes.write_text(json.dumps(unreadable))
+        write_text(notes, json.dumps(unreadable))
         unfinished = file.with_suffix(f".{rank_and_world_size()[0]}.unfinished")
         save_file({"keys": own[good].contiguous(), "pooled": torch.cat(pooled)[good].contiguous()}, unfinished)
         unfinished.replace(file)
@@ -215,9 +216,7 @@ def _seal(folder: Path, blocks: list[str], unreadable: dict[str, str]) -> None:
     """Write the manifest, whole or not at all."""
     with safe_open(folder / blocks[0], framework="pt") as block:
         width = block.get_slice("pooled").get_shape()[1]
-    unfinished = folder / f"{MANIFEST}.unfinished"
-    unfinished.write_text(json.dumps({"width": width, "blocks": blocks, "unreadable": unreadable}))
-    unfinished.replace(folder / MANIFEST)
+    write_text(folder / MANIFEST, json.dumps({"width": width, "blocks": blocks, "unreadable": unreadable}))
 
 
 def _block_name(number: int) -> str:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lib.collectives import gather_objects, rank_and_world_size
 from lib.evaluation.embed import Embedded
+from lib.redaction import without_secrets
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class StoredEmbeddings:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             tensors = {"embeds": embedded.embeds.contiguous(), "valid": embedded.valid}
-            save_file(tensors, unfinished, {"skipped": json.dumps(embedded.skipped)})
+            save_file(tensors, unfinished, {"skipped": without_secrets(json.dumps(embedded.skipped))})
             unfinished.replace(file)
         except (OSError, SafetensorError) as fault:
             with suppress(OSError):

@@ -9,6 +9,7 @@ from lib.errors import RunError
 from lib.export.formats import HUGGING_FACE, Format
 from lib.export.sample import Sample, expected_logits
 from lib.processing import Processing
+from lib.redaction import write_text
 from lib.towers import TwoTowers
 from lib.towers.encoders import quiet
 
@@ -66,9 +67,9 @@ def _finish(folder: Path, towers: TwoTowers, difference: float, card: str | None
         "logit_bias": towers.logit_bias.item(),
         "largest_logit_difference": difference,
     }
-    (folder / RECORD).write_text(json.dumps(numbers, indent=2) + "\n")
+    write_text(folder / RECORD, json.dumps(numbers, indent=2) + "\n")
     if card is not None:
-        (folder / CARD).write_text(card, encoding="utf-8")
+        write_text(folder / CARD, card)
 
 
 def _replace(unfinished: Path, folder: Path) -> None:
