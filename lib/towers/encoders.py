@@ -84,10 +84,10 @@ def reading(flag: str, value: str | Path) -> Iterator[None]:
 
 def check_local(flag: str, name: str) -> None:
     """Raise InputError for what is surely a folder, and is not there: the hub would be asked for half a minute."""
-    first = name.split("/")[0]
-    if os.path.exists(name) or ":" in first:  # timm:NAME
+    folder, first = split_half(name)[0], name.split("/")[0]
+    if os.path.exists(folder) or ":" in first:  # timm:NAME
         return
-    if name.startswith((".", "~")) or name.count("/") > 1 or ("/" in name and os.path.isdir(first or "/")):
+    if folder.startswith((".", "~")) or folder.count("/") > 1 or ("/" in folder and os.path.isdir(first or "/")):
         here = f" ({first}/ is a folder here, and {name} no name for the hub)" if first and os.path.isdir(first) else ""
         raise InputError(f"{flag} {name}: there is no such folder{here}; give one that a run left, or that of a model")
 
