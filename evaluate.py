@@ -8,7 +8,8 @@ from collections.abc import Sequence
 
 import tyro
 
-from lib.errors import InputError, on_rank_0, silenced, told_in_one_line
+from lib.arguments import parse
+from lib.errors import InputError, on_rank_0, told_in_one_line
 from lib.evaluation.tasks import Task
 
 FLAT = (tyro.conf.OmitArgPrefixes,)
@@ -17,9 +18,8 @@ FLAT = (tyro.conf.OmitArgPrefixes,)
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status, 2 after a fault of the user's."""
-    with silenced(not on_rank_0()):
-        options = tyro.cli(Task, args=arguments, description=__doc__, console_outputs=on_rank_0(), config=FLAT)
     try:
+        options = parse(Task, arguments, told=on_rank_0(), description=__doc__, config=FLAT)
         options.check()
         # Only now: torch and transformers take seconds, and neither --help nor a wrong flag should wait for them.
         from lib.evaluation.measure import carry_out

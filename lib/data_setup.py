@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lib.arguments import LARGEST
 from lib.backends import Precision, auto_workers
 from lib.backends.device import free_memory, total_memory
 from lib.checkpoint import TrainingState
@@ -250,4 +251,7 @@ def _texts_at_hand(source: Source, parts: int) -> list[str]:
 
 def steps_of_epochs(config: TrainConfig, source: Source) -> int:
     """Optimizer steps that --epochs stands for; local shards are counted for it, remote ones are an InputError."""
-    return max(1, ceil(config.epochs * count_pairs(source) / config.effective_batch))
+    steps = config.epochs * count_pairs(source) / config.effective_batch
+    if steps > LARGEST:
+        raise InputError(f"--epochs {config.epochs:g} make {steps:.3g} steps, more than are counted; lower it")
+    return max(1, ceil(steps))

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lib.errors import InputError, raised_as
+from lib.redaction import write_text
 
 FORMAT = 1
 """Version of the manifests; folders of before have none, and sizes instead of hashes."""
@@ -63,8 +64,7 @@ def seal(folder: Path, manifest: str, values: Mapping[str, object]) -> None:
         entries = list(pool.map(_sealed, files))
     names = [str(file.relative_to(folder)) for file in files]
     content = {"version": FORMAT, **values, "files": dict(zip(names, entries, strict=True))}
-    (folder / manifest).write_text(json.dumps(content, indent=1))
-    flush(folder / manifest)
+    write_text(folder / manifest, json.dumps(content, indent=1))
 
 
 def read_manifest(folder: Path, manifest: str) -> dict | None:

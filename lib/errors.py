@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, redirect_stderr
 from types import FrameType
 
+from lib.redaction import hide_secrets_in_output
+
 SECONDS_FOR_RANK_0 = 5.0
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 """Ways in which a scheduler, a person or a terminal that closes ends a run."""
@@ -111,8 +113,9 @@ def told_in_one_line() -> Iterator[None]:
 
     Other errors keep their traceback. What all ranks have met is told by rank 0, whom the others leave the time for
     it: launchers end all ranks as soon as one has ended. Printing to a reader that went away, as in `--help | head`,
-    ends the script with code 1 and no word.
+    ends the script with code 1 and no word. Nothing is printed with a password or a token of an address.
     """
+    hide_secrets_in_output()
     with _ended_by_a_closed_pipe(), ExitStack() as undone:
         try:
             with _stopped_by_signals(undone), machine_faults_told():

@@ -14,6 +14,7 @@ from filelock import FileLock, Timeout
 from lib.collectives import decided_by_rank_0
 from lib.config import TrainConfig
 from lib.errors import InputError, raised_as
+from lib.redaction import write_text
 from lib.report import CONFIG, METRICS
 
 LOCK, HOLDER = ".lock", ".lock_holder.json"
@@ -32,7 +33,7 @@ def claimed_folder(config: TrainConfig, family: str, accelerator: Accelerator) -
     folder = decided_by_rank_0(lambda: _claim(config, family, locks))
     if locks:
         with suppress(OSError):  # a full disk is told of where it matters
-            (folder / HOLDER).write_text(json.dumps({"host": socket.gethostname(), "process": os.getpid()}))
+            write_text(folder / HOLDER, json.dumps({"host": socket.gethostname(), "process": os.getpid()}))
     try:
         yield folder
     finally:

@@ -20,6 +20,7 @@ from lib.data.workers import bytes_in_flight
 from lib.evaluation.embed import counted
 from lib.losses import Pairs
 from lib.plan import gigabytes, oversize_warning, useless_memory_warning
+from lib.redaction import without_secrets
 from lib.report import CONFIG, Reporter
 from lib.run import Run, Update
 from lib.trainable import trained_share
@@ -81,6 +82,7 @@ def announce(run: Run, report: Reporter) -> dict[str, int]:
     if config.tracker != "none":
         run.accelerator.project_configuration.logging_dir = str(run.folder)
         flat = {n: v for n, v in dataclasses.asdict(config).items() if isinstance(v, int | float | str)}
+        flat = {n: without_secrets(v) if isinstance(v, str) else v for n, v in flat.items()}
         run.accelerator.init_trackers("image-text", config=flat)
     return expected
 

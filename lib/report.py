@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -12,6 +11,7 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from lib.curve import draw_curve, flatten
+from lib.redaction import append_text, write_text
 
 CONFIG, METRICS, SUMMARY = "config.yaml", "metrics.jsonl", "summary.json"
 SKIPPED, CURVE = "skipped.jsonl", "loss_curve.png"
@@ -64,9 +64,7 @@ class Reporter:
     def summary(self, values: dict) -> None:
         """Write summary.json, whole or not at all."""
         if self.active:
-            unfinished = self.folder / f".{SUMMARY}"
-            unfinished.write_text(json.dumps(_finite(values), indent=2) + "\n")
-            unfinished.replace(self.folder / SUMMARY)
+            write_text(self.folder / SUMMARY, json.dumps(_finite(values), indent=2) + "\n")
 
     def curve(self) -> None:
         """Draw training and validation loss, and the other validation figures, against the step."""
@@ -97,8 +95,7 @@ class Reporter:
 
     def _append(self, name: str, values: dict) -> None:
         if self.active:
-            with open(self.folder / name, "a") as file:
-                file.write(json.dumps(_finite(values)) + "\n")
+            append_text(self.folder / name, json.dumps(_finite(values)) + "\n")
 
     def _track(self, values: dict, step: int) -> None:
         if self.accelerator.trackers:
@@ -144,6 +141,4 @@ def _drop_lines_after(file: Path, step: int) -> None:
     if not file.exists():
         return
     kept = [json.dumps(line) + "\n" for line in read_lines(file) if line.get("step", 0) <= step]
-    unfinished = file.with_name(f".{file.name}")
-    unfinished.write_text("".join(kept))
-    os.replace(unfinished, file)
+    write_text(file, "".join(kept))

@@ -21,6 +21,7 @@ from lib.lora import merged_weights
 from lib.optim import move_schedule
 from lib.plan import BatchPlan
 from lib.processing import Processing
+from lib.redaction import json_without_secrets
 from lib.relation import SameText
 from lib.replay import RandomState
 from lib.step_inputs import Inputs
@@ -211,7 +212,8 @@ def settings_of_the_weights(config: TrainConfig) -> dict:
         "lora_alpha", "lora_dropout", "optimizer", "effective_batch", "xbm_size", "captions", "seed",
     )  # fmt: skip
     values = {name: getattr(config, name) for name in names}
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+    listed = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+    return json_without_secrets(listed)  # as checkpoint.json has them, to be compared with it
 
 
 def _recompute(tower_frozen: bool, trunk_frozen: bool) -> Recompute:

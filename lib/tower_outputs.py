@@ -32,6 +32,7 @@ from lib.errors import InputError, raised_as
 from lib.evaluation.embed import counted, evaluating, image_loader
 from lib.fingerprint import fingerprint
 from lib.processing import Processing
+from lib.redaction import write_text
 from lib.towers import TwoTowers
 from lib.towers.tower import ImageTower, TextTower
 
@@ -211,9 +212,7 @@ def _list_blocks(folder: Path, blocks: list[str], unreadable: dict[str, str]) ->
     """Write the manifest, whole or not at all."""
     with safe_open(folder / blocks[0], framework="pt") as block:
         width = block.get_slice("pooled").get_shape()[1]
-    unfinished = folder / f"{MANIFEST}.unfinished"
-    unfinished.write_text(json.dumps({"width": width, "blocks": blocks, "unreadable": unreadable}))
-    unfinished.replace(folder / MANIFEST)
+    write_text(folder / MANIFEST, json.dumps({"width": width, "blocks": blocks, "unreadable": unreadable}))
 
 
 def _block_name(number: int) -> str:

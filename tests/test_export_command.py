@@ -184,7 +184,7 @@ def test_a_card_names_base_models_of_the_hub_and_no_folder_of_this_machine(run):
     config = yaml.safe_load((run / "config.yaml").read_text())
     config |= {"image_tower": "timm:vit_tiny_patch16_224", "text_tower": "openai/clip-vit-base-patch32#text"}
     config |= {
-        "data": ["/home/me/secret/captions.csv", "https://me:pass@host.org/a.tar?key=abc", "pipe:cat /home/me/x"]
+        "data": ["/home/me/secret/cap|tions.csv", "https://me:pass@host.org/a.tar?key=abc", "pipe:cat /home/me/x"]
     }
     config |= {"freeze": ["image"], "unfreeze": ["image.last:1"], "lora": 8, "eval_ema": True, "ema": 0.999}
     (run / "config.yaml").write_text(yaml.safe_dump(config))
@@ -194,7 +194,7 @@ def test_a_card_names_base_models_of_the_hub_and_no_folder_of_this_machine(run):
     )
     header = yaml.safe_load(text[text.index("---\n") :].split("---")[1])
     assert header["base_model"] == ["openai/clip-vit-base-patch32"]
-    assert "| data | captions.csv https://host.org/a.tar the output of a command, " in text
+    assert r"| data | cap\|tions.csv https://host.org/a.tar the output of a command, " in text
     assert (
         "| frozen | image, but not image.last:1 |" in text and "| weights | moving average with decay 0.999 |" in text
     )

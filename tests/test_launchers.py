@@ -6,11 +6,14 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pytest
 import yaml
 from conftest import ROOT
+from packaging.requirements import Requirement
 
 from lib.config import parse_config
 from train_siglip import DEFAULTS
@@ -177,3 +180,17 @@ def test_skypilot_recovers_what_was_told_to_stop():
     assert config.resume == "auto" and str(config.output_dir).startswith(next(iter(task["volumes"])))
     for script in (task["setup"], task["run"]):
         assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
+
+
+def test_every_requirement_excludes_versions_that_were_not_tried_and_admits_the_installed_one():
+    tried = 0
+    for name in ("requirements.txt", "requirements-extra.txt", "tests/requirements.txt", "benchmarks/requirements.txt"):
+        lines = [line for line in (ROOT / name).read_text().splitlines() if line[0] not in "#-"]
+        assert lines
+        for line in lines:
+            wanted = Requirement(line)
+            assert {each.operator for each in wanted.specifier} in ({">=", "<"}, {"~="}), f"{name}: {line}"
+            with suppress(PackageNotFoundError):
+                assert wanted.specifier.contains(version(wanted.name)), f"{name}: {line}"
+                tried += 1
+    assert tried > 20

@@ -15,14 +15,25 @@ import evaluate
 import lib.train
 import train_clip
 import train_siglip
+from lib.arguments import parse
+from lib.config import parse_config
 from lib.data.pack.__main__ import main as pack
 from lib.errors import told_in_one_line
+from lib.evaluation.tasks import Task
+from lib.export.__main__ import main as export
 
-SCRIPTS = {"train_clip": train_clip.main, "train_siglip": train_siglip.main, "evaluate": evaluate.main, "pack": pack}
+SCRIPTS = {
+    "train_clip": train_clip.main,
+    "train_siglip": train_siglip.main,
+    "evaluate": evaluate.main,
+    "pack": pack,
+    "export": export,
+}
 QUICK = {  # what a command has before its own flags
     "train": "--effective-batch 8 --chunk-size 8 --xbm-size 0 --workers 0 --eval-every 0 --steps 1 --output-dir out",
     "evaluate": "--model model --output-dir out --cache-dir cache --workers 0",
     "pack": "--out packed",
+    "export": "",
 }
 TASKS = ("retrieval", "zeroshot", "probe", "agnostic", "compare")
 
@@ -30,7 +41,7 @@ TASKS = ("retrieval", "zeroshot", "probe", "agnostic", "compare")
 WRONG = [
     # Data
     ("train_clip --data nowhere", "--data nowhere|is not there|give digits", 2),
-    ("train_clip --data ''", "--data '' is empty|give digits", 2),
+    ("train_clip --data ''", "--data '' is empty|not set|leave it out", 2),
     ("train_clip --data", "--data is given without a source|name one", 2),
     ("train_clip --data tabel:captions.csv", "--data tabel:captions.csv is not there|table of captions", 2),
     ("train_clip --data captions.csv::-1", "--data captions.csv::-1|a weight must be a number above 0", 2),
@@ -82,7 +93,13 @@ WRONG = [
     ("train_clip --xbm-size 0 --xbm-gradients anchors", "--xbm-gradients anchors|no meaning|--xbm-size", 2),
     ("train_clip --steps 2.5", "--steps|2.5|INT", 2),
     ("train_clip --warmup-steps 100", "--warmup-steps 100|the run's 1 steps|lower them", 2),
-    ("train_clip --seed 99999999999999999999", "--seed 99999999999999999999|from 0 to 4294967295", 2),
+    ("train_clip --seed 5000000000", "--seed 5000000000|from 0 to 4294967295", 2),
+    ("train_clip --steps 100000000000000000000", "--steps 100000000000000000000|1000000000000|lower it", 2),
+    ("train_clip --xbm-start -99999999999999999999", "--xbm-start -99999999999999999999|1000000000000", 2),
+    ("train_clip --steps None --epochs 1e20", "--epochs 1e+20|steps, more than are counted|lower it", 2),
+    ("train_clip --dropout 1", "--dropout 1.0|below 1", 2),
+    ("train_clip --projection-dropout 1", "--projection-dropout 1.0|below 1", 2),
+    ("train_clip --scale-max -1", "--scale-max -1.0|must not be negative|0 switches it off", 2),
     ("train_clip --image-size 100000", "--image-size 100000|at most 4096 pixels", 2),
     ("train_clip --crop-scale 0.9 0.1", "--crop-scale 0.9 0.1|rising|0.7 1", 2),
     # Batches
@@ -93,7 +110,13 @@ WRONG = [
     ("train_clip --xbm-size 1000000000000", "--xbm-size 1000000000000|GiB|lower them", 2),
     # Flags and choices
     ("train_clip --effective-bach 8", "--effective-bach|--effective-batch", 2),
-    ("train_clip --batch-size 8", "--batch-size|--help", 2),
+    ("train_clip --batch-size 8", "--batch-size is called --effective-batch here|--help", 2),
+    ("train_siglip --batch_size=8", "--batch_size is called --effective-batch here|--help", 2),
+    ("train_clip --grad-accum 8", "--grad-accum is called --chunk-size here|--help", 2),
+    ("train_clip --learning-rate 1", "--learning-rate is called --lr here", 2),
+    ("train_clip --num-workers 1", "--num-workers is called --workers here", 2),
+    ("train_clip --bf16", "--bf16 is called --precision bf16 here", 2),
+    ("evaluate zeroshot --num-workers 1", "--num-workers is called --workers here", 2),
     ("train_clip --schedule cosin", "--schedule|cosin|'cosine', 'constant', 'linear'", 2),
     ("train_clip --tracker mlflow", "--tracker|mlflow|tensorboard", 2),
     ("train_clip --freeze imgae", "--freeze imgae|no such part|nearest is image", 2),
@@ -102,7 +125,15 @@ WRONG = [
     ("train_clip --best-metric acuracy --eval-every 1", "--best-metric acuracy|choose from loss, accuracy", 2),
     # Models
     ("train_clip --model openai/clip-vit-base-patch32", "--model openai/clip-vit-base-patch32|HF_HOME", 2),
-    ("train_clip --model ''", "--model '' is empty|name one", 2),
+    ("train_clip --model ''", "--model '' is empty|leave it out", 2),
+    ("train_clip --model runs/none", "--model runs/none: there is no such folder|runs/ is a folder here", 2),
+    ("train_clip --model ./none", "--model ./none: there is no such folder", 2),
+    (
+        "train_clip --image-tower torchvision:resnet18:random --text-tower runs/none#text",
+        "--text-tower runs/none#text: there is no such folder",
+        2,
+    ),
+    ("train_clip --image-tower a/b/c --text-tower x", "--image-tower a/b/c: there is no such folder", 2),
     ("train_clip --model no_weights", "--model no_weights|no file named model.safetensors", 2),
     ("train_clip --model cut_model", "--model cut_model|cannot be loaded|Give a local folder", 2),
     ("train_clip --model bad_config", "--model bad_config|not a valid JSON file", 2),
@@ -130,18 +161,26 @@ WRONG = [
     ("train_clip --config type.yaml", "--config type.yaml|effective_batch: many|int", 2),
     ("train_clip --config choice.yaml", "--config choice.yaml|augment: hard|'light'", 2),
     ("train_clip --config nested.yaml", "--config nested.yaml|data: value", 2),
+    ("train_clip --config twice.yaml", "--config twice.yaml|lr is there twice|line 3", 2),
+    ("train_clip --config spellings.yaml", "--config spellings.yaml: cache_dir is there twice, as cache-dir too", 2),
+    ("train_clip --config empty.yaml", "--config empty.yaml: --output-dir '' is empty|leave it out", 2),
+    ("train_clip --config yes.yaml", "--config yes.yaml|compile: 'yes' must be bool", 2),
+    ("train_clip --config time.yaml", "--config time.yaml|effective_batch: '1:30' must be int", 2),
     # Evaluation
     ("evaluate", "retrieval, zeroshot, probe", 2),
     ("evaluate retreival", "retreival|retrieval, zeroshot", 2),
     ("evaluate zeroshot --model empty", "--model empty|holds no model|name a finished run", 2),
     ("evaluate zeroshot --model no_weights", "--model no_weights|no file named model.safetensors", 2),
-    ("evaluate zeroshot --model ''", "--model '' is empty|name a folder", 2),
+    ("evaluate zeroshot --model ''", "--model '' is empty|leave it out", 2),
+    ("evaluate zeroshot --model runs/none", "--model runs/none: there is no such folder|runs/ is a folder here", 2),
+    ("evaluate zeroshot --limit 99999999999999999999", "--limit 99999999999999999999|1000000000000", 2),
+    ("evaluate probe --shots 99999999999999999999", "--shots 99999999999999999999|1000000000000", 2),
     ("evaluate zeroshot --data squares --split val", "--split val|only train, test|--split auto", 2),
     ("evaluate zeroshot --data squares --split dev", "--split|dev|'val', 'test'", 2),
     ("evaluate zeroshot --data captions.csv", "captions.csv|no classes|evaluate.py retrieval", 2),
     ("evaluate zeroshot --data broken", "of broken|not_an_image 4|--data", 2),
     ("evaluate zeroshot --seed 5000000000", "--seed 5000000000|at most 4294967295", 2),
-    ("evaluate retrieval --data captions.csv --query ' '", "--query ' '|is empty|write a text", 2),
+    ("evaluate retrieval --data captions.csv --query ' '", "--query ' ' is empty|write a value", 2),
     ("evaluate probe --data squares --shots 1000", "--shots 1000|more than 2 training images|fewer", 2),
     ("evaluate agnostic --data squares --temperatures 0", "--temperatures 0|above 0", 2),
     ("evaluate agnostic --data squares --prompts one_text.yaml", "--prompts one_text.yaml|at least 2", 2),
@@ -152,7 +191,11 @@ WRONG = [
     ("evaluate table empty", "empty|holds no results|name a folder", 2),
     # Packing
     ("pack nowhere", "SOURCE nowhere|is not there", 2),
-    ("pack ''", "SOURCE '' is empty", 2),
+    ("pack ''", "an argument '' is empty|not set", 2),
+    ("pack captions.csv --shard-size 99999999999999999999", "--shard-size 99999999999999999999|1000000000000", 2),
+    ("export nowhere", "RUN nowhere is no folder|--output-dir", 2),
+    ("export run --checkpoint ''", "--checkpoint '' is empty", 2),
+    ("export run --checkpoint runs/none", "--checkpoint runs/none: no such model", 2),
     ("pack captions.csv --out squares", "--out squares|name an empty or new folder", 2),
     ("pack captions.csv --out file/below", "--out file/below|cannot be written|another folder", 2),
     ("pack broken --verify", "SOURCE broken|nothing can be packed (4 not_an_image)", 2),
@@ -186,6 +229,58 @@ def test_a_wrong_invocation_is_told_once_and_before_the_first_batch(command, wor
     assert _exit_code(script, flags) == code
     told = capsys.readouterr().err
     _check_message(told, words)
+
+
+PATHS = {  # every flag that takes a text or a path, by script
+    "train_clip": "--config --data --val-data --prompts --class-names --image-root --image-column --caption-column "
+    "--cache-dir --model --image-tower --text-tower --freeze --unfreeze --negative-prompts --best-metric --output-dir "
+    "--resume",
+    "evaluate zeroshot": "--data --image-root --image-column --caption-column --output-dir --cache-dir --model "
+    "--prompts --class-names",
+    "evaluate retrieval": "--query --image",
+    "evaluate agnostic": "--prompts",
+    "evaluate compare": "--models --names",
+    "evaluate table": "--output-dir",
+    "pack": "--out --shard-bytes --image-root --image-column --caption-column --cache-dir",
+    "export": "--checkpoint --output --push-to-hub",
+}
+
+
+@pytest.mark.parametrize("command", PATHS)
+def test_an_empty_text_is_told_by_its_flag_before_anything_is_done(command, here, capsys):
+    """As `--output-dir "$UNSET"` and `--output-dir=$UNSET`, which would be the working folder."""
+    script, *task = command.split()
+    before = sorted(here.iterdir())
+    for flag in PATHS[command].split():
+        for words in ([flag, ""], [f"{flag}="], [flag, " "]):
+            assert _exit_code(script, [*task, *words]) == 2
+            _check_message(capsys.readouterr().err, flag if flag == "--config" else f"{flag} '|' is empty|not set")
+    assert sorted(here.iterdir()) == before
+
+
+@pytest.mark.parametrize("command", ["train_clip --data", "evaluate zeroshot --model", "pack --out", "export --output"])
+def test_names_that_no_file_can_have_are_told_at_once(command, here, capsys):
+    script, *words = command.split()
+    bad = {
+        "x" * 300: "a name of 300 bytes|take 255",
+        "a/" * 3000 + "a": "6001 bytes|4096 in all",
+        os.fsdecode(b"caf\xe9"): "'caf\\udce9' is not UTF-8|rename",
+        "a\0b": "'a\\x00b' has a zero byte",
+    }
+    for name, message in bad.items():
+        more = {"export": ["run"], "pack": ["captions.csv"]}.get(script, [])
+        assert _exit_code(script, [*words, name, *more]) == 2
+        _check_message(capsys.readouterr().err, f"{words[-1]}|{message}")
+
+
+def test_long_texts_that_are_no_names_of_files_are_taken():
+    """A query, a pattern and an address may have more letters than a name of a file."""
+    long = "x" * 300
+    flags = ["--freeze", f"re:{long}", "--data", f"https://h/{long}.tar", f"{{{long},b}}.tar", f"pipe:cat {long}.tar"]
+    config = parse_config(train_clip.DEFAULTS, "", flags)
+    assert config.freeze == (flags[1],) and config.data == tuple(flags[3:])
+    flags = ["retrieval", "--model", "m", "--output-dir", "o", "--query", long]
+    assert parse(Task, flags, config=evaluate.FLAT).query == (long,)
 
 
 def _exit_code(script: str, flags: list[str]) -> int:

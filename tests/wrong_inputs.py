@@ -30,6 +30,11 @@ TEXTS = {
     "type.yaml": "effective_batch: many\n",
     "choice.yaml": "augment: hard\n",
     "nested.yaml": "data: {folder: squares}\n",
+    "twice.yaml": "lr: 1\nsteps: 2\nlr: 3\n",
+    "spellings.yaml": "cache_dir: a\ncache-dir: b\n",
+    "empty.yaml": "output_dir: ''\n",
+    "yes.yaml": "compile: yes\n",
+    "time.yaml": "effective_batch: 1:30\n",
 }
 
 
@@ -58,6 +63,7 @@ def _make_data(folder: Path) -> None:
     make_table(folder / "loose" / "captions.csv", TABLES["captions.csv"])
     (folder / "binary.csv").write_bytes(bytes(range(256)))
     (folder / "empty").mkdir()
+    (folder / "runs").mkdir()
     (folder / "shards").mkdir()
     make_tar(folder / "shards" / "0.tar", captioned(range(2)))
     (folder / "no_tar.tar").write_bytes(b"no tar at all")

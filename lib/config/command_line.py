@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -11,6 +10,7 @@ from typing import TypeVar
 
 import tyro
 
+from lib.arguments import command_line, parse
 from lib.config.batch import Batch
 from lib.config.data import Data
 from lib.config.evaluation import Evaluation
@@ -23,7 +23,7 @@ from lib.config.run import Run
 from lib.config.settings import Settings, flag
 from lib.config.train_config import TrainConfig
 from lib.config.yaml_file import read_settings
-from lib.errors import InputError, on_rank_0, silenced
+from lib.errors import InputError, on_rank_0
 
 Group = TypeVar("Group", bound=Settings)
 USUAL = (
@@ -92,8 +92,7 @@ def parse_config(
     `of_another_script` names fields that this script's loss does not have, with the script that has them.
     Raises InputError with all problems at once; tyro itself exits with code 2 on an unknown or malformed flag.
     """
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    arguments, file = _take_config_file(arguments)
+    arguments, file = _take_config_file(command_line(arguments))
     from_yaml = [] if file is None else read_settings(file, partial(_parse, defaults, description, told=False))
     config = _parse(defaults, description, [*from_yaml, *arguments], told=on_rank_0()).flat()
     problems = config.problems(int(os.environ.get("WORLD_SIZE", "1")))
@@ -106,16 +105,10 @@ def parse_config(
 
 
 def _parse(defaults: TrainConfig, description: str, arguments: Sequence[str], told: bool) -> Groups:
-    """What tyro makes of the arguments; it exits with code 2 where it makes nothing of them, and says why if `told`."""
-    with silenced(not told):
-        return tyro.cli(
-            Groups,
-            default=Groups.of(defaults),
-            args=arguments,
-            description=f"{description}\n\n{USUAL}",
-            console_outputs=told,
-            config=(tyro.conf.OmitArgPrefixes,),
-        )
+    """As `lib.arguments.parse`."""
+    flat = (tyro.conf.OmitArgPrefixes,)
+    told_first = f"{description}\n\n{USUAL}"
+    return parse(Groups, arguments, told=told, default=Groups.of(defaults), description=told_first, config=flat)
 
 
 def _take_config_file(arguments: list[str]) -> tuple[list[str], str | None]:
@@ -125,10 +118,10 @@ def _take_config_file(arguments: list[str]) -> tuple[list[str], str | None]:
     for argument in queue:
         if argument == "--config":
             file = next(queue, "--")
-            if file.startswith("--"):
-                raise InputError("--config needs a YAML file; name one, as in --config configs/digits_clip.yaml")
         elif argument.startswith("--config="):
             file = argument.removeprefix("--config=")
         else:
             rest.append(argument)
+    if file is not None and (not file.strip() or file.startswith("--")):
+        raise InputError("--config needs a YAML file; name one, as in --config configs/digits_clip.yaml")
     return rest, file

@@ -36,7 +36,7 @@ class Model(Settings):
     def faults(self) -> list[str]:
         """As in Settings."""
         found = super().faults() + self.at_least_one("projection_dim", "projection_hidden")
-        found += self.fractions("projection_dropout", "dropout")
+        found += self.fractions("projection_dropout", "dropout", whole=False)
         if self.image_tower and self.given("model"):
             found.append(f"--model {self.model} and --image-tower {self.image_tower} exclude each other; give one")
         shaped = [] if self.image_tower else [name for name in _HEADS if self.given(name)]

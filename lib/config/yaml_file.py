@@ -5,12 +5,12 @@ import difflib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import yaml
-
+from lib.arguments import fault_of_words
 from lib.config.settings import flag
 from lib.config.train_config import TrainConfig
 from lib.errors import InputError
-from lib.safe_yaml import read_yaml
+from lib.redaction import without_secrets, write_text
+from lib.safe_yaml import read_yaml, yaml_text
 
 
 def read_settings(file: str, parse: Callable[[Sequence[str]], object]) -> list[str]:
@@ -22,6 +22,8 @@ def read_settings(file: str, parse: Callable[[Sequence[str]], object]) -> list[s
     settings = _read(file)
     words = {name: _words(name, value) for name, value in settings.items()}
     together = [word for of_setting in words.values() for word in of_setting]
+    if fault := fault_of_words(together):
+        raise InputError(f"--config {file}: {fault}")
     if not _understood(parse, together):
         for name, of_setting in words.items():
             if not _understood(parse, of_setting):
@@ -29,6 +31,9 @@ def read_settings(file: str, parse: Callable[[Sequence[str]], object]) -> list[s
                 taken = taken.__name__ if isinstance(taken, type) else str(taken).replace("typing.", "")
                 raise InputError(f"--config {file}: {name}: {_shown(settings[name])} must be {taken}")
     return together
+
+
+_SECRETS = "# Holds passwords or tokens of addresses, which no other file of the run does: for its owner alone.\n"
 
 
 def _understood(parse: Callable[[Sequence[str]], object], words: Sequence[str]) -> bool:
@@ -40,8 +45,10 @@ def _understood(parse: Callable[[Sequence[str]], object], words: Sequence[str]) 
 
 
 def save_config(config: TrainConfig, file: Path) -> None:
-    """Write every setting, so that `--config FILE` repeats the run."""
-    file.write_text(yaml.safe_dump(_values(config), sort_keys=False))
+    """Write every setting, so that `--config FILE` repeats the run: passwords and tokens too, for its owner alone."""
+    values = _values(config)
+    secret = any(without_secrets(str(value)) != str(value) for value in values.values())
+    write_text(file, _SECRETS * secret + yaml_text(values), private=secret)
 
 
 def changed_settings(config: TrainConfig, file: Path) -> list[str]:
@@ -85,6 +92,8 @@ def _read(file: str) -> dict[str, object]:
             raise InputError(f"--config {file}: unknown setting {key!r}; {hint}")
         if isinstance(value, dict):
             raise InputError(f"--config {file}: {name} holds lines of its own; write it as {name}: value")
+        if name in found:
+            raise InputError(f"--config {file}: {name} is there twice, as {key} too; leave one out")
         found[name] = value
     return found
 
@@ -97,4 +106,4 @@ def _words(name: str, value: object) -> list[str]:
 
 def _shown(value: object) -> str:
     """A value as it stands in the file."""
-    return yaml.safe_dump(value, default_flow_style=True, width=10_000).removesuffix("...\n").strip()
+    return yaml_text(value, default_flow_style=True).removesuffix("...\n").strip()

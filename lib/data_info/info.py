@@ -14,6 +14,7 @@ from lib.data.pairs import MixedSource, fill
 from lib.data.shards.source import Item, ShardSource
 from lib.data_info.headers import image_headers, shard_headers
 from lib.data_info.picture import PICTURED, RandomPair, plot_pairs
+from lib.redaction import without_secrets, write_text
 
 INFO, PICTURE = "data_info.json", "data_info.png"
 SHARDS, SAMPLES = 4, 400
@@ -30,9 +31,9 @@ def data_info(source: Source, validation: EvaluationSet | None, folder: Path, se
     training = _facts(source, seed)
     held_out = None if validation is None else _evaluation_facts(validation, seed)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / INFO).write_text(json.dumps({"training": training, "held_out": held_out}, indent=2) + "\n")
+    write_text(folder / INFO, json.dumps({"training": training, "held_out": held_out}, indent=2) + "\n")
     print(*_lines("training", training), *_lines("held out", held_out or {"name": "nothing"}), sep="\n")
-    plot_pairs(_random_pairs(source, seed), f"Random training pairs: {source.where}", folder / PICTURE)
+    plot_pairs(_random_pairs(source, seed), f"Random training pairs: {without_secrets(source.where)}", folder / PICTURE)
     print(f"written    {folder / INFO} and {folder / PICTURE}")
 
 

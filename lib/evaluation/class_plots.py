@@ -33,7 +33,7 @@ def plot_confusions(confusions: dict[str, Sequence[Sequence[int]]], classes: Seq
     for axes, (model, confusion) in zip(panels, confusions.items(), strict=True):
         image = _draw_confusion(axes, np.asarray(confusion, dtype=float), names, size, len(classes))
         accuracy = np.trace(confusion) / max(np.sum(confusion), 1)
-        axes.set_title(f"{wrapped(model, 40) or 'Confusion'}, accuracy {accuracy:.3f}", fontsize=12, parse_math=False)
+        axes.set_title(f"{wrapped(model, 40) or 'Confusion'}, accuracy {accuracy:.3f}", fontsize=12)
     panels[0].set_ylabel("true class")
     figure.colorbar(image, ax=panels, shrink=0.7, fraction=0.03, label="share of the true class")
     figure.savefig(path, dpi=DPI, bbox_inches="tight", pad_inches=0.15)
@@ -49,8 +49,8 @@ def _draw_confusion(axes: Axes, counts: np.ndarray, names: Sequence[str], size: 
             colour = "white" if share > 0.35 else "black"
             axes.text(column, row, f"{share:.2f}", ha="center", va="center", fontsize=8, color=colour)
     places = range(0, count, -(-count // LABELLED_CLASSES))
-    axes.set_xticks(places, names, rotation=90, fontsize=size, parse_math=False)
-    axes.set_yticks(places, names, fontsize=size, parse_math=False)
+    axes.set_xticks(places, names, rotation=90, fontsize=size)
+    axes.set_yticks(places, names, fontsize=size)
     axes.set_xlabel("predicted class")
     return image
 
@@ -77,7 +77,7 @@ def plot_class_f1(per_class: dict[str, dict], path: Path) -> None:
         heights = [numbers["f1"] for _, numbers in shown[part]]
         bars = axes.barh(range(len(heights)), heights, 0.75, color=RIGHT)
         axes.bar_label(bars, [f"{height:.2f}" for height in heights], padding=2, fontsize=8)
-        axes.set_yticks(range(len(heights)), names[part], fontsize=8, parse_math=False)
+        axes.set_yticks(range(len(heights)), names[part], fontsize=8)
         axes.set_ylim(per_column - 0.5, -0.5)
         axes.set_xlim(0, 1.14)
         axes.set_xticks([0, 0.5, 1])

@@ -3,9 +3,13 @@
 import textwrap
 from collections.abc import Callable, Sequence
 
+import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from PIL import Image, ImageOps
+
+# Names of models and classes, and captions, are shown as they are: two $ in them are no formula.
+matplotlib.rcParams["text.parse_math"] = False
 
 # This blue and this red stay apart for colour-blind eyes and in grey.
 RIGHT, WRONG = "#2166ac", "#d6604d"
@@ -51,4 +55,4 @@ def show_image(axes: Axes, image: Image.Image, colour: str | None = None) -> Non
 def write_text(axes: Axes, text: str, top: float = 0.95, colour: str = "black", size: float = 9.5) -> None:
     """Write text from the left edge of the axes downwards; `top` in parts of their height."""
     place = axes.transAxes
-    axes.text(0.0, top, text, transform=place, ha="left", va="top", fontsize=size, color=colour, parse_math=False)
+    axes.text(0.0, top, text, transform=place, ha="left", va="top", fontsize=size, color=colour)

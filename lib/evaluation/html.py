@@ -8,6 +8,7 @@ from pathlib import Path
 from PIL import Image
 
 from lib.evaluation.outcome import Picture, Rows
+from lib.redaction import write_text
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 90rem; margin: 2rem auto; padding: 0 1rem; }
@@ -39,7 +40,7 @@ def write_report(
     head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{STYLE}</style>'
     body = "\n".join(parts)
     page = f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n{body}\n</body></html>\n'
-    path.write_text(page, encoding="utf-8")
+    write_text(path, page)
 
 
 def aligned(rows: Rows) -> str:

@@ -24,6 +24,7 @@ from lib.evaluation.subject import Subject
 from lib.evaluation.table import table
 from lib.evaluation.tasks import Agnostic, Compare, Probe, Retrieval, Table, Task, Zeroshot
 from lib.evaluation.zeroshot.task import classify
+from lib.redaction import write_text
 
 
 def carry_out(options: Task) -> None:
@@ -90,7 +91,7 @@ def _write(outcome: Outcome, folder: Path) -> None:
     """Write metrics.json, pictures and report.html; print the facts, the first table and where it all is."""
     # One line a key: a confusion matrix is long, and nobody reads it number by number.
     lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in outcome.metrics.items())
-    (folder / "metrics.json").write_text("{\n" + lines + "\n}\n", encoding="utf-8")
+    write_text(folder / "metrics.json", "{\n" + lines + "\n}\n")
     pictures = outcome.draw(folder)
     title, table = next(iter(outcome.tables.items()))
     write_report(folder / "report.html", title, outcome.facts, outcome.tables, pictures)

@@ -12,6 +12,7 @@ from torch import Tensor
 from lib.collectives import gather_objects, rank_and_world_size
 from lib.durable import Damaged, load_checked, save_checked
 from lib.evaluation.embed import Embedded
+from lib.redaction import without_secrets
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class StoredEmbeddings:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             tensors = {"embeds": embedded.embeds.contiguous(), "valid": embedded.valid}
-            save_checked(tensors, self._file(name), {"skipped": json.dumps(embedded.skipped)})
+            save_checked(tensors, self._file(name), {"skipped": without_secrets(json.dumps(embedded.skipped))})
         except (OSError, SafetensorError) as fault:
             _tell(f"embeddings are not kept for a next time: {fault}; name another place with --cache-dir")
 

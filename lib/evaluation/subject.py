@@ -31,7 +31,7 @@ from lib.evaluation.subset import limited
 from lib.fingerprint import fingerprint
 from lib.processing import Processing
 from lib.towers import TwoTowers
-from lib.towers.encoders import reading
+from lib.towers.encoders import check_local, reading
 
 _FORMAT = 1
 """Of the stored embeddings: another number where the same model and inputs would give others."""
@@ -187,8 +187,7 @@ def model_folder(model: str) -> str:
     """Where the weights are: of a run its export, else its best checkpoint; a hub id stays as it is."""
     root = Path(model)
     if not root.is_dir():
-        if root.is_absolute() or len(root.parts) > 2 or model.startswith("."):  # no id of the hub
-            raise InputError(f"--model {model}: there is no such folder")
+        check_local("--model", model)
         return model
     for folder in (root, root / "export", root / "checkpoints" / BEST, newest_whole(root / "checkpoints")):
         if folder and (folder / "config.json").is_file():

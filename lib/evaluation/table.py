@@ -1,6 +1,7 @@
 """The task table: the figures of several runs and evaluations, gathered from the files that they left."""
 
 import csv
+import io
 import json
 import statistics
 import sys
@@ -14,6 +15,7 @@ from lib.errors import InputError
 from lib.evaluation.html import aligned
 from lib.evaluation.outcome import Rows, figure
 from lib.evaluation.tasks import Table
+from lib.redaction import write_text
 from lib.report import SUMMARY
 
 METRICS = "metrics.json"
@@ -41,7 +43,7 @@ def table(options: Table) -> None:
     print("\n\n".join(map(aligned, tables)))
     if options.output_dir:
         files = options.output_dir / "table.md", options.output_dir / "table.csv"
-        files[0].write_text("\n".join(map(_markdown, tables)), encoding="utf-8")
+        write_text(files[0], "\n".join(map(_markdown, tables)))
         _write_csv(results, files[1])
         print(f"\ntables: {files[0]}, {files[1]}")
 
@@ -117,7 +119,8 @@ def _markdown(rows: Rows) -> str:
 def _write_csv(results: Sequence[Result], path: Path) -> None:
     """All results in one table, empty cells where one has no such figure."""
     columns = [key for key in (*FIGURES, *OF_TRAINING) if any(key in each.figures for each in results)]
-    with open(path, "w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, ["results", "of", *columns])
-        writer.writeheader()
-        writer.writerows({"results": each.folder, "of": each.of} | each.figures for each in results)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, ["results", "of", *columns])
+    writer.writeheader()
+    writer.writerows({"results": each.folder, "of": each.of} | each.figures for each in results)
+    write_text(path, text.getvalue())

@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from lib.arguments import parse
 from lib.errors import InputError, told_in_one_line
 from lib.export import open_clip
 from lib.export.card import model_card
@@ -74,10 +75,10 @@ class ExportConfig:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Export as the command line (or `arguments`) says."""
-    config = tyro.cli(
+    config: ExportConfig = parse(
         ExportConfig,
+        arguments,
         prog="python -m lib.export",
-        args=arguments,
         description=__doc__,
         config=(tyro.conf.FlagCreatePairsOff,),
     )

@@ -99,7 +99,8 @@ def _training(config: Mapping, summary: Mapping) -> str:
         rows["length"] = (
             f"{summary['steps']:,} steps, {summary['pairs']:,} pairs, {summary['wall_seconds'] / 60:.1f} min"
         )
-    return "## Training\n\n| | |\n|---|---|\n" + "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    lines = (f"| {name} | " + value.replace("|", r"\|") + " |" for name, value in rows.items())
+    return "## Training\n\n| | |\n|---|---|\n" + "\n".join(lines)
 
 
 def _evaluation(lines: Sequence[Mapping], best: Mapping, step: int) -> str:

@@ -9,6 +9,7 @@ from lib.errors import RunError
 from lib.export.formats import HUGGING_FACE, Format
 from lib.export.sample import Sample, expected_logits
 from lib.processing import Processing
+from lib.redaction import write_text
 from lib.towers import TwoTowers
 from lib.towers.encoders import quiet
 
@@ -70,7 +71,7 @@ def _finish(folder: Path, towers: TwoTowers, difference: float, card: str | None
     }
     seal(folder, RECORD, numbers)
     if card is not None:  # after the hashes: people write into it
-        (folder / CARD).write_text(card, encoding="utf-8")
+        write_text(folder / CARD, card)
 
 
 def _replace(unfinished: Path, folder: Path) -> None:

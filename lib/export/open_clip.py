@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from lib.errors import InputError
 from lib.export.sample import PROBABILITIES, Sample
 from lib.processing import Processing
+from lib.redaction import write_text
 from lib.towers import TwoTowers
 
 # Our names and open_clip's, whole or up to a dot.
@@ -91,7 +92,7 @@ def write(towers: TwoTowers, processing: Processing, folder: Path, tokenizer_nam
             "resize_mode": RESIZE[processing.resize],
         },
     }
-    (folder / "open_clip_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    write_text(folder / "open_clip_config.json", json.dumps(settings, indent=2) + "\n")
     save_file(open_clip_weights(towers), folder / "open_clip_model.safetensors", metadata={"format": "pt"})
     processing.tokenizer.save_pretrained(folder)
 

@@ -1,5 +1,6 @@
 """Encoders of transformers by folder or hub id, or halves of its dual encoders, with clear errors."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -63,6 +64,7 @@ def quiet() -> Iterator[None]:
 @contextmanager
 def reading(flag: str, value: str | Path) -> Iterator[None]:
     """Load something of transformers quietly; what cannot be loaded raises InputError for the flag."""
+    check_local(flag, str(value))
     try:
         with quiet():
             yield
@@ -78,6 +80,16 @@ def reading(flag: str, value: str | Path) -> Iterator[None]:
             "model.safetensors, or an id of the Hugging Face hub; without a network an id works if the model "
             "is in the cache already (HF_HOME says where that is)"
         ) from error
+
+
+def check_local(flag: str, name: str) -> None:
+    """Raise InputError for what is surely a folder, and is not there: the hub would be asked for half a minute."""
+    folder, first = split_half(name)[0], name.split("/")[0]
+    if os.path.exists(folder) or ":" in first:  # timm:NAME
+        return
+    if folder.startswith((".", "~")) or folder.count("/") > 1 or ("/" in folder and os.path.isdir(first or "/")):
+        here = f" ({first}/ is a folder here, and {name} no name for the hub)" if first and os.path.isdir(first) else ""
+        raise InputError(f"{flag} {name}: there is no such folder{here}; give one that a run left, or that of a model")
 
 
 def load_model(

@@ -10,6 +10,7 @@ from transformers import PretrainedConfig
 
 from lib.durable import check_model, save_tensors
 from lib.processing import check_model_type
+from lib.redaction import write_text
 from lib.towers.composed import saved_pair
 from lib.towers.dual import file_weights, load_dual
 from lib.towers.encoders import reading
@@ -26,7 +27,7 @@ def save_folder(folder: Path, description: dict, weights: dict[str, Tensor]) -> 
         weights = file_weights(weights, description["model_type"])
     whole = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
     save_tensors(whole, folder / "model.safetensors", {"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(description, indent=2, sort_keys=True) + "\n")
+    write_text(folder / "config.json", json.dumps(description, indent=2, sort_keys=True) + "\n")
 
 
 def load_parts(folder_or_id: str | Path, image_size: int | None = None) -> Parts:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from lib.data.captions.listing import SPLITS
 from lib.data.files import is_hidden, open_file
 from lib.errors import InputError
+from lib.redaction import without_secrets
 
 PARQUET = ".parquet"
 
@@ -228,4 +229,4 @@ def _reason(error: BaseException) -> str:
     """The first cause in one line of bearable length."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return (" ".join(str(error).split()) or type(error).__name__)[:_LONGEST_REASON]
+    return (" ".join(without_secrets(str(error)).split()) or type(error).__name__)[:_LONGEST_REASON]

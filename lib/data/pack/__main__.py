@@ -3,6 +3,7 @@
 DIR is then data itself: `--data DIR`. Interrupted, the same command goes on where it stopped.
 """
 
+import json
 import os
 import re
 import sys
@@ -16,17 +17,19 @@ from typing import Annotated, Literal
 import tyro
 from tqdm import tqdm
 
+from lib.arguments import parse
 from lib.data.fields import Columns
 from lib.data.order import permutation
 from lib.data.pack.listing import Entry, Listing, list_samples
 from lib.data.pack.samples import ImageOrReason, members_of, read_ahead, read_image
-from lib.data.pack.writer import Record, ShardWriter, Skips, write_lines
+from lib.data.pack.writer import Record, ShardWriter, Skips
 from lib.data.recognize import Output, open_data
 from lib.data.remote.fetch import Fetcher, default_fetcher
 from lib.data.shards.index import SPLITS, ShardIndex, write_index
 from lib.data.shards.shard_set import ShardSet
 from lib.data.sources import check_columns
 from lib.errors import InputError, RunError, told_in_one_line
+from lib.redaction import write_text
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _SAMPLES = 1000
@@ -103,10 +106,10 @@ class PackConfig:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Pack as the command line (or `arguments`) says."""
-    config = tyro.cli(
+    config: PackConfig = parse(
         PackConfig,
+        arguments,
         prog="python -m lib.data.pack",
-        args=arguments,
         description=__doc__,
         config=(tyro.conf.FlagCreatePairsOff,),
     )
@@ -164,7 +167,7 @@ def _pack(config: PackConfig, listing: Listing, seed: int | None, record: Record
         raise InputError(f"SOURCE {config.source}: nothing can be packed ({left_out})")
     skips = listing.malformed + record.skips
     lines = ({"shard": config.source, "key": key, "reason": reason} for key, reason in skips)
-    write_lines(config.out / "skipped.jsonl", lines)
+    write_text(config.out / "skipped.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
     write_index(config.out, ShardIndex(record.shards, listing.classes))
     record.finish()
     print(f"{config.out}: {_summary(record)}")

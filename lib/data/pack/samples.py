@@ -9,7 +9,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from PIL import Image
 
 from lib.data.images import BadImage, Extent, decode_image, open_header
+from lib.data.order import stable_hash
 from lib.data.pack.listing import Entry
+from lib.redaction import without_secrets
 
 _AHEAD = 64
 
@@ -46,7 +48,10 @@ def members_of(
 ) -> dict[str, bytes]:
     """The files of sample `number` by name."""
     members = {f"{number:09d}.{suffix}": content}
-    record: dict[str, object] = {"key": entry.key, "split": entry.split}
+    key = without_secrets(entry.key)
+    if key != entry.key:  # of shards whose addresses differ in their secrets alone
+        key += f"#{stable_hash(entry.key)}"
+    record: dict[str, object] = {"key": key, "split": entry.split}
     if entry.group is not None:
         record["group"] = entry.group
     if entry.class_name is None:

@@ -5,12 +5,12 @@ import io
 import json
 import os
 import tarfile
-from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, BinaryIO
 
 from lib.data.shards.index import ShardEntry
 from lib.errors import InputError
+from lib.redaction import json_without_secrets
 
 RECORD = "packing.jsonl"
 
@@ -113,7 +113,8 @@ class Record:
             raise InputError(f"--out {self._folder}: {RECORD} is damaged; empty the folder or name another") from None
 
     def _check(self, found: dict, settings: dict[str, object]) -> None:
-        wanted = {"version": _VERSION} | settings
+        # The secrets of addresses are not recorded, and may be others the next time.
+        wanted, found = json_without_secrets({"version": _VERSION} | settings), json_without_secrets(found)
         other = [name for name in wanted if found.get(name) != wanted[name]]
         if other == ["listing"]:
             raise InputError(f"--out {self._folder}: the data has changed since this was begun; name another folder")
@@ -134,17 +135,8 @@ class Record:
             self.shards[path.name] = ShardEntry(line["split"], line["samples"], line["pairs"], line["bytes"])
 
     def _write(self, line: dict) -> None:
-        self._file.write(json.dumps(line).encode() + b"\n")
+        self._file.write(json.dumps(json_without_secrets(line)).encode() + b"\n")
         _sync(self._file)
-
-
-def write_lines(path: Path, lines: Iterable[dict]) -> None:
-    """Write a JSON object a line, all or nothing."""
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    with open(unfinished, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(line) + "\n" for line in lines)
-        _sync(file)
-    os.replace(unfinished, path)
 
 
 def _open_record(folder: Path) -> BinaryIO:

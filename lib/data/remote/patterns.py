@@ -15,6 +15,7 @@ from braceexpand import (  # type: ignore[attr-defined]  # its stubs leave these
 )
 
 from lib.errors import InputError
+from lib.redaction import without_secrets
 
 MOST_NAMES = 1_000_000
 """Names that a brace pattern may stand for."""
@@ -41,7 +42,9 @@ def expanded(pattern: str, flag: str) -> Iterator[str]:
     except UnbalancedBracesError:
         raise InputError(f"{flag} {pattern}: a brace is not closed; write it as in 'a-{{0..9}}.tar'") from None
     except ValueError:  # numbers of thousands of digits
-        raise InputError(f"{flag} {pattern[:100]}...: the braces cannot be read; write 'a-{{0..9}}.tar'") from None
+        raise InputError(
+            f"{flag} {without_secrets(pattern)[:100]}...: the braces cannot be read; write 'a-{{0..9}}.tar'"
+        ) from None
     raise InputError(f"{flag} {pattern}: the braces stand for more than {MOST_NAMES:,} names; check the numbers")
 
 

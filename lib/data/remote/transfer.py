@@ -20,6 +20,7 @@ from fsspec.registry import known_implementations
 
 from lib.data.order import draw
 from lib.errors import InputError
+from lib.redaction import without_secrets
 
 ATTEMPTS = 5
 BASE_DELAY = 1.0
@@ -187,7 +188,6 @@ def attempted(get: Callable[[], T], name: str, attempts: int = ATTEMPTS) -> T:
     What a remote says is not there or not allowed is not asked for again: that Unreachable has a cause. An Unreachable
     of `get` itself (too slow, too large) costs much time: it is tried once more. No attempt begins after LONGEST.
     """
-    told = name.partition("?")[0] if is_url(name) else name  # behind it stand keys of access
     began, reason = time.monotonic(), "unreachable"
     for attempt in range(1, attempts + 1):
         try:
@@ -198,14 +198,14 @@ def attempted(get: Callable[[], T], name: str, attempts: int = ATTEMPTS) -> T:
             reason, detail, attempts = error.reason, error.detail, min(attempts, 2)
         except Exception as error:  # every filesystem has errors of its own
             if isinstance(error, FileNotFoundError | PermissionError) or getattr(error, "status", 0) in _REFUSALS:
-                raise Unreachable("unreachable", _one_line(error, name, told)) from error
+                raise Unreachable("unreachable", _one_line(error)) from error
             if isinstance(error, OSError) and error.errno in _DISK_FAULTS:
                 raise
-            reason, detail = "unreachable", _one_line(error, name, told)
+            reason, detail = "unreachable", _one_line(error)
         if attempt >= attempts or time.monotonic() - began > LONGEST:
             break
         if attempt == 1:
-            print(f"{told} failed ({detail}), trying again", file=sys.stderr, flush=True)
+            print(f"{without_secrets(name)} failed ({detail}), trying again", file=sys.stderr, flush=True)
         jitter = 0.5 + draw("retry", name, os.getpid(), attempt) / 2**63
         time.sleep(BASE_DELAY * 2 ** (attempt - 1) * jitter)
     raise Unreachable(reason, detail)
@@ -255,6 +255,6 @@ def _package(scheme: str) -> str | None:
     return package if package != "fsspec" else None
 
 
-def _one_line(error: Exception, name: str = "", told: str = "") -> str:
-    """The error's text, with `told` in place of the name that it must not show."""
-    return " ".join((str(error).replace(name, told) if name else str(error)).split())[:_DETAIL] or type(error).__name__
+def _one_line(error: Exception) -> str:
+    """The error's text; without secrets now, as what is cut in the middle of one is not known as an address later."""
+    return " ".join(without_secrets(str(error)).split())[:_DETAIL] or type(error).__name__

@@ -1,7 +1,6 @@
 """The index beside packed shards: their splits, counts and class names."""
 
 import json
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import NamedTuple
 from lib.data.fields import is_utf8, name_of
 from lib.data.remote.fetch import Fetcher
 from lib.errors import InputError
+from lib.redaction import write_text
 
 INDEX = "index.json"
 SPLITS = ("train", "val", "test", "all")
@@ -64,9 +64,7 @@ def write_index(folder: Path, index: ShardIndex) -> None:
     """Write the index into a folder, whole or not at all; the same index gives the same bytes."""
     shards = {name: entry._asdict() for name, entry in sorted(index.shards.items())}
     record = {"version": _VERSION, "classes": index.classes and list(index.classes), "shards": shards}
-    unfinished = folder / f".{INDEX}.unfinished"
-    unfinished.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(unfinished, folder / INDEX)
+    write_text(folder / INDEX, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
 
 
 def _told(error: Exception) -> str:

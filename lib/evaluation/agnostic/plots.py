@@ -78,10 +78,10 @@ def plot_heat_map(means: np.ndarray, classes: Sequence[str], prompts: Sequence[s
     axes = figure.add_subplot()
     image = axes.pcolormesh(edges, np.arange(len(classes) + 1), above, cmap="RdBu_r", vmin=-most, vmax=most)
     figure.colorbar(image, ax=axes, label="similarity above the mean of all classes", shrink=min(1, 4 / tall))
-    axes.set_xticks((edges[1:] + edges[:-1]) / 2, names, rotation=90, fontsize=8, parse_math=False)
+    axes.set_xticks((edges[1:] + edges[:-1]) / 2, names, rotation=90, fontsize=8)
     step = -(-len(classes) // LABELLED_CLASSES)
     labels = [wrapped(name, 72) for name in classes[::step]]
-    axes.set_yticks(np.arange(0, len(classes), step) + 0.5, labels, fontsize=size, parse_math=False)
+    axes.set_yticks(np.arange(0, len(classes), step) + 0.5, labels, fontsize=size)
     axes.invert_yaxis()
     axes.set_title("Mean cosine similarity of the classes to the prompts")
     figure.savefig(path, dpi=DPI)
@@ -96,7 +96,7 @@ def plot_carriers(carriers: Sequence[Carrier], path: Path) -> None:
     left, right = figure.subplots(1, 2, sharey=True)
     _bars(left, places, [carrier.between for carrier in shown], "share of its variance between classes")
     _bars(right, places, [carrier.lost for carrier in shown], "accuracy the SVM loses when it is shuffled")
-    left.set_yticks(places, names, fontsize=8, parse_math=False)
+    left.set_yticks(places, names, fontsize=8)
     left.set_ylim(heights.sum(), 0)
     which = "" if len(shown) == len(carriers) else f", {len(shown)} of {len(carriers)}"
     figure.suptitle(f"Which prompts carry the classes{which}", fontsize=12)

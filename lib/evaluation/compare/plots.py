@@ -33,7 +33,7 @@ def plot_intervals(figures: dict[str, dict[str, Interval]], path: Path) -> None:
             axes.plot(value, place, "o", color=colour, markersize=7)
             axes.annotate(f"{value:.3f}", (value, place), (0, 7), textcoords="offset points", ha="center", fontsize=9)
         axes.set_title(title, fontsize=11)
-        axes.set_yticks(range(len(names)), names, fontsize=9, parse_math=False)
+        axes.set_yticks(range(len(names)), names, fontsize=9)
         axes.set_ylim(len(names) - 0.5, -0.7)
         axes.margins(x=0.15)
         axes.xaxis.set_major_locator(MaxNLocator(5))
@@ -80,7 +80,7 @@ def _draw_differences(axes: Axes, rows: Sequence[tuple[str, float]], reach: floa
     values = [value for _, value in rows]
     bars = axes.barh(range(len(rows)), values, 0.75, color=[RIGHT if value >= 0 else WRONG for value in values])
     axes.bar_label(bars, [f"{value:+.3f}" for value in values], padding=3, fontsize=8)
-    axes.set_yticks(range(len(rows)), [wrapped(name, 34) for name, _ in rows], fontsize=8, parse_math=False)
+    axes.set_yticks(range(len(rows)), [wrapped(name, 34) for name, _ in rows], fontsize=8)
     axes.set_ylim(places - 0.5, -0.5)
     axes.set_xlim(-reach, reach)
     axes.axvline(0, color="black", linewidth=0.8)
@@ -112,7 +112,7 @@ def plot_training(trainings: dict[str, Training], path: Path) -> None:
         axes, names = grid[-1], [wrapped(name, 16) for name in timed]
         bars = axes.bar(range(len(timed)), timed.values(), 0.6, color=[colour[name] for name in timed])
         axes.bar_label(bars, [f"{seconds:.3g}" for seconds in timed.values()], padding=2)
-        axes.set_xticks(range(len(timed)), names, fontsize=9, parse_math=False)
+        axes.set_xticks(range(len(timed)), names, fontsize=9)
         axes.margins(y=0.12)
         axes.set_ylabel("seconds")
         axes.set_title("Mean time of an epoch", fontsize=11)

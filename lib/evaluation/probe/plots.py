@@ -44,6 +44,7 @@ def plot_few_shot(curves: Mapping[str, Sequence[FewShot]], full: Mapping[str, fl
     axes.set_xscale("log", base=2)
     ticks = sorted({point.shots for curve in curves.values() for point in curve})
     axes.set_xticks(ticks, map(str, ticks))
+    axes.minorticks_off()  # their labels would be formulas
     axes.set_xlabel("images a class to learn from (whiskers: standard deviation over draws; dashed: all images)")
     axes.set_ylabel("accuracy")
     axes.set_ylim(0, 1.04)

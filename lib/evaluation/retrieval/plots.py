@@ -82,13 +82,13 @@ def plot_candidates(image: Image.Image, name: str, answers: Sequence[Answer[str]
     figure = Figure(figsize=(12, max(3.4, sum(heights) * 1.15 + 1.3)), layout="constrained")
     picture, axes = figure.subplots(1, 2, width_ratios=[1, 3])
     show_image(picture, image)
-    picture.set_title(wrapped(name, 28), fontsize=8, parse_math=False)
+    picture.set_title(wrapped(name, 28), fontsize=8)
     middles = np.cumsum(heights) - np.array(heights) / 2
     colours = [RIGHT if answer.right else WRONG for answer in answers]
     scores = [answer.score for answer in answers]
     bars = axes.barh(middles, scores, np.array(heights) * 0.7, color=colours)
     axes.bar_label(bars, fmt="%.3f", padding=3, fontsize=9)
-    axes.set_yticks(middles, labels, fontsize=9, parse_math=False)
+    axes.set_yticks(middles, labels, fontsize=9)
     for label, colour in zip(axes.get_yticklabels(), colours, strict=True):
         label.set_color(RIGHT if colour == RIGHT else "black")
     axes.set_ylim(sum(heights), 0)

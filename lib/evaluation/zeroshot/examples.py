@@ -43,5 +43,5 @@ def plot_predictions(
             axes.axis("off")
         for axes, row in zip(part.axes, rows, strict=False):
             show_image(axes, open_image(row), colour if colour == RIGHT else None)
-            axes.set_title(titles[row], fontsize=8.5, parse_math=False)
+            axes.set_title(titles[row], fontsize=8.5)
     figure.savefig(path, dpi=DPI)

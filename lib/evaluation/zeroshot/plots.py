@@ -38,7 +38,7 @@ def plot_prompts(study: PromptStudy, templates: Sequence[str], path: Path) -> No
     axes.bar_label(
         bars, [f"{value:.3f}" for value in accuracy], padding=3, fontsize=9, bbox={"color": "white", "pad": 0.5}
     )
-    axes.set_yticks(range(len(names)), names, fontsize=9, parse_math=False)
+    axes.set_yticks(range(len(names)), names, fontsize=9)
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.set_xlim(0, max(accuracy) * 1.12 or 1)
     axes.axvline(study.ensemble["accuracy"], color=RIGHT, linestyle=":", linewidth=1.2, zorder=0)

@@ -1,0 +1,85 @@
+"""Passwords and tokens in addresses: removed from everything that is printed and from every text that is written."""
+
+import json
+import os
+import re
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+HIDDEN = "***"
+
+# Texts of JSON are read too: there \" is a letter of the address, and \n its end.
+_ESCAPED, _END = r"\\[\\\"]", r"\\[nrt]"
+_LETTER = rf'(?:{_ESCAPED}|(?!{_ESCAPED}|{_END})[^\s"<>])'
+# A path of pathlib has one slash in place of two.
+_START = r":/(?:/|(?<=http:/)|(?<=https:/)|(?<=s3:/)|(?<=gs:/))"
+# The @ of a path, as of hf://, ends no password; one with a slash or question mark in it looks like no port.
+_USER = (
+    rf'(?:{_ESCAPED}|(?!{_ESCAPED}|{_END})[^\s"/?#])*@'
+    rf'|[^\s"<>/?#@:\\]*:(?!\d*(?:[/?#\s"<>]|$)){_LETTER}*?@'
+)
+# Marks of the sentence that the address stands in are no part of it.
+_QUERY = rf"\?(?!\*\*\*)(?![),.;:\]}}']){_LETTER}+?(?=[),.;:\]}}']*(?:{_END}|[\s\"<>]|$))"
+_ADDRESS = re.compile(rf"({_START})({_USER})?((?:(?!\?){_LETTER})*)({_QUERY})?")
+_SHARD = re.compile(rf"(?:(?<=\.tar)|(?<=\.tgz)|(?<=\.tar\.gz)){_QUERY}")
+
+
+def without_secrets(text: str) -> str:
+    """The text with *** for what stands before the @ of an address and for what follows its question mark.
+
+    An address is what has ://, or the name of a tar with a question mark behind it. All else stays as it is.
+    """
+    if ":/" in text:
+        text = _ADDRESS.sub(_hidden, text)
+    return _SHARD.sub(f"?{HIDDEN}", text) if "?" in text else text
+
+
+def json_without_secrets(value: object) -> Any:
+    """A value of JSON with all of its texts `without_secrets`: what a file has of it."""
+    return json.loads(without_secrets(json.dumps(value)))
+
+
+def _hidden(address: re.Match[str]) -> str:
+    start, user, path, query = address.groups()
+    return start + f"{HIDDEN}@" * bool(user) + path + f"?{HIDDEN}" * bool(query)
+
+
+def hide_secrets_in_output() -> None:
+    """Let nothing reach stdout and stderr but through `without_secrets`, to the end of this process and its children.
+
+    The streams stay the same objects: loggers and progress bars that hold them are included.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if "write" not in vars(stream):
+            stream.write = partial(_write_hidden, stream.write)  # type: ignore[method-assign]
+
+
+def _write_hidden(write: Callable[[str], int], text: str) -> int:
+    return write(without_secrets(text))
+
+
+def write_text(path: Path, text: str, *, private: bool = False) -> None:
+    """Write a file as UTF-8, whole or not at all, without the secrets of addresses.
+
+    private: with them, for its owner alone.
+    """
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    unfinished.unlink(missing_ok=True)
+    try:
+        descriptor = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600 if private else 0o666)
+        with open(descriptor, "w", encoding="utf-8", newline="") as file:
+            file.write(text if private else without_secrets(text))
+            file.flush()
+            os.fsync(descriptor)
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def append_text(path: Path, text: str) -> None:
+    """Add to the end of a file, as UTF-8, without the secrets of addresses."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(without_secrets(text))
