@@ -4,7 +4,7 @@
 #
 # From the environment: RANKS on this machine (its GPUs), NODES (1), NODE_RANK (0), MASTER_ADDR and MASTER_PORT of
 # machine 0, ACCELERATE_CONFIG (none), ACCELERATE_MIXED_PRECISION (no), VENV (.venv, if it is there).
-# SIGTERM and SIGUSR1 go to the ranks themselves, as USR1: torchrun would end them 30 seconds after a SIGTERM.
+# SIGTERM, SIGUSR1 and SIGHUP go to the ranks themselves, as USR1: torchrun would end them 30 seconds after a SIGTERM.
 # Exit code 75: told to stop and not finished; start the same command with --resume auto again.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
@@ -40,7 +40,7 @@ pass_on() {
     # The ranks are the launcher's children, and it starts nothing else; before there are any, it ends itself.
     pkill -USR1 -P "$process" || kill -TERM "$process"
 }
-trap pass_on TERM USR1
+trap pass_on TERM USR1 HUP
 "${launcher[@]}" "$@" &
 process=$!
 wait "$process"
