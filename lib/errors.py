@@ -133,9 +133,15 @@ def told_in_one_line() -> Iterator[None]:
             raise
 
 
+def heard_signals() -> list[signal.Signals]:
+    """STOP_SIGNALS without SIGHUP where it is ignored: nohup asks for that."""
+    hidden = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return [number for number in STOP_SIGNALS if not (number == signal.SIGHUP and hidden)]
+
+
 @contextmanager
 def _stopped_by_signals(undone: ExitStack) -> Iterator[None]:
-    """Raise StoppedEarly where a stop signal arrives; one that is ignored, as SIGHUP under nohup, stays so.
+    """Raise StoppedEarly where a stop signal arrives.
 
     undone: puts the handlers back at the end of the script. Until then more signals are ignored once one was obeyed.
     """
@@ -146,9 +152,8 @@ def _stopped_by_signals(undone: ExitStack) -> Iterator[None]:
             stopped.append(number)
             raise StoppedEarly(f"by {signal.Signals(number).name}")
 
-    for number in STOP_SIGNALS:
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            undone.callback(signal.signal, number, signal.signal(number, stop))
+    for number in heard_signals():
+        undone.callback(signal.signal, number, signal.signal(number, stop) or signal.SIG_DFL)
     try:
         yield
     except Exception as error:

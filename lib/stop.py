@@ -9,7 +9,7 @@ from math import ceil
 import torch
 
 from lib.collectives import sum_counts
-from lib.errors import STOP_SIGNALS, StoppedEarly
+from lib.errors import StoppedEarly, heard_signals
 
 SECONDS_BETWEEN_LOOKS = 2.0  # a look is one small reduction: often enough for a 30-second grace, too rare to cost
 SECONDS_UNTIL_TOLD = 25.0  # torchrun kills 30 s after SIGTERM, Kubernetes too
@@ -36,8 +36,7 @@ class StopSignal:
         self._timer.daemon = True
 
     def __enter__(self) -> "StopSignal":
-        heard = [number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
-        self._before = {number: signal.signal(number, self._note) for number in heard}
+        self._before = {number: signal.signal(number, self._note) for number in heard_signals()}
         return self
 
     def __exit__(self, *_: object) -> None:

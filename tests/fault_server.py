@@ -73,6 +73,7 @@ def serve(root: Path) -> None:
 
 
 def run(command: dict, root: Path, listed: Path) -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
     output = os.open(command["out"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(output, 1)
