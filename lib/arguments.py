@@ -13,7 +13,7 @@ from lib.errors import InputError, silenced
 from lib.redaction import without_secrets
 
 LARGEST = 10**12
-"""Of any number that counts something: products of two such still fit into 64 bits where they have to."""
+"""Of any number that counts something: a million times as many still fit into 64 bits."""
 LONGEST_NAME, LONGEST_PATH = 255, 4096
 """Bytes that file systems take."""
 

@@ -168,20 +168,20 @@ def test_training_is_read_from_the_run_that_a_model_lies_in(tmp_path):
 
 @pytest.mark.parametrize("count", [1, 26])
 def test_pictures_for_few_and_many_classes(monkeypatch, tmp_path, count):
-    """Two $ in a name would be a formula, and ^ before a space one that cannot be drawn."""
+    """Two $ in a name would be a formula, and one that ends in ^ cannot be drawn."""
     monkeypatch.setattr(class_plots, "ANNOTATED_CLASSES", 5)
     monkeypatch.setattr(class_plots, "LABELLED_CLASSES", 10)
     monkeypatch.setattr(plots, "MOST_BARS", 20)
     monkeypatch.setattr(plots, "BARS_PER_COLUMN", 9)
     monkeypatch.setattr(differing_images, "SHOWN", 6)
     classes = [f"class_{k} of $very <long> names & more" for k in range(count)]
-    answered = {f"a $model^ with a rather$ long name {seed}": answers(2 * count, count, 0.5, seed) for seed in range(3)}
+    answered = {f"a $model^$ with a rather long name {seed}": answers(2 * count, count, 0.5, seed) for seed in range(3)}
     labels, scores = np.arange(2 * count) % count, [scores for _, scores in answered.values()]
     metrics = classification_comparison(list(answered), labels, scores, classes, resamples=5, seed=0)
     predicted = dict(zip(answered, (each.argmax(1) for each in scores), strict=True))
     pictures = draw_pictures(tmp_path, metrics, labels, predicted, classes, SmallImages(2 * count, {}).open)
     assert len(pictures) == (3 if count == 1 else 4), "models that agree have no picture of differences"
-    trainings = {f"run $x^ {k}$": training_of(str(write_run(tmp_path / f"{k}", loss=10.0**k))) for k in range(3)}
+    trainings = {f"run $x^$ {k}": training_of(str(write_run(tmp_path / f"{k}", loss=10.0**k))) for k in range(3)}
     plot_training(trainings, tmp_path / "training.png")
     for path in (*(picture.path for picture in pictures), tmp_path / "training.png"):
         with Image.open(path) as drawn:

@@ -127,7 +127,7 @@ class Fetcher:
             problem, remedy = "is not UTF-8 text", "save it as UTF-8, or remove it"
         except OSError as error:
             problem = f"cannot be read ({fault_of(error)})"
-        raise InputError(f"--data: {path_or_url.partition('?')[0]} {problem}; {remedy}")
+        raise InputError(f"--data: {path_or_url} {problem}; {remedy}")
 
     def _check_pipe(self, data: str, flag: str) -> None:
         if data.startswith(PIPE) and not self.allow_pipe:

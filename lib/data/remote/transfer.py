@@ -216,7 +216,7 @@ def _filesystem(url: str, flag: str, longest: float) -> fsspec.AbstractFileSyste
 
     longest: seconds for one request over http, answers included.
     """
-    scheme, shown = _scheme(url), url.partition("?")[0]
+    scheme = _scheme(url)
     try:
         options = _http_options(longest) if scheme in _HTTP else {}
         # Asked first: one that lacks an argument, as ftp its host, is half made and prints a traceback of its end.
@@ -225,13 +225,13 @@ def _filesystem(url: str, flag: str, longest: float) -> fsspec.AbstractFileSyste
     except ImportError as error:
         package = "aiohttp" if scheme in _HTTP else _package(scheme)
         remedy = f"needs {package}; pip install {package}" if package else _one_line(error)
-        raise InputError(f"{flag} {shown}: {remedy}") from None
+        raise InputError(f"{flag} {url}: {remedy}") from None
     except (TypeError, ValueError):  # of a scheme that fsspec does not know, or needs more for than an address
-        raise InputError(f"{flag} {shown}: {scheme}:// is not known; give http, https, s3, gs or hf") from None
+        raise InputError(f"{flag} {url}: {scheme}:// is not known; give http, https, s3, gs or hf") from None
     except Exception as error:  # every filesystem has errors of its own
-        raise InputError(f"{flag} {shown}: {scheme}:// cannot be used ({_one_line(error)})") from None
+        raise InputError(f"{flag} {url}: {scheme}:// cannot be used ({_one_line(error)})") from None
     if isinstance(filesystem, LocalFileSystem):
-        raise InputError(f"{flag} {shown}: {scheme}:// is this machine; give the path alone")
+        raise InputError(f"{flag} {url}: {scheme}:// is this machine; give the path alone")
     return filesystem
 
 
