@@ -1,5 +1,6 @@
 """What ends a script in one line and an exit code: a fault of what the user gave, one on the way, or a stop."""
 
+import io
 import os
 import sys
 import time
@@ -62,6 +63,8 @@ def told_in_one_line() -> Iterator[None]:
     What all ranks have met is told by rank 0, whom the others leave the time for it: launchers end all ranks as soon as
     one has ended. Printing to a reader that went away, as in `--help | head`, ends the script with code 1 and no word.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a path need not be UTF-8, and is printed with escapes then
     with _ended_by_a_closed_pipe():
         try:
             yield

@@ -13,6 +13,7 @@ from filelock import FileLock, Timeout
 
 from lib.collectives import gather_objects
 from lib.config import TrainConfig
+from lib.data.fields import is_utf8
 from lib.errors import InputError, RunError
 from lib.report import METRICS
 
@@ -53,9 +54,13 @@ def _choose(config: TrainConfig, family: str) -> Path:
     if folder is None:
         names = [Path("runs") / (family if number == 1 else f"{family}-{number}") for number in range(1, 10_000)]
         folder = next(name for name in names if not name.exists())
-    elif config.resume != "auto" and (folder / METRICS).exists():
+    elif config.resume != "auto" and os.path.exists(folder / METRICS):  # False too for too long a name, see below
         raise InputError(
             f"--output-dir {folder} already holds a run; go on with it by --resume auto, or name another folder"
+        )
+    if not is_utf8(str(folder)):
+        raise InputError(
+            f"--output-dir {folder} is not UTF-8, which a tokenizer needs to be saved; name another folder"
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)

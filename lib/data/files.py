@@ -4,7 +4,12 @@ import codecs
 import io
 import os
 import stat
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import BinaryIO, TextIO
+
+from lib.errors import InputError, raised_as
 
 READABLE = {
     "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
@@ -45,11 +50,9 @@ def open_file(path: str | os.PathLike) -> BinaryIO:
 
     Raises OSError as open does, also for names that no file can have (with a NUL).
     """
-    try:
+    with raised_as(lambda fault: FileNotFoundError(str(fault)), ValueError):
         # Without O_NONBLOCK opening a FIFO waits for its writer.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except ValueError as error:
-        raise FileNotFoundError(str(error)) from error
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise NotAFile(f"{os.fspath(path)!r} is not a regular file")
@@ -71,6 +74,34 @@ def open_text(path: str | os.PathLike) -> TextIO:
     return io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline=newline)
 
 
-def fault_of(error: OSError) -> str:
+def write_whole(path: Path, pieces: Iterable[str]) -> None:
+    """Write a text file that is there whole or, after a full disk, a kill or a power cut, as it was before."""
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    try:
+        with open(unfinished, "w", encoding="utf-8") as file:
+            file.writelines(pieces)
+            file.flush()
+            os.fsync(file.fileno())
+        rename_for_good(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def rename_for_good(old: Path, new: Path) -> None:
+    """Rename a file that is on the disk, in its folder, so that no power cut takes the name back."""
+    os.replace(old, new)
+    descriptor = os.open(new.parent, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def fault_of(error: Exception) -> str:
     """The operating system's words for an error, or our own."""
-    return error.strerror or str(error)
+    return getattr(error, "strerror", None) or str(error)
+
+
+def readable(asked: str) -> AbstractContextManager[None]:
+    """A context whose faults of the file system are an InputError: `asked`, as "--data a.csv", cannot be read."""
+    return raised_as(lambda fault: InputError(f"{asked} cannot be read: {fault_of(fault)}"), OSError)

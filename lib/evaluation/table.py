@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lib.collectives import rank_and_world_size
-from lib.errors import InputError
+from lib.errors import InputError, raised_as
 from lib.evaluation.html import aligned
 from lib.evaluation.outcome import Rows, figure
 from lib.evaluation.tasks import Table
@@ -66,7 +66,9 @@ def results_of(run: Path) -> list[Result]:
 
 def _read(file: Path) -> list[Result]:
     """The results of one file; InputError if it cannot be read."""
-    try:
+    advice = "make it anew, or leave the folder out"
+    faults = (OSError, ValueError, KeyError, AttributeError)
+    with raised_as(lambda fault: InputError(f"{file} cannot be read: {fault!r}; {advice}"), *faults):
         content = json.loads(file.read_text(encoding="utf-8"))
         folder = str(file.parent)
         if file.name == METRICS:
@@ -74,8 +76,6 @@ def _read(file: Path) -> list[Result]:
         training = {key: content[key] for key in OF_TRAINING}
         validated = list(_figures(content.get("eval", {}))) or [("", {})]
         return [Result(folder, f"training {of}".strip(), figures | training) for of, figures in validated]
-    except (OSError, ValueError, KeyError, AttributeError) as fault:
-        raise InputError(f"{file} cannot be read: {fault!r}; make it anew, or leave the folder out") from None
 
 
 def _figures(content: dict, of: str = "") -> Iterator[tuple[str, dict[str, float]]]:

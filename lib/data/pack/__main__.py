@@ -3,11 +3,13 @@
 DIR is then data itself: `--data DIR`. Interrupted, the same command goes on where it stopped.
 """
 
+import json
 import os
 import re
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,16 +19,17 @@ import tyro
 from tqdm import tqdm
 
 from lib.data.fields import Columns
+from lib.data.files import write_whole
 from lib.data.order import permutation
 from lib.data.pack.listing import Entry, Listing, list_samples
 from lib.data.pack.samples import ImageOrReason, members_of, read_ahead, read_image
-from lib.data.pack.writer import Record, ShardWriter, Skips, write_lines
+from lib.data.pack.writer import Record, ShardWriter, Skips
 from lib.data.recognize import Output, open_data
 from lib.data.remote.fetch import Fetcher, default_fetcher
 from lib.data.shards.index import SPLITS, ShardIndex, write_index
 from lib.data.shards.shard_set import ShardSet
 from lib.data.sources import check_columns
-from lib.errors import InputError, RunError, told_in_one_line
+from lib.errors import InputError, RunError, raised_as, told_in_one_line
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _SAMPLES = 1000
@@ -117,18 +120,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     check_columns(columns, config.source, [opened])
     listing = list_samples(opened, "SOURCE", fetcher, config.captions == "lines")
     seed = config.seed(isinstance(opened, ShardSet))
-    record = Record(config.out, _settings(config, listing, seed))
-    try:
+    safe = "finished shards are safe, the same command goes on"
+    with (
+        raised_as(lambda fault: RunError(f"--out {config.out}: {fault}; {safe}"), OSError),
+        closing(Record(config.out, _settings(config, listing, seed))) as record,
+    ):
         if record.done:
             print(f"{config.out} is done already: {_summary(record)}")
             return
         if record.shards:
             print(f"{config.out}: going on after shard {len(record.shards)}", flush=True)
         _pack(config, listing, seed, record)
-    except OSError as error:
-        raise RunError(f"--out {config.out}: {error}; finished shards are safe, the same command goes on") from error
-    finally:
-        record.close()
 
 
 def _settings(config: PackConfig, listing: Listing, seed: int | None) -> dict[str, object]:
@@ -164,7 +166,7 @@ def _pack(config: PackConfig, listing: Listing, seed: int | None, record: Record
         raise InputError(f"SOURCE {config.source}: nothing can be packed ({left_out})")
     skips = listing.malformed + record.skips
     lines = ({"shard": config.source, "key": key, "reason": reason} for key, reason in skips)
-    write_lines(config.out / "skipped.jsonl", lines)
+    write_whole(config.out / "skipped.jsonl", (json.dumps(line) + "\n" for line in lines))
     write_index(config.out, ShardIndex(record.shards, listing.classes))
     record.finish()
     print(f"{config.out}: {_summary(record)}")

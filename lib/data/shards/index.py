@@ -1,15 +1,15 @@
 """The index beside packed shards: their splits, counts and class names."""
 
 import json
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from lib.data.fields import is_utf8, name_of
+from lib.data.files import write_whole
 from lib.data.remote.fetch import Fetcher
-from lib.errors import InputError
+from lib.errors import InputError, raised_as
 
 INDEX = "index.json"
 SPLITS = ("train", "val", "test", "all")
@@ -46,7 +46,9 @@ def read_index(folder: str, fetcher: Fetcher) -> ShardIndex | None:
     text = fetcher.read_text(path)
     if text is None:
         return None
-    try:
+    advice = "pack the shards again, or remove it"
+    faults = (ValueError, KeyError, TypeError, RecursionError)
+    with raised_as(lambda fault: InputError(f"{path} is damaged ({_told(fault)}); {advice}"), *faults):
         record = json.loads(text)
         if not isinstance(record, dict) or not {"version", "shards"} <= record.keys():
             return None  # another program's index
@@ -54,19 +56,13 @@ def read_index(folder: str, fetcher: Fetcher) -> ShardIndex | None:
         if version != _VERSION:
             raise InputError(f"{path} is of version {version}, read here is {_VERSION}; pack the shards again")
         return ShardIndex(_entries(record["shards"]), _classes(record.get("classes")))
-    except InputError:
-        raise
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise InputError(f"{path} is damaged ({_told(error)}); pack the shards again, or remove it") from None
 
 
 def write_index(folder: Path, index: ShardIndex) -> None:
     """Write the index into a folder, whole or not at all; the same index gives the same bytes."""
     shards = {name: entry._asdict() for name, entry in sorted(index.shards.items())}
     record = {"version": _VERSION, "classes": index.classes and list(index.classes), "shards": shards}
-    unfinished = folder / f".{INDEX}.unfinished"
-    unfinished.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(unfinished, folder / INDEX)
+    write_whole(folder / INDEX, (json.dumps(record, indent=1, ensure_ascii=False), "\n"))
 
 
 def _told(error: Exception) -> str:
