@@ -252,11 +252,9 @@ def _locked(lock: FileLock) -> Iterator[bool]:
 
 
 def _cache_faults_told(cache: Path) -> AbstractContextManager[None]:
-    wrong, faults = (
-        f"--cache-dir {cache} cannot be written",
-        (OSError, ValueError),
-    )  # ValueError: a name that none can have
-    return raised_as(lambda fault: InputError(f"{wrong} ({fault_of(fault)}); name a folder that can"), *faults)
+    wrong, remedy = f"--cache-dir {cache} cannot be written", "name a folder that can"
+    # ValueError: of a name that no folder can have.
+    return raised_as(lambda fault: InputError(f"{wrong} ({fault_of(fault)}); {remedy}"), OSError, ValueError)
 
 
 def _fetch(shard: str, target: Path, attempts: int, cache_bytes: int) -> str:
