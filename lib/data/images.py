@@ -40,7 +40,7 @@ class Extent(NamedTuple):
     side: int
     """Pixels that are enough."""
     of: Literal["shorter", "longer"]
-    """Which side of the image they are."""
+    """The side of the image that they measure."""
 
 
 class BadImage(Exception):

@@ -157,7 +157,7 @@ def open_evaluation(
 
 
 class _Texts(NamedTuple):
-    """What is asked of the texts."""
+    """Settings of the texts."""
 
     prompts: str | None
     captions: Captions

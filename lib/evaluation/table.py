@@ -59,7 +59,7 @@ def _results_of_all(runs: Sequence[Path]) -> list[Result]:
 
 
 def results_of(run: Path) -> list[Result]:
-    """What a folder holds: evaluations in it and one level below, and the last validation of a training."""
+    """Results of a folder: evaluations in it and one level below, and the last validation of a training."""
     files = [run / SUMMARY, run / METRICS, *sorted(run.glob(f"*/{METRICS}"))]
     return [result for file in files if file.is_file() for result in _read(file)]
 

@@ -37,7 +37,7 @@ _SAMPLES = 1000
 
 @dataclass(frozen=True)
 class PackConfig:
-    """What to pack, and how."""
+    """Settings of a pack."""
 
     source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE")]
     """As --data in training: class folders, a table, COCO, Flickr or Karpathy files, a set's name, shards, parquet
@@ -134,7 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _settings(config: PackConfig, listing: Listing, seed: int | None) -> dict[str, object]:
-    """What the bytes of the shards depend on."""
+    """Everything that the bytes of the shards depend on."""
     source = os.path.abspath(config.source) if os.path.exists(config.source) else config.source
     return {
         "source": source,

@@ -62,7 +62,7 @@ class ShardWriter:
 
 
 class Record:
-    """What is done in a folder: a line with the settings, one for each finished shard, and a last one."""
+    """Record of a folder: a line with the settings, one for each finished shard, and a last one."""
 
     def __init__(self, folder: Path, settings: dict[str, object]):
         """Take up the folder, or begin it; InputError where it holds something else or is being packed into."""
@@ -104,7 +104,7 @@ class Record:
             self._file.close()
 
     def _whole_lines(self) -> list[dict]:
-        """What is recorded; a last line that was cut off in the writing is removed."""
+        """Recorded lines; a last line that was cut off in the writing is removed."""
         self._file.seek(0)
         content = self._file.read()
         content = content[: content.rfind(b"\n") + 1]
