@@ -1,6 +1,7 @@
 """Errors that end a script with one line and an exit code: faults of the input, of the machine, or a stop."""
 
 import errno
+import io
 import os
 import re
 import signal
@@ -115,6 +116,8 @@ def told_in_one_line() -> Iterator[None]:
     it: launchers end all ranks as soon as one has ended. Printing to a reader that went away, as in `--help | head`,
     ends the script with code 1 and no word. Nothing is printed with a password or a token of an address.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a path need not be UTF-8, and is printed with escapes then
     hide_secrets_in_output()
     with _ended_by_a_closed_pipe(), ExitStack() as undone:
         try:

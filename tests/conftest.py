@@ -1,5 +1,8 @@
 """Fixtures of several files of tests: the folder of real data, a web server, a cache of shards."""
 
+import resource
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
@@ -26,6 +29,22 @@ def server(monkeypatch):
     server = Server()
     yield server
     server.close()
+
+
+@pytest.fixture
+def full_beyond() -> Callable[[int], AbstractContextManager[None]]:
+    """A context in which no file can become larger than so many bytes, as on a disk that is full."""
+
+    @contextmanager
+    def limited(size: int) -> Iterator[None]:
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    return limited
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import pickle
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
@@ -279,3 +280,34 @@ def test_a_cache_that_cannot_be_written_is_told_in_one_line(tmp_path, monkeypatc
         fetcher.local("memory://full.tar")
     assert cached(fetcher) == []
     assert fetch.default_fetcher().cache.name == "contrastive-training"
+
+
+def test_a_full_disk_is_a_fault_of_the_cache_and_not_of_the_shard(server, tmp_path, full_beyond, capfd):
+    shard = tar_bytes({"a.txt": bytes(30_000)})
+    server.files["/a.tar"] = shard
+    (tmp_path / "a.tar").write_bytes(shard)
+    (tmp_path / "b.tar.gz").write_bytes(gzip.compress(shard))
+    fetcher = Fetcher(tmp_path / "cache", 0, allow_pipe=True)
+    shards = (f"{server.url}/a.tar", f"pipe:cat {tmp_path}/a.tar", str(tmp_path / "b.tar.gz"))
+    for shard_here in shards:
+        told = r"^--cache-dir .*/cache cannot be written \(File too large\); name a folder that can$"
+        with full_beyond(20_000), pytest.raises(InputError, match=told):
+            fetcher.local(shard_here)
+    assert cached(fetcher) == [] and "again" not in capfd.readouterr().err
+    with (
+        full_beyond(20_000),
+        pytest.raises(InputError, match="a.tar cannot be read .*File too large.*; check the file"),
+    ):
+        fetcher.read_text(f"{server.url}/a.tar")
+    assert [Path(fetcher.local(each)).read_bytes() for each in shards] == [shard] * 3
+
+
+def test_no_room_for_a_small_file_is_not_taken_for_its_absence(server, fetcher, monkeypatch):
+    server.files["/classes.txt"] = b"ant\n"
+
+    def none_usable(*_, **__):  # as of tempfile, where no folder for temporary files can be written
+        raise FileNotFoundError(2, "No usable temporary directory found")
+
+    monkeypatch.setattr(tempfile, "TemporaryDirectory", none_usable)
+    with pytest.raises(InputError, match="classes.txt cannot be read .No usable temporary directory found"):
+        fetcher.read_text(f"{server.url}/classes.txt")

@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lib.data import BadImage, open_evaluation, open_sources
+from lib.data import BadImage, files, open_evaluation, open_sources
 from lib.data.order import sample_id, stable_hash
 from lib.data.pack.__main__ import main
 from lib.data.pack.writer import Record, ShardWriter
-from lib.errors import InputError
+from lib.errors import InputError, RunError
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -253,6 +253,8 @@ def test_killed_anywhere_and_gone_on_with_the_result_is_the_same(table, tmp_path
         (1, ShardWriter, "finish", "after"),  # named, not yet recorded
         (3, Record, "add", "after"),
         (2, ShardWriter, "finish", "before"),
+        (1, files, "rename_for_good", "before"),  # the skipped samples are written under another name
+        (2, files, "rename_for_good", "before"),  # so is the index
         (1, Record, "finish", "before"),  # all shards there, the index too
     ]
     out = tmp_path / "broken"
@@ -274,6 +276,35 @@ def test_killed_anywhere_and_gone_on_with_the_result_is_the_same(table, tmp_path
     assert "going on after" in capfd.readouterr().out
     assert contents(pack(table, out, *flags)) == unbroken
     assert "is done already: 29 samples" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("good", "broken", "limit", "left"),
+    [
+        (2, 0, 100, {"packing.jsonl"}),
+        (2, 0, 9_000, {"packing.jsonl"}),  # of a shard nothing is left
+        (2, 60, 11_000, {"packing.jsonl", "all-000000.tar"}),  # the record's line on a shard that has its name
+        (2, 30, 11_000, {"packing.jsonl", "all-000000.tar", "all-000001.tar"}),  # the list of what is skipped
+        (40, 1, 11_000, {"packing.jsonl", "skipped.jsonl", *(f"all-{number:06d}.tar" for number in range(40))}),
+    ],
+    ids=["record", "shard", "line", "skipped", "index"],
+)
+def test_a_full_disk_leaves_no_half_file_and_the_same_command_goes_on(
+    good, broken, limit, left, tmp_path, full_beyond, capsys
+):
+    source, out = tmp_path / ("s" * 200) / ("s" * 200), tmp_path / "out"
+    for number in range(good + broken):
+        image = source / f"{number:02d}{'c' * 198}" / "1.png"
+        make_image(image, number)
+        if number < broken:
+            image.write_bytes(b"no image")
+    flags = ("--shard-size", "1", "--verify", "--no-shuffle")
+    told = f"^--out {out}: .*File too large; finished shards are safe, the same command goes on$"
+    with full_beyond(limit), pytest.raises(RunError, match=told):
+        pack(source, out, *flags)
+    assert contents(out).keys() == left
+    assert contents(pack(source, out, *flags)) == contents(pack(source, tmp_path / "unbroken", *flags))
+    assert f"{good} samples, {good} pairs in {good} shards" in capsys.readouterr().out
 
 
 def test_a_folder_that_holds_something_else_is_refused(table, folders, tmp_path):

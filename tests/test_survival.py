@@ -3,7 +3,6 @@
 import json
 import multiprocessing
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -208,16 +207,10 @@ def test_a_folder_in_use_is_refused_with_its_holder(monkeypatch, tmp_path):
     train(tmp_path, "--steps=1")  # free again
 
 
-def test_a_full_disk_names_the_checkpoint_that_stands(tmp_path):
-    """A limit on the size of files stands for the end of the disk."""
+def test_a_full_disk_names_the_checkpoint_that_stands(tmp_path, full_beyond):
     train(tmp_path / "run", "--steps=2", "--save-every=2")
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, before[1]))
-    try:
-        with pytest.raises(RunError, match="disk refuses a file.*make room.*resumes from .*step_000002"):
-            train(tmp_path / "run", "--save-every=1", "--resume=auto")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    with full_beyond(300_000), pytest.raises(RunError, match="disk refuses a file.*make room.*step_000002"):
+        train(tmp_path / "run", "--save-every=1", "--resume=auto")
     train(tmp_path / "run", "--resume=auto")
     assert [line["step"] for line in read_metrics(tmp_path / "run")] == [1, 2, 3, 4]
 

@@ -11,7 +11,7 @@ from typing import Generic, TypeVar, cast
 import torch
 from torch import Tensor
 
-from lib.errors import RunError
+from lib.errors import RunError, raised_as
 
 T = TypeVar("T")
 _NO_MEMORY = 2  # cudaErrorMemoryAllocation
@@ -28,12 +28,10 @@ class ImageBuffer:
 
     def __init__(self, slots: int, rows: int, image: Tensor, pin: bool) -> None:
         self._bytes, self._registered = slots * rows * image.nbytes, False
-        try:
+        with raised_as(lambda _: self._too_large(), OSError):
             # Shared with processes that are forked later, which do not use it: the first write to private memory after
             # a fork moves its page away from where the GPU was told that it is, so that old images would be copied.
             memory = mmap.mmap(-1, self._bytes)
-        except OSError as error:
-            raise self._too_large() from error
         # A tensor for each slot: autograd would take the filling of one for a change of all that are views of one.
         size, shape = rows * image.numel(), (rows, *image.shape)
         offsets = (number * rows * image.nbytes for number in range(slots))

@@ -1,4 +1,4 @@
-"""Owns what a model is evaluated on: images by number, with labels or with captions."""
+"""Data to evaluate on: images by number, with labels or with captions."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -11,7 +11,7 @@ from lib.data.pairs import Images
 
 
 class Labelling(NamedTuple):
-    """What images with classes come with."""
+    """Labels, class names and prompt templates of images with classes."""
 
     labels: np.ndarray
     """(n,) int64, index into `classes`"""
@@ -20,7 +20,7 @@ class Labelling(NamedTuple):
 
 
 class Captioning(NamedTuple):
-    """What images with captions come with."""
+    """Captions of images, and the image of each."""
 
     captions: list[str]
     image: np.ndarray

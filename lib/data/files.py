@@ -4,7 +4,11 @@ import codecs
 import io
 import os
 import stat
+from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import BinaryIO, TextIO
+
+from lib.errors import InputError, raised_as
 
 READABLE = {
     "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
@@ -45,11 +49,9 @@ def open_file(path: str | os.PathLike) -> BinaryIO:
 
     Raises OSError as open does, also for names that no file can have (with a NUL).
     """
-    try:
+    with raised_as(lambda fault: FileNotFoundError(str(fault)), ValueError):
         # Without O_NONBLOCK opening a FIFO waits for its writer.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except ValueError as error:
-        raise FileNotFoundError(str(error)) from error
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise NotAFile(f"{os.fspath(path)!r} is not a regular file")
@@ -71,6 +73,21 @@ def open_text(path: str | os.PathLike) -> TextIO:
     return io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline=newline)
 
 
-def fault_of(error: OSError) -> str:
+def rename_for_good(old: Path, new: Path) -> None:
+    """Rename a file that is on the disk, in its folder, so that no power cut takes the name back."""
+    os.replace(old, new)
+    descriptor = os.open(new.parent, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def fault_of(error: Exception) -> str:
     """The operating system's words for an error, or our own."""
-    return error.strerror or str(error)
+    return getattr(error, "strerror", None) or str(error)
+
+
+def readable(asked: str) -> AbstractContextManager[None]:
+    """A context whose faults of the file system are an InputError: `asked`, as "--data a.csv", cannot be read."""
+    return raised_as(lambda fault: InputError(f"{asked} cannot be read: {fault_of(fault)}"), OSError)

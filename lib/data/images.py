@@ -5,6 +5,7 @@ import os
 import re
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -13,6 +14,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from lib.data.files import READABLE, NotAFile, open_file
+from lib.errors import raised_as
 
 MAX_PIXELS = 80_000_000
 """Larger images are refused from the header, before any pixel is decoded (240 MB as RGB)."""
@@ -38,7 +40,7 @@ class Extent(NamedTuple):
     side: int
     """Pixels that are enough."""
     of: Literal["shorter", "longer"]
-    """Which side of the image they are."""
+    """The side of the image that they measure."""
 
 
 class BadImage(Exception):
@@ -63,41 +65,23 @@ def decode_image(file: bytes | str | Path, extent: Extent | None = None) -> Imag
     if not content:
         raise BadImage("empty")
     image = open_header(content)
-    try:
+    with raised_as(_undecoded, Exception):  # Pillow's decoders raise OSError, SyntaxError, struct.error, what they like
         if extent:
             _reduce(image, extent)
         image.load()
         return _to_rgb(_upright(image))
-    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error, what they like
-        raise BadImage(_reason(error)) from error
 
 
 def read_image_file(path: str | Path) -> bytes:
     """The bytes of the file at a path; raises BadImage."""
-    try:
-        with open_file(path) as file:
-            return file.read()
-    except (FileNotFoundError, NotADirectoryError):
-        raise BadImage("missing") from None
-    except NotAFile:
-        raise BadImage("not_a_file") from None
-    except OSError as error:
-        raise BadImage("unreadable") from error
+    with raised_as(_unread, OSError), open_file(path) as file:
+        return file.read()
 
 
 def open_header(content: bytes) -> Image.Image:
     """Read an image's header and refuse what is too large; no pixel is decoded yet. Raises BadImage."""
-    try:
+    with raised_as(lambda fault: _unopened(fault, content), Exception):
         image = Image.open(io.BytesIO(_without_png_texts(content)), formats=_FORMATS)
-    except Image.DecompressionBombError:
-        raise BadImage("oversized") from None
-    except UnidentifiedImageError:
-        if _UNKNOWN.match(content):
-            raise BadImage("unknown_format") from None
-        # The right first bytes and no readable header: the beginning of an image.
-        raise BadImage("truncated" if content.startswith(_FIRST_BYTES) else "not_an_image") from None
-    except Exception as error:
-        raise BadImage(_reason(error)) from error
     if image.width * image.height > MAX_PIXELS:
         raise BadImage("oversized")
     return image
@@ -131,16 +115,32 @@ def _reduce(image: Image.Image, extent: Extent) -> None:
         image.draft(None, (max(1, image.width // scale), max(1, image.height // scale)))
 
 
-def _reason(error: Exception) -> str:
+def _unread(error: Exception) -> BadImage:
+    if isinstance(error, FileNotFoundError | NotADirectoryError):
+        return BadImage("missing")
+    return BadImage("not_a_file" if isinstance(error, NotAFile) else "unreadable")
+
+
+def _unopened(error: Exception, content: bytes) -> BadImage:
+    if isinstance(error, Image.DecompressionBombError):
+        return BadImage("oversized")
+    if not isinstance(error, UnidentifiedImageError):
+        return _undecoded(error)
+    if _UNKNOWN.match(content):
+        return BadImage("unknown_format")
+    # The right first bytes and no readable header: the beginning of an image.
+    return BadImage("truncated" if content.startswith(_FIRST_BYTES) else "not_an_image")
+
+
+def _undecoded(error: Exception) -> BadImage:
     cut_short = isinstance(error, EOFError) or "truncated" in str(error).lower()
-    return "truncated" if cut_short else "unreadable"
+    return BadImage("truncated" if cut_short else "unreadable")
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    try:
+    turned = False
+    with suppress(Exception):  # damaged EXIF beside good pixels: as if there were none
         turned = image.getexif().get(_ORIENTATION, 1) != 1
-    except Exception:  # damaged EXIF beside good pixels: as if there were none
-        return image
     return ImageOps.exif_transpose(image) if turned else image
 
 
@@ -193,8 +193,7 @@ class ImageFiles:
 
 def file_stamp(path: str) -> tuple[int, int] | None:
     """Size and time of change in nanoseconds; None where there is no such file."""
-    try:
+    with suppress(OSError):
         status = os.stat(path)
-    except OSError:
-        return None
-    return status.st_size, status.st_mtime_ns
+        return status.st_size, status.st_mtime_ns
+    return None

@@ -1,5 +1,6 @@
 """Reading of indexed sources: by chunk number, or as one stream of a mixture."""
 
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
@@ -65,10 +66,8 @@ class IndexedParts(Dataset):
                 tally.skips.append(Skip(self.source.where, self.source.key(index), bad.reason))
             reason = bad.reason
         for substitute in substitutes(self.source.size, self.seed, epoch, index):
-            try:
+            with suppress(BadImage):
                 return self._read(substitute, epoch, index)
-            except BadImage:
-                continue
         raise InputError(
             f"--data {self.source.where}: hundreds of images in a row cannot be read, "
             f"{self.source.key(index)!r} among them ({reason}); check that they are images"

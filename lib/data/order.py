@@ -1,4 +1,4 @@
-"""Owns chance and order: pure functions of seeds and numbers, the same at any number of ranks and workers."""
+"""Chance and order: pure functions of seeds and numbers, the same at any number of ranks and workers."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Owns stored outputs of a frozen tower's trunk: rows on disk, looked up by the hash of what they were made from."""
+"""Stored outputs of a frozen tower's trunk: rows on disk, looked up by the hash of what they were made from."""
 
 import json
 from collections.abc import Sequence
@@ -40,7 +40,7 @@ class StoredOutputs:
         return len(self._sorted)
 
     def row(self, key: int) -> Tensor:
-        """What was stored for the key: (H,) float32. BadImage if it could not be read then; KeyError if unknown."""
+        """Row of the key: (H,) float32. BadImage if it could not be read then; KeyError if unknown."""
         if key in self.unreadable:
             raise BadImage(self.unreadable[key])
         place = int(np.searchsorted(self._sorted, key))

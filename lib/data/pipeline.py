@@ -90,9 +90,9 @@ class ImagePipeline:
         """
         try:
             image = open_image(self.extent)
-        except (BadImage, InputError, RunError):
-            raise
         except Exception as error:
+            if isinstance(error, BadImage | InputError | RunError):
+                raise
             raise BadImage("unreadable") from error
         return self(image, seed)
 

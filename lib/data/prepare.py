@@ -10,7 +10,7 @@ from lib.data.batch import Chunk, Tokenize
 from lib.data.order import stable_hash
 from lib.data.outputs import StoredOutputs
 from lib.data.pipeline import ImagePipeline, OpenImage
-from lib.errors import InputError
+from lib.errors import InputError, raised_as
 
 
 class Pair(NamedTuple):
@@ -95,7 +95,6 @@ def text_key(text: str) -> int:
 
 
 def _stored(outputs: StoredOutputs, flag: str, keys: list[int]) -> Tensor:
-    try:
+    message = f"{flag}: the data has changed since its outputs were stored; start the run again"
+    with raised_as(lambda _: InputError(message), KeyError):
         return outputs.rows(keys)
-    except KeyError:
-        raise InputError(f"{flag}: the data has changed since its outputs were stored; start the run again") from None

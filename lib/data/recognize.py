@@ -17,12 +17,12 @@ from lib.data.classes.labelled import LabelledImages
 from lib.data.classes.labelled_rows import LabelledRows
 from lib.data.classes.torchvision_sets import NAMES, TorchvisionSet
 from lib.data.fields import FOUND_COLUMNS, Columns
-from lib.data.files import fault_of, open_file
+from lib.data.files import open_file, readable
 from lib.data.hub.library import PARQUET as PARQUET_SUFFIX
 from lib.data.hub.library import has_card, holds_parquet, is_saved, load_hub, load_parquet, load_saved
 from lib.data.hub.row_samples import read_rows
 from lib.data.remote.fetch import Fetcher
-from lib.data.remote.transfer import TARS
+from lib.data.remote.transfer import PIPE, TARS
 from lib.data.shards.shard_set import ShardSet, find_shards
 from lib.errors import InputError
 
@@ -75,14 +75,12 @@ def open_data(
         return Digits()
     if not data:  # as of a variable of the shell that is not set: Path("") would be the working folder
         raise InputError(f"{flag} '' is empty; give digits, {', '.join(_KINDS.values())}")
-    try:
+    with readable(f"{flag} {data}"):
         kind, name = _meant(data, flag)
         if kind in ("folders", "imagefolder") and output is not None:
             _check_output(name, flag, output)
         if kind in _LISTED_HERE:
             return _open(kind, name, flag, image_root, fetcher, columns)
-    except OSError as error:
-        raise InputError(f"{flag} {data} cannot be read: {fault_of(error)}") from None
     return _open(kind, name, flag, image_root, fetcher, columns)
 
 
@@ -167,11 +165,13 @@ def _kinds(name: str) -> list[str]:
     """The kinds that the name may stand for, the likeliest first; none where there is nothing of that name."""
     path = Path(name)
     kinds = []
-    if path.is_dir():
+    # Commands, addresses and patterns may be longer than any path: only of a path is that a fault.
+    may_be_long = name.startswith(PIPE) or any(mark in name for mark in ("://", *"{*?["))
+    if os.path.isdir(name) if may_be_long else path.is_dir():
         kinds = _kinds_of_folder(path)
     elif name.lower().endswith(PARQUET_SUFFIX):
         kinds = ["parquet"]
-    elif name.startswith("pipe:") or "://" in name or _SHARDS.fullmatch(name.lower()):
+    elif name.startswith(PIPE) or "://" in name or _SHARDS.fullmatch(name.lower()):
         kinds = ["shards"]
     elif path.is_file():
         kinds = _kinds_of_file(path)

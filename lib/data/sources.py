@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -156,7 +157,7 @@ def open_evaluation(
 
 
 class _Texts(NamedTuple):
-    """What is asked of the texts."""
+    """Settings of the texts."""
 
     prompts: str | None
     captions: Captions
@@ -193,10 +194,10 @@ def _evaluation(opened: OpenedData, flag: str, split: str, texts: _Texts, fetche
 def split_weight(data: str) -> tuple[str, float | None]:
     """A source and the weight that may follow it after two colons."""
     name, _, number = data.rpartition("::")
-    try:
-        weight = float(number) if name and not os.path.exists(data) else None
-    except ValueError:
-        return data, None
+    weight = None
+    if name and not os.path.exists(data):
+        with suppress(ValueError):
+            weight = float(number)
     if weight is None:
         return data, None
     if not 0 < weight < float("inf"):

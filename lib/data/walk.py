@@ -87,10 +87,8 @@ def _kind(entry: os.DirEntry) -> str:
         if entry.is_dir():
             return "folder"
         return "missing" if entry.is_symlink() and not os.path.exists(entry.path) else "not_a_file"
-    except PermissionError:
-        return "unreadable"
-    except OSError:
-        return "missing"
+    except OSError as error:
+        return "unreadable" if isinstance(error, PermissionError) else "missing"
 
 
 def _lies_in(folder: str, other: str) -> bool:

@@ -3,6 +3,7 @@
 import io
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from typing import NamedTuple
 
 import numpy as np
@@ -11,9 +12,7 @@ from PIL import Image
 from lib.data.hub.row_images import RowImages
 from lib.data.images import BadImage, ImageFiles, read_image_file
 from lib.data.pairs import Images
-from lib.data.remote.fetch import Unreachable
 from lib.data.shards.evaluation import TarImages
-from lib.data.shards.tars import read_member
 
 SAMPLED = 200
 
@@ -38,27 +37,23 @@ def shard_headers(contents: Sequence[bytes]) -> dict:
 
 
 def _header_of(images: Images, row: int) -> _Header | None:
-    try:
+    with suppress(BadImage, OSError):
         if isinstance(images, ImageFiles):
             return _read(read_image_file(images.paths[row]))
         if isinstance(images, RowImages):
             stored = images.content(row)
             return _read(stored if isinstance(stored, bytes) else read_image_file(stored))
         if isinstance(images, TarImages):
-            shard, offset, size = images.places[row]
-            return _read(read_member(images.fetcher.local(images.shards[shard]), (offset, size)))
+            return _read(images.content(row))
         image = images.open(row)
-    except (BadImage, Unreachable, OSError):
-        return None
-    return _Header(image.width, image.height, "in memory", image.mode)
+        return _Header(image.width, image.height, "in memory", image.mode)
+    return None
 
 
 def _read(content: bytes) -> _Header | None:
-    try:
-        with Image.open(io.BytesIO(content)) as image:
-            return _Header(image.width, image.height, image.format or "unknown", image.mode)
-    except Exception:  # Pillow's readers raise what they like
-        return None
+    with suppress(Exception), Image.open(io.BytesIO(content)) as image:  # Pillow's readers raise what they like
+        return _Header(image.width, image.height, image.format or "unknown", image.mode)
+    return None
 
 
 def _summary(headers: Iterable[_Header | None]) -> dict:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from lib.data import EvaluationSet, IndexedSource, Source, decode_image
+from lib.data.fields import shown
 from lib.data.images import Extent
 from lib.data.pairs import MixedSource, fill
 from lib.data.shards.source import Item, ShardSource
@@ -33,7 +34,8 @@ def data_info(source: Source, validation: EvaluationSet | None, folder: Path, se
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / INFO, json.dumps({"training": training, "held_out": held_out}, indent=2) + "\n")
     print(*_lines("training", training), *_lines("held out", held_out or {"name": "nothing"}), sep="\n")
-    plot_pairs(_random_pairs(source, seed), f"Random training pairs: {without_secrets(source.where)}", folder / PICTURE)
+    title = f"Random training pairs: {shown(without_secrets(source.where))}"
+    plot_pairs(_random_pairs(source, seed), title, folder / PICTURE)
     print(f"written    {folder / INFO} and {folder / PICTURE}")
 
 

@@ -1,4 +1,4 @@
-"""Owns the picture of random pairs: thumbnails with their texts beneath."""
+"""Picture of random pairs: thumbnails with their texts beneath."""
 
 import textwrap
 from collections.abc import Callable, Sequence

@@ -1,4 +1,4 @@
-"""Owns the classifiers that are trained on frozen embeddings: what there is, how it is regularized and chosen."""
+"""Classifiers that are trained on frozen embeddings: their kinds, regularization and choice."""
 
 import warnings
 from collections.abc import Callable, Sequence

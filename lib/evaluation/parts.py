@@ -1,4 +1,4 @@
-"""Owns what is learnt from, chosen on and measured on: three parts of labelled data without a common image."""
+"""Parts of labelled data to train on, to choose on and to measure on, without a common image."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence

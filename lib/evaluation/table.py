@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lib.collectives import rank_and_world_size
-from lib.errors import InputError
+from lib.errors import InputError, raised_as
 from lib.evaluation.html import aligned
 from lib.evaluation.outcome import Rows, figure
 from lib.evaluation.tasks import Table
@@ -61,14 +61,16 @@ def _results_of_all(runs: Sequence[Path]) -> list[Result]:
 
 
 def results_of(run: Path) -> list[Result]:
-    """What a folder holds: evaluations in it and one level below, and the last validation of a training."""
+    """Results of a folder: evaluations in it and one level below, and the last validation of a training."""
     files = [run / SUMMARY, run / METRICS, *sorted(run.glob(f"*/{METRICS}"))]
     return [result for file in files if file.is_file() for result in _read(file)]
 
 
 def _read(file: Path) -> list[Result]:
     """The results of one file; InputError if it cannot be read."""
-    try:
+    advice = "make it anew, or leave the folder out"
+    faults = (OSError, ValueError, KeyError, AttributeError)
+    with raised_as(lambda fault: InputError(f"{file} cannot be read: {fault!r}; {advice}"), *faults):
         content = json.loads(file.read_text(encoding="utf-8"))
         folder = str(file.parent)
         if file.name == METRICS:
@@ -76,8 +78,6 @@ def _read(file: Path) -> list[Result]:
         training = {key: content[key] for key in OF_TRAINING}
         validated = list(_figures(content.get("eval", {}))) or [("", {})]
         return [Result(folder, f"training {of}".strip(), figures | training) for of, figures in validated]
-    except (OSError, ValueError, KeyError, AttributeError) as fault:
-        raise InputError(f"{file} cannot be read: {fault!r}; make it anew, or leave the folder out") from None
 
 
 def _figures(content: dict, of: str = "") -> Iterator[tuple[str, dict[str, float]]]:

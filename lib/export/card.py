@@ -8,6 +8,7 @@ from urllib.parse import urlsplit
 
 from huggingface_hub import ModelCardData
 
+from lib.data.fields import shown
 from lib.errors import InputError
 from lib.export.formats import HUGGING_FACE, ONNX, Format
 from lib.export.hugging_face import COMPOSED
@@ -151,7 +152,7 @@ def _public(source: str) -> str:
         address = urlsplit(source)
         return f"{address.scheme}://{address.hostname}{address.path}"
     is_path = source.startswith(("/", "~")) or ":/" in source or ":~" in source
-    return source.rstrip("/").rsplit("/", 1)[-1] if is_path else source
+    return shown(source.rstrip("/").rsplit("/", 1)[-1] if is_path else source)
 
 
 def _read(file: Path) -> dict:

@@ -3,6 +3,7 @@
 import csv
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Literal
@@ -63,11 +64,9 @@ def read_flickr(path: Path, flag: str, image_root: str | None = None) -> Caption
 
 def flickr_form(path: Path) -> _Form | None:
     """How a file writes its captions, from its first line; None for any other file."""
-    try:
-        with open_text(path) as file:
-            first = file.readline(10_000)
-    except OSError:
-        return None
+    first = ""
+    with suppress(OSError), open_text(path) as file:
+        first = file.readline(10_000)
     if _TOKEN.fullmatch(first.rstrip("\r\n")):
         return "token"
     for separator in ("|", "\t", ","):

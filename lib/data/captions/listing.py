@@ -4,16 +4,16 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 from lib.data.fields import NotText, is_utf8
-from lib.data.files import fault_of, open_text
+from lib.data.files import open_text, readable
 from lib.data.hub.row_images import RowImages
 from lib.data.skipped import Skips, by_split
-from lib.errors import InputError
+from lib.errors import InputError, raised_as
 
 SPLITS = {
     "train": "train",
@@ -122,10 +122,9 @@ class ImageFinder:
 
     def _listing(self, folder: str) -> frozenset[str]:
         if folder not in self._listings:
-            try:
+            self._listings[folder] = frozenset()
+            with suppress(OSError, ValueError):  # or a name that no folder can have: too long, with a NUL
                 self._listings[folder] = frozenset(os.listdir(folder))
-            except (OSError, ValueError):  # a name that no folder can have, as with a NUL
-                self._listings[folder] = frozenset()
         return self._listings[folder]
 
 
@@ -206,21 +205,20 @@ def counted_fault(listing: Listing, key: str, split: str | None = None) -> Itera
     """Count an entry as malformed_row whatever reading it raises: a missing field, a list as an id, a NUL in a name."""
     try:
         yield
-    except InputError:
-        raise
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
         listing.skip(key, "malformed_row", split)
 
 
 def load_json(path: Path, flag: str) -> object:
     """The content of a JSON file, bad bytes as surrogates; InputError where it is not JSON."""
-    try:
-        with open_text(path) as file:
-            return json.load(file)
-    except OSError as error:
-        raise InputError(f"{flag} {path} cannot be read: {fault_of(error)}") from None
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{flag} {path} is not JSON, or was cut short: {error}") from None
+    asked = f"{flag} {path}"
+    not_json = raised_as(
+        lambda fault: InputError(f"{asked} is not JSON, or was cut short: {fault}"), ValueError, RecursionError
+    )
+    with readable(asked), not_json, open_text(path) as file:
+        return json.load(file)
 
 
 def shape_of(content: object) -> str:

@@ -6,6 +6,7 @@ import re
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import TextIO
 
 _MOST_LINES = 200
@@ -81,10 +82,9 @@ class Delimited:
                 lines += 1
                 yield further.replace("\r", " ") + "\n"
 
-        try:
+        with suppress(csv.Error):
             return next(csv.reader(fed(), delimiter=self.delimiter, strict=True)), lines, goes_on
-        except csv.Error:
-            return None, 0, goes_on
+        return None, 0, goes_on
 
     def _begins_row(self, line: str, is_row: Callable[[Cells], bool]) -> bool:
         """Whether a line within a quoted cell is a row of its own."""
@@ -153,10 +153,9 @@ def json_objects(file: TextIO) -> Iterator[tuple[int, dict | str]]:
 
 def _json(text: str) -> object:
     """The value, also behind a byte order mark, as of files that were joined; None where there is none."""
-    try:
+    with suppress(ValueError, RecursionError):
         return json.loads(text)
-    except (ValueError, RecursionError):
-        return None
+    return None
 
 
 def _delimiter_of(header: str, usual: str) -> str:

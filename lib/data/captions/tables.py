@@ -2,6 +2,7 @@
 
 import csv
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -11,8 +12,8 @@ from lib.data.captions.listing import SPLITS, CaptionedImages, ImageFinder, List
 from lib.data.captions.records import Delimited, json_objects
 from lib.data.classes.labelled_rows import LabelledRows, labelled_by_captions
 from lib.data.fields import COLUMNS, FOUND_COLUMNS, Columns, NotText, name_of, shown, texts_of
-from lib.data.files import fault_of, is_image_name, open_text
-from lib.errors import InputError
+from lib.data.files import is_image_name, open_text, readable
+from lib.errors import InputError, raised_as
 
 SUFFIXES = (".csv", ".tsv", ".jsonl")
 _LOOKED_AT = 100
@@ -63,22 +64,20 @@ def add_rows(
 
 def names_images_below(path: Path) -> bool:
     """Whether a table has captions of images that lie beside it, judged by its first rows."""
-    try:
+    with suppress(InputError):
         finder = ImageFinder(path.parent, ("images", "Images"), None)
         table = Table(path, "", FOUND_COLUMNS, finder)
         rows = [row for _, row in islice(table.rows(), _LOOKED_AT)]
-    except InputError:
-        return False
-    return not table.labelled and any(finder.find(row.image) for row in rows if not isinstance(row, str))
+        return not table.labelled and any(finder.find(row.image) for row in rows if not isinstance(row, str))
+    return False
 
 
 def is_metadata(path: Path) -> bool:
     """Whether a table has a column of file names, and one of captions or classes."""
     table = Table(path, "", FOUND_COLUMNS, ImageFinder(path.parent, (), None))
-    try:
+    with suppress(InputError):
         return any(table.is_understood for _ in islice(table.rows(), _LOOKED_AT))
-    except InputError:
-        return False
+    return False
 
 
 class Row(NamedTuple):
@@ -126,16 +125,12 @@ class Table:
 
     def rows(self) -> Iterator[tuple[int, Row | str]]:
         """(line number, row, or the reason why it is none)."""
-        try:
-            with open_text(self.path) as file:
-                if self.path.suffix.lower() == ".jsonl":
-                    yield from self._objects(json_objects(file))
-                else:
-                    yield from self._cells(Delimited(file, self.path.suffix.lower()))
-        except csv.Error as error:
-            raise InputError(f"{self.flag} {self.path} is not readable as a table: {error}") from None
-        except OSError as error:
-            raise InputError(f"{self.flag} {self.path} cannot be read: {fault_of(error)}") from None
+        is_table = raised_as(lambda fault: InputError(f"{self._asked} is not readable as a table: {fault}"), csv.Error)
+        with readable(self._asked), is_table, open_text(self.path) as file:
+            if self.path.suffix.lower() == ".jsonl":
+                yield from self._objects(json_objects(file))
+            else:
+                yield from self._cells(Delimited(file, self.path.suffix.lower()))
 
     def _cells(self, table: Delimited) -> Iterator[tuple[int, Row | str]]:
         if not table.header:

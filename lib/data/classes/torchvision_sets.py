@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -14,7 +15,7 @@ from lib.data.classes.folders import image_names
 from lib.data.images import Extent, ImageFiles
 from lib.data.pairs import Images
 from lib.data.skipped import Skips
-from lib.errors import InputError
+from lib.errors import InputError, raised_as
 
 if TYPE_CHECKING:
     from torchvision.datasets import VisionDataset
@@ -74,10 +75,7 @@ class TorchvisionSet:
 
         Raises InputError, saying which file to put where, if they are neither there nor can be downloaded.
         """
-        try:
-            data = self._load(split, download=False)
-        except Exception:
-            data = self._download(split)
+        data = self._found(split)
         images, labels = self._files(split, data.wnids) if self.name == "imagenette" else self._arrays(split, data)
         # Imagenette's classes have several names each.
         classes = [each if isinstance(each, str) else each[0] for each in data.classes]
@@ -94,6 +92,16 @@ class TorchvisionSet:
         keys = [f"imagenette/{split}/{name}" for name in names]
         return ImageFiles(keys, [str(folder / name) for name in names]), labels
 
+    def _found(self, split: str) -> "VisionDataset":
+        with suppress(Exception):  # whatever torchvision raises where it is not there, or not whole
+            return self._load(split, download=False)
+        # What a network, a proxy, an archive or a folder may raise.
+        with raised_as(self._not_downloaded, Exception):
+            self.root.mkdir(parents=True, exist_ok=True)
+            # Every rank of a machine comes here: one downloads, the others then find it.
+            with FileLock(self.root / f".{self.name}.lock"):
+                return self._load(split, download=True)
+
     def _load(self, split: str, download: bool) -> "VisionDataset":
         # Imported here: it takes a second that other data need not wait. The CIFAR files are pickles;
         # torchvision loads them only where their checksums are those of the official ones.
@@ -109,16 +117,9 @@ class TorchvisionSet:
         cifar = CIFAR10 if self.name == "cifar10" else CIFAR100
         return cifar(self.root, train=split == "train", download=download)
 
-    def _download(self, split: str) -> "VisionDataset":
-        url = _ARCHIVES[self.name]
-        try:
-            self.root.mkdir(parents=True, exist_ok=True)
-            # Every rank of a machine comes here: one downloads, the others then find it.
-            with FileLock(self.root / f".{self.name}.lock"):
-                return self._load(split, download=True)
-        except Exception as error:  # what a network, a proxy, an archive or a folder may raise
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise InputError(
-                f"{self.flag} {self.name} is not whole in {self.root} and cannot be downloaded ({reason}); "
-                f"put {url.rpartition('/')[2]} from {url} there, or name another folder with --image-root"
-            ) from None
+    def _not_downloaded(self, error: Exception) -> InputError:
+        url, reason = _ARCHIVES[self.name], " ".join(str(error).split()) or type(error).__name__
+        return InputError(
+            f"{self.flag} {self.name} is not whole in {self.root} and cannot be downloaded ({reason}); "
+            f"put {url.rpartition('/')[2]} from {url} there, or name another folder with --image-root"
+        )

@@ -4,13 +4,13 @@ import glob
 import os
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from lib.data.captions.listing import SPLITS
 from lib.data.files import is_hidden, open_file
-from lib.errors import InputError
+from lib.errors import InputError, raised_as
 from lib.redaction import without_secrets
 
 PARQUET = ".parquet"
@@ -53,11 +53,9 @@ def load_hub(name: str, flag: str) -> Rows:
     if os.path.isdir(repository):  # the library would read it instead
         raise InputError(f"{asked}: {repository} is a folder here as well; leave hub: out to read that one")
     datasets = _library(asked)
-    try:
-        with _calm(datasets):
-            found = datasets.load_dataset(repository, match["config"])
-    except Exception as error:  # the library, the network and the repository raise what they like
-        raise InputError(f"{asked} {_fault_of_hub(error, repository)}") from None
+    # The library, the network and the repository raise what they like.
+    with raised_as(lambda fault: InputError(f"{asked} {_fault_of_hub(fault, repository)}"), Exception), _calm(datasets):
+        found = datasets.load_dataset(repository, match["config"])
     return _rows(found, asked, match["split"], f"name one, as hub:{repository}:SPLIT")
 
 
@@ -72,18 +70,13 @@ def load_parquet(name: str, flag: str, cache: Path) -> Rows:
     if not files:
         raise InputError(f"{asked}: there is no such {PARQUET} file; give a file, a glob or a folder of this machine")
     datasets = _library(asked)
-    try:
-        with _calm(datasets):
-            if folder and has_card(folder):
-                found = datasets.load_dataset(name, cache_dir=str(cache))
-            else:
-                by_split = _by_split(folder, files) if folder else {_UNDIVIDED: files}
-                patterns = {each: [glob.escape(os.path.abspath(f)) for f in some] for each, some in by_split.items()}
-                found = datasets.load_dataset("parquet", data_files=patterns, cache_dir=str(cache))
-    except Exception as error:
-        reason = _broken(files) or _reason(error)
-        found = "its files have different columns: " if "Couldn't cast" in reason else ""
-        raise InputError(f"{asked} cannot be read: {found}{reason}") from None
+    with raised_as(lambda fault: _fault_of_parquet(fault, asked, files), Exception), _calm(datasets):
+        if folder and has_card(folder):
+            found = datasets.load_dataset(name, cache_dir=str(cache))
+        else:
+            by_split = _by_split(folder, files) if folder else {_UNDIVIDED: files}
+            patterns = {each: [glob.escape(os.path.abspath(f)) for f in some] for each, some in by_split.items()}
+            found = datasets.load_dataset("parquet", data_files=patterns, cache_dir=str(cache))
     return _rows(found, asked, None, "give a glob of the files of one")
 
 
@@ -91,11 +84,9 @@ def load_saved(folder: Path, flag: str) -> Rows:
     """Load what `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote; InputError where it is not whole."""
     asked = f"{flag} {folder}"
     datasets = _library(asked)
-    try:
-        with _calm(datasets):
-            found = datasets.load_from_disk(str(folder))
-    except Exception as error:
-        raise InputError(f"{asked} cannot be read as a folder of save_to_disk: {_reason(error)}") from None
+    wrong = f"{asked} cannot be read as a folder of save_to_disk"
+    with raised_as(lambda fault: InputError(f"{wrong}: {_reason(fault)}"), Exception), _calm(datasets):
+        found = datasets.load_from_disk(str(folder))
     return _rows(found, asked, None, f"give one, as {folder}/SPLIT")
 
 
@@ -115,11 +106,9 @@ def holds_parquet(folder: Path) -> bool:
 
 def has_card(folder: Path) -> bool:
     """Whether there is a README.md that begins with the YAML of the hub: configurations, splits, class names."""
-    try:
-        with open_file(folder / "README.md") as file:
-            return file.readline(100).strip() == b"---"
-    except OSError:
-        return False
+    with suppress(OSError), open_file(folder / "README.md") as file:
+        return file.readline(100).strip() == b"---"
+    return False
 
 
 def _files_below(folder: Path) -> list[Path]:
@@ -154,20 +143,18 @@ def _rows(found: Any, asked: str, wanted: str | None, one_split: str) -> Rows:
     tables = [own[name].with_format(None) for name in split_of]
     if not sum(map(len, tables)):
         raise InputError(f"{asked} has no rows")
-    try:
+    wrong = f"{asked}: its splits have different columns"
+    with raised_as(lambda fault: InputError(f"{wrong} ({_reason(fault)}); {one_split}"), Exception):
         table = datasets.concatenate_datasets(tables) if len(tables) > 1 else tables[0]
-    except Exception as error:
-        raise InputError(f"{asked}: its splits have different columns ({_reason(error)}); {one_split}") from None
     splits = [SplitRows(name, split, len(own[name])) for name, split in split_of.items()]
     unread = () if wanted is not None else tuple(name for name in own if name not in split_of)
     return Rows(table, splits, unread, " ".join(each._fingerprint for each in tables))
 
 
 def _library(asked: str) -> Any:
-    try:
+    wrong = f"{asked} needs a package that is not installed"
+    with raised_as(lambda fault: InputError(f"{wrong} ({fault}): pip install datasets"), ImportError):
         import datasets  # here, because it takes a second and a half, and is installed only where it is wanted
-    except ImportError as error:
-        raise InputError(f"{asked} needs a package that is not installed ({error}): pip install datasets") from None
     return datasets
 
 
@@ -211,6 +198,12 @@ def _fault_of_hub(error: Exception, repository: str) -> str:
         f"cannot be fetched ({message}): download it where there is a network with `hf download {repository} "
         "--repo-type dataset --local-dir DIR`, then give --data DIR"
     )
+
+
+def _fault_of_parquet(error: Exception, asked: str, files: Sequence[Path]) -> InputError:
+    reason = _broken(files) or _reason(error)
+    found = "its files have different columns: " if "Couldn't cast" in reason else ""
+    return InputError(f"{asked} cannot be read: {found}{reason}")
 
 
 def _broken(files: Sequence[Path]) -> str | None:

@@ -1,6 +1,7 @@
 """Samples of a data set that the `datasets` library reads: captioned images, or images with classes."""
 
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -162,14 +163,12 @@ def _batches(table: Any, columns: list[str]) -> Iterator[Any]:
 
 def _python(array: Any) -> list:
     """The values; one that is not UTF-8, as in a damaged file, becomes a text that is counted as that."""
-    try:
+    with suppress(UnicodeDecodeError):
         return array.to_pylist()
-    except UnicodeDecodeError:
-        return [_python_value(value) for value in array]
+    return [_python_value(value) for value in array]
 
 
 def _python_value(value: Any) -> object:
-    try:
+    with suppress(UnicodeDecodeError):
         return value.as_py()
-    except UnicodeDecodeError:
-        return _NOT_UTF8
+    return _NOT_UTF8

@@ -9,6 +9,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,7 +29,7 @@ from lib.data.remote.fetch import Fetcher, default_fetcher
 from lib.data.shards.index import SPLITS, ShardIndex, write_index
 from lib.data.shards.shard_set import ShardSet
 from lib.data.sources import check_columns
-from lib.errors import InputError, RunError, told_in_one_line
+from lib.errors import InputError, RunError, raised_as, told_in_one_line
 from lib.redaction import write_text
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -37,7 +38,7 @@ _SAMPLES = 1000
 
 @dataclass(frozen=True)
 class PackConfig:
-    """What to pack, and how."""
+    """Settings of a pack."""
 
     source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE")]
     """As --data in training: class folders, a table, COCO, Flickr or Karpathy files, a set's name, shards, parquet
@@ -120,22 +121,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     check_columns(columns, config.source, [opened])
     listing = list_samples(opened, "SOURCE", fetcher, config.captions == "lines")
     seed = config.seed(isinstance(opened, ShardSet))
-    record = Record(config.out, _settings(config, listing, seed))
-    try:
+    safe = "finished shards are safe, the same command goes on"
+    with (
+        raised_as(lambda fault: RunError(f"--out {config.out}: {fault}; {safe}"), OSError),
+        closing(Record(config.out, _settings(config, listing, seed))) as record,
+    ):
         if record.done:
             print(f"{config.out} is done already: {_summary(record)}")
             return
         if record.shards:
             print(f"{config.out}: going on after shard {len(record.shards)}", flush=True)
         _pack(config, listing, seed, record)
-    except OSError as error:
-        raise RunError(f"--out {config.out}: {error}; finished shards are safe, the same command goes on") from error
-    finally:
-        record.close()
 
 
 def _settings(config: PackConfig, listing: Listing, seed: int | None) -> dict[str, object]:
-    """What the bytes of the shards depend on."""
+    """Everything that the bytes of the shards depend on."""
     source = os.path.abspath(config.source) if os.path.exists(config.source) else config.source
     return {
         "source": source,

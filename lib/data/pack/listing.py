@@ -12,12 +12,12 @@ from lib.data.hub.row_images import RowImages
 from lib.data.images import BadImage, ImageFiles, open_header, read_image_file
 from lib.data.pairs import Images
 from lib.data.recognize import OpenedData
-from lib.data.remote.fetch import Fetcher, Unreachable
+from lib.data.remote.fetch import Fetcher
 from lib.data.shards.annotations import Annotation, annotate, shard_names
 from lib.data.shards.index import SPLITS
 from lib.data.shards.kind import text_form
 from lib.data.shards.shard_set import ShardSet
-from lib.data.shards.tars import IMAGE_SUFFIXES, Damage, index_samples, read_member
+from lib.data.shards.tars import IMAGE_SUFFIXES, Damage, index_shard, read_image
 from lib.data.skipped import of_all_splits
 
 _OF_FORMAT = {name: extensions[0].removeprefix(".") for name, extensions in READABLE.items()}
@@ -46,13 +46,7 @@ class MemberImage(NamedTuple):
     def read(self) -> tuple[bytes, str]:
         """The bytes as they are, and the suffix; raises BadImage."""
         assert self.place is not None
-        try:
-            # Asked for every time: a fetched shard may have left the cache.
-            content = read_member(self.fetcher.local(self.shard), self.place)
-        except Unreachable as error:
-            raise BadImage(error.reason) from None
-        except OSError as error:
-            raise BadImage("unreadable") from error
+        content = read_image(self.shard, self.place, self.fetcher)
         if not content:
             raise BadImage("empty")
         return content, self.suffix
@@ -168,12 +162,7 @@ def _of_shards(shards: ShardSet, flag: str, fetcher: Fetcher, lines: bool) -> Li
     for split, paths in shards.splits.items():
         form, labelled = text_form(shards, split, flag, fetcher, lines)
         for path, name in zip(paths, shard_names(paths), strict=True):
-            try:
-                samples = index_samples(fetcher.local(path))
-            except Unreachable as error:
-                listing.malformed.append((name, error.reason))
-                continue
-            for sample in samples:
+            for sample in index_shard(path, fetcher):
                 if isinstance(sample, Damage):
                     listing.malformed.append((name, sample.reason))
                     continue

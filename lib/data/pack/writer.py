@@ -1,15 +1,17 @@
-"""Owns the files that packing leaves: shards written whole or not at all, and the record of what is done."""
+"""Files of a pack: shards written whole or not at all, and the record of what is done."""
 
 import fcntl
 import io
 import json
 import os
 import tarfile
+from contextlib import suppress
 from pathlib import Path
-from typing import IO, BinaryIO
+from typing import BinaryIO
 
+from lib.data.files import fault_of, rename_for_good
 from lib.data.shards.index import ShardEntry
-from lib.errors import InputError
+from lib.errors import InputError, raised_as
 from lib.redaction import json_without_secrets
 
 RECORD = "packing.jsonl"
@@ -50,18 +52,18 @@ class ShardWriter:
         _sync(self._file)
         self._file.close()
         size = self._unfinished.stat().st_size
-        os.replace(self._unfinished, self.path)
-        _sync_folder(self.path.parent)  # the record must not know of a name that a power cut takes back
+        rename_for_good(self._unfinished, self.path)  # the record is not to know of a name that a power cut takes back
         return ShardEntry(self.split, self.samples, self.pairs, size)
 
     def close(self) -> None:
         """Leave the shard unfinished; without effect on a finished one."""
-        self._file.close()
         self._unfinished.unlink(missing_ok=True)
+        with suppress(OSError):  # what is left to write does not matter any more
+            self._file.close()
 
 
 class Record:
-    """What is done in a folder: a line with the settings, one for each finished shard, and a last one."""
+    """Record of a folder: a line with the settings, one for each finished shard, and a last one."""
 
     def __init__(self, folder: Path, settings: dict[str, object]):
         """Take up the folder, or begin it; InputError where it holds something else or is being packed into."""
@@ -99,18 +101,18 @@ class Record:
 
     def close(self) -> None:
         """Let others have the folder."""
-        self._file.close()
+        with suppress(OSError):  # of a line that could not be written: `_write` has raised it
+            self._file.close()
 
     def _whole_lines(self) -> list[dict]:
-        """What is recorded; a last line that was cut off in the writing is removed."""
+        """Recorded lines; a last line that was cut off in the writing is removed."""
         self._file.seek(0)
         content = self._file.read()
         content = content[: content.rfind(b"\n") + 1]
         self._file.truncate(len(content))
-        try:
+        damaged = InputError(f"--out {self._folder}: {RECORD} is damaged; empty the folder or name another")
+        with raised_as(lambda _: damaged, ValueError):
             return [json.loads(line) for line in content.splitlines()]
-        except ValueError:
-            raise InputError(f"--out {self._folder}: {RECORD} is damaged; empty the folder or name another") from None
 
     def _check(self, found: dict, settings: dict[str, object]) -> None:
         # The secrets of addresses are not recorded, and may be others the next time.
@@ -141,14 +143,13 @@ class Record:
 
 def _open_record(folder: Path) -> BinaryIO:
     """The record of a folder that is new, empty or has one; no other process can open it so."""
-    try:
+    wrong = f"--out {folder} cannot be written"
+    with raised_as(lambda fault: InputError(f"{wrong}: {fault_of(fault)}; choose another folder"), OSError):
         folder.mkdir(parents=True, exist_ok=True)
         others = sorted(os.listdir(folder))
         if others and RECORD not in others:
             raise InputError(f"--out {folder} holds {others[0]} and no packed shards; name an empty or new folder")
         file = open(folder / RECORD, "ab+")  # noqa: SIM115 - stays open, and locked
-    except OSError as error:
-        raise InputError(f"--out {folder} cannot be written: {error.strerror}; choose another folder") from None
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -157,17 +158,9 @@ def _open_record(folder: Path) -> BinaryIO:
     return file
 
 
-def _sync(file: IO) -> None:
+def _sync(file: BinaryIO) -> None:
     file.flush()
     os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _padded(size: int, block: int) -> int:

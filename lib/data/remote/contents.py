@@ -2,11 +2,13 @@
 
 import tarfile
 import zlib
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from lib.data.files import fault_of, open_file
-from lib.data.remote.transfer import Unreachable
+from lib.data.files import open_file
+from lib.data.remote.transfer import Unreachable, unreachable
+from lib.errors import raised_as
 
 GZIP = b"\x1f\x8b"
 """The first bytes of gzip."""
@@ -31,13 +33,13 @@ def check_tar(path: Path) -> None:
     """Raise Unreachable, reason not_a_tar, for a file that does not begin as a tar does; an empty tar is one."""
     with open_file(path) as file:
         head = file.read(tarfile.BLOCKSIZE)
-    try:
-        tarfile.TarInfo.frombuf(head, "utf-8", "surrogateescape")  # checks the header's sum
-    except tarfile.EOFHeaderError:  # type: ignore[attr-defined]  # zeros; the stubs leave it out
+    if head == bytes(tarfile.BLOCKSIZE):  # the end of an archive
         return
-    except tarfile.HeaderError:
-        if len(head) < tarfile.BLOCKSIZE or head[257:262] != b"ustar":
-            raise Unreachable("not_a_tar", _begins(head)) from None
+    with suppress(tarfile.HeaderError):
+        tarfile.TarInfo.frombuf(head, "utf-8", "surrogateescape")  # checks the header's sum
+        return
+    if len(head) < tarfile.BLOCKSIZE or head[257:262] != b"ustar":
+        raise Unreachable("not_a_tar", _begins(head))
 
 
 def _begins(head: bytes) -> str:
@@ -77,19 +79,14 @@ def gunzip(packed: BinaryIO, unpacked: BinaryIO, most_bytes: float) -> bool:
 
 def _salvage(member: "zlib._Decompress", piece: bytes, unpacked: BinaryIO, most_bytes: float) -> None:
     """Unpack byte by byte up to the damage: fed at once, a piece with damage in it yields nothing."""
-    for place in range(len(piece)):
-        try:
-            content = member.decompress(piece[place : place + 1])
-        except zlib.error:
-            return
-        _write(content, unpacked, most_bytes)
+    with suppress(zlib.error):
+        for place in range(len(piece)):
+            _write(member.decompress(piece[place : place + 1]), unpacked, most_bytes)
 
 
 def _read(packed: BinaryIO) -> bytes:
-    try:
+    with raised_as(unreachable, OSError):  # of a failing disk; errors of writing are the cache's
         return packed.read(_PIECE)
-    except OSError as error:  # of a failing disk; errors of writing are the cache's
-        raise Unreachable("unreachable", fault_of(error)) from None
 
 
 def _write(content: bytes, unpacked: BinaryIO, most_bytes: float) -> None:

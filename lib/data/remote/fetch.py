@@ -8,7 +8,7 @@ import stat
 import tarfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,8 +30,9 @@ from lib.data.remote.transfer import (
     read_url,
     remote_matches,
     run_command,
+    unreachable,
 )
-from lib.errors import InputError
+from lib.errors import InputError, raised_as
 
 __all__ = ["Fetcher", "Unreachable", "copy_note", "default_fetcher", "fault"]
 
@@ -97,14 +98,20 @@ class Fetcher:
             self._make_room()
             return cached
 
+    def reached(self, shard: str) -> str | Unreachable:
+        """As `local`, with an Unreachable as the answer where it would raise one: most readers note it and read on."""
+        try:
+            return self.local(shard)
+        except Unreachable as error:
+            return error
+
     def is_here(self, shard: str) -> bool:
         """Whether `local` would give the shard without fetching or unpacking it."""
-        try:
+        with suppress(Unreachable):
             status = None if is_away(shard) else _status_of_file(_path(shard))
-        except Unreachable:
-            return False
-        is_plain = status and not shard.lower().endswith(ZIPPED)
-        return bool(is_plain) or self._cached(_cached_name(shard, status)) is not None
+            is_plain = status and not shard.lower().endswith(ZIPPED)
+            return bool(is_plain) or self._cached(_cached_name(shard, status)) is not None
+        return False
 
     def read_text(self, path_or_url: str) -> str | None:
         """The text of a small file beside the shards, or None where there is none.
@@ -114,20 +121,9 @@ class Fetcher:
         """
         if path_or_url.startswith(PIPE):
             return None
-        remedy = "check the file"
-        try:
+        with raised_as(lambda fault: _unread(fault, path_or_url), Unreachable, UnicodeDecodeError, OSError):
             content = read_url(path_or_url) if is_url(path_or_url) else _small_file(_path(path_or_url))
             return None if content is None or is_web_page(content) else decode(_unzipped(content))
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        except Unreachable as error:
-            problem = f"cannot be reached or read ({error.detail})"
-            remedy = "check the network" if is_url(path_or_url) else remedy
-        except UnicodeDecodeError:
-            problem, remedy = "is not UTF-8 text", "save it as UTF-8, or remove it"
-        except OSError as error:
-            problem = f"cannot be read ({fault_of(error)})"
-        raise InputError(f"--data: {path_or_url} {problem}; {remedy}")
 
     def _check_pipe(self, data: str, flag: str) -> None:
         if data.startswith(PIPE) and not self.allow_pipe:
@@ -140,7 +136,7 @@ class Fetcher:
 
     def _cached(self, name: str) -> str | None:
         for path in (self.cache / "shards" / name, self.cache / "shards" / f"{name}{_BAD_GZIP}"):
-            if path.is_file():
+            if os.path.isfile(path):  # False too for a folder of too long a name, which is told where it is made
                 with suppress(OSError):  # a cache that others filled and that is only to be read
                     os.utime(path)
                 return str(path)
@@ -185,10 +181,8 @@ def _path(shard: str) -> str:
 
 def _status_of_file(path: str) -> os.stat_result:
     """Its size and date; raises Unreachable for what is not there, and for a FIFO or device, which could block."""
-    try:
+    with raised_as(unreachable, OSError, ValueError):
         status = os.stat(path)
-    except (OSError, ValueError) as error:
-        raise Unreachable("unreachable", getattr(error, "strerror", None) or str(error)) from None
     if not stat.S_ISREG(status.st_mode):
         raise Unreachable("not_a_file", "a FIFO, device or folder, not a file")
     return status
@@ -196,19 +190,29 @@ def _status_of_file(path: str) -> os.stat_result:
 
 def _needs_unpacking(shard: str) -> bool:
     """Whether a local file is zipped as its name says; a tar under a wrong name is taken as it is."""
-    try:
-        with open_file(_path(shard)) as file:
-            return file.read(262)[257:] != b"ustar"
-    except OSError as error:
-        raise Unreachable("unreachable", fault_of(error)) from None
+    with raised_as(unreachable, OSError), open_file(_path(shard)) as file:
+        return file.read(262)[257:] != b"ustar"
 
 
-def _small_file(path: str) -> bytes:
-    with open_file(path) as file:
+def _small_file(path: str) -> bytes | None:
+    """Its bytes, or None where there is none; raises Unreachable beyond SMALL_BYTES."""
+    with suppress(FileNotFoundError, NotADirectoryError), open_file(path) as file:
         content = file.read(SMALL_BYTES + 1)
-    if len(content) > SMALL_BYTES:
-        raise Unreachable("too_large", f"more than {SMALL_BYTES:,} bytes")
-    return content
+        if len(content) > SMALL_BYTES:
+            raise Unreachable("too_large", f"more than {SMALL_BYTES:,} bytes")
+        return content
+    return None
+
+
+def _unread(error: Exception, path_or_url: str) -> InputError:
+    """The error of `read_text`, with what to do."""
+    problem, remedy = f"cannot be read ({fault_of(error)})", "check the file"
+    if isinstance(error, UnicodeDecodeError):
+        problem, remedy = "is not UTF-8 text", "save it as UTF-8, or remove it"
+    elif isinstance(error, Unreachable):
+        problem = f"cannot be reached or read ({error.detail})"
+        remedy = "check the network" if is_url(path_or_url) else remedy
+    return InputError(f"--data: {path_or_url.partition('?')[0]} {problem}; {remedy}")
 
 
 def _unzipped(content: bytes) -> bytes:
@@ -235,11 +239,11 @@ def _cached_name(shard: str, status: os.stat_result | None) -> str:
 @contextmanager
 def _locked(lock: FileLock) -> Iterator[bool]:
     """One process at a time; yields whether another had to be waited for."""
-    waited = False
-    try:
+    waited = True
+    with suppress(Timeout):
         lock.acquire(timeout=0)
-    except Timeout:
-        waited = True
+        waited = False
+    if waited:
         lock.acquire()
     try:
         yield waited
@@ -247,12 +251,10 @@ def _locked(lock: FileLock) -> Iterator[bool]:
         lock.release()
 
 
-@contextmanager
-def _cache_faults_told(cache: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise InputError(f"--cache-dir {cache} cannot be written ({fault_of(error)}); name a folder that can") from None
+def _cache_faults_told(cache: Path) -> AbstractContextManager[None]:
+    wrong, remedy = f"--cache-dir {cache} cannot be written", "name a folder that can"
+    # ValueError: of a name that no folder can have.
+    return raised_as(lambda fault: InputError(f"{wrong} ({fault_of(fault)}); {remedy}"), OSError, ValueError)
 
 
 def _fetch(shard: str, target: Path, attempts: int, cache_bytes: int) -> str:

@@ -14,7 +14,7 @@ from braceexpand import (  # type: ignore[attr-defined]  # its stubs leave these
     make_int_range,
 )
 
-from lib.errors import InputError
+from lib.errors import InputError, raised_as
 from lib.redaction import without_secrets
 
 MOST_NAMES = 1_000_000
@@ -30,22 +30,21 @@ def expanded(pattern: str, flag: str) -> Iterator[str]:
     if os.path.isfile(pattern):
         yield pattern
         return
-    try:
+    with raised_as(lambda fault: _unreadable(fault, pattern, flag), ValueError):
         if pattern.count("{") > _MOST_BRACES:
             raise ValueError
         for number, name in enumerate(_expand(pattern)):
             if number == MOST_NAMES:
-                break
+                wrong = f"the braces stand for more than {MOST_NAMES:,} names"
+                raise InputError(f"{flag} {pattern}: {wrong}; check the numbers")
             yield re.sub(r"\\(.)", r"\1", name)
-        else:
-            return
-    except UnbalancedBracesError:
-        raise InputError(f"{flag} {pattern}: a brace is not closed; write it as in 'a-{{0..9}}.tar'") from None
-    except ValueError:  # numbers of thousands of digits
-        raise InputError(
-            f"{flag} {without_secrets(pattern)[:100]}...: the braces cannot be read; write 'a-{{0..9}}.tar'"
-        ) from None
-    raise InputError(f"{flag} {pattern}: the braces stand for more than {MOST_NAMES:,} names; check the numbers")
+
+
+def _unreadable(error: Exception, pattern: str, flag: str) -> InputError:
+    if isinstance(error, UnbalancedBracesError):
+        return InputError(f"{flag} {pattern}: a brace is not closed; write it as in 'a-{{0..9}}.tar'")
+    # Numbers of thousands of digits, or too many braces.
+    return InputError(f"{flag} {without_secrets(pattern)[:100]}...: the braces cannot be read; write 'a-{{0..9}}.tar'")
 
 
 def local_matches(pattern: str, data: str, flag: str) -> list[str]:

@@ -18,8 +18,9 @@ from fsspec.callbacks import Callback
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.registry import known_implementations
 
+from lib.data.files import fault_of
 from lib.data.order import draw
-from lib.errors import InputError
+from lib.errors import InputError, raised_as
 from lib.redaction import without_secrets
 
 ATTEMPTS = 5
@@ -59,6 +60,15 @@ class Unreachable(Exception):
 
     def __str__(self) -> str:
         return f"{self.reason}: {self.detail}" if self.detail else self.reason
+
+
+class Refused(Unreachable):
+    """A remote said that it has no such file, or does not give it to us: nobody needs to ask again."""
+
+
+def unreachable(error: Exception) -> Unreachable:
+    """A fault of this machine's files as that of a shard."""
+    return Unreachable("unreachable", fault_of(error))
 
 
 class Pace(Callback):
@@ -110,32 +120,25 @@ def remote_matches(url: str, flag: str, schemes: set[str]) -> list[str]:
     schemes.add(_scheme(url))
     if not is_glob:
         return [url]
-    try:
+    with raised_as(lambda fault: _not_listed(fault, url, flag), Unreachable, NotImplementedError):
         names = attempted(lambda: filesystem.glob(url), url)
-    except (Unreachable, NotImplementedError) as error:
-        detail = getattr(error, "detail", "it has no listing")
-        raise InputError(f"{flag} {url}: cannot be listed ({detail}); write braces, as in 'a-{{0..9}}.tar'") from None
     if not names:
         raise InputError(f"{flag} {url}: there is no such file; check the address and the pattern")
     return [filesystem.unstrip_protocol(name) for name in names]
 
 
 def read_url(url: str) -> bytes | None:
-    """A small file's bytes, or None where the remote has none; raises Unreachable, also beyond SMALL_BYTES."""
+    """A small file's bytes, or None where the remote has none; raises Unreachable, also beyond SMALL_BYTES.
 
-    def read() -> bytes:
-        with tempfile.TemporaryDirectory() as folder:
-            path = os.path.join(folder, "file")
-            _get(url, path, Pace(SLOW_SECONDS, SMALL_SECONDS, SMALL_BYTES))
+    Raises OSError where there is no room on this machine for a copy.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "file")
+        with suppress(Refused):
+            attempted(lambda: _get(url, path, Pace(SLOW_SECONDS, SMALL_SECONDS, SMALL_BYTES)), url)
             with open(path, "rb") as file:
                 return file.read()
-
-    try:
-        return attempted(read, url)
-    except Unreachable as error:
-        if error.__cause__ is None:
-            raise
-        return None
+    return None
 
 
 def download(url: str, path: str, attempts: int) -> None:
@@ -159,6 +162,8 @@ def run_command(shard: str, path: str, attempts: int) -> None:
             code = _exit_code(command, output, errors)
             errors.seek(max(0, os.fstat(errors.fileno()).st_size - _DETAIL))
             said = errors.read(_DETAIL).decode("utf-8", errors="replace").strip().split("\n")[-1]
+            if code:
+                os.write(output.fileno(), b"\0")  # raises OSError where the disk is full: not the command's fault
         if code:
             raise ConnectionError(f"exit code {code}{': ' * bool(said)}{said}")
 
@@ -185,30 +190,37 @@ def _exit_code(command: str, output: BinaryIO, errors: BinaryIO) -> int:
 def attempted(get: Callable[[], T], name: str, attempts: int = ATTEMPTS) -> T:
     """The value of `get`, tried again after growing pauses; raises Unreachable after the last attempt.
 
-    What a remote says is not there or not allowed is not asked for again: that Unreachable has a cause. An Unreachable
-    of `get` itself (too slow, too large) costs much time: it is tried once more. No attempt begins after LONGEST.
+    What a remote refuses is not asked for again. An Unreachable of `get` itself (too slow, too large) costs much time:
+    it is tried once more. No attempt begins after LONGEST.
     """
-    began, reason = time.monotonic(), "unreachable"
+    began = time.monotonic()
     for attempt in range(1, attempts + 1):
         try:
             return get()
-        except (NotImplementedError, InputError):
-            raise
-        except Unreachable as error:
-            reason, detail, attempts = error.reason, error.detail, min(attempts, 2)
         except Exception as error:  # every filesystem has errors of its own
-            if isinstance(error, FileNotFoundError | PermissionError) or getattr(error, "status", 0) in _REFUSALS:
-                raise Unreachable("unreachable", _one_line(error)) from error
-            if isinstance(error, OSError) and error.errno in _DISK_FAULTS:
+            if isinstance(error, NotImplementedError | InputError) or getattr(error, "errno", None) in _DISK_FAULTS:
                 raise
-            reason, detail = "unreachable", _one_line(error)
-        if attempt >= attempts or time.monotonic() - began > LONGEST:
+            fault = _fault_of_attempt(error)
+            attempts = min(attempts, 2) if isinstance(error, Unreachable) else attempts
+        if isinstance(fault, Refused) or attempt >= attempts or time.monotonic() - began > LONGEST:
             break
         if attempt == 1:
-            print(f"{without_secrets(name)} failed ({detail}), trying again", file=sys.stderr, flush=True)
+            print(f"{without_secrets(name)} failed ({fault.detail}), trying again", file=sys.stderr, flush=True)
         jitter = 0.5 + draw("retry", name, os.getpid(), attempt) / 2**63
         time.sleep(BASE_DELAY * 2 ** (attempt - 1) * jitter)
-    raise Unreachable(reason, detail)
+    raise fault
+
+
+def _fault_of_attempt(error: Exception) -> Unreachable:
+    if isinstance(error, Unreachable):
+        return error
+    is_refused = isinstance(error, FileNotFoundError | PermissionError) or getattr(error, "status", 0) in _REFUSALS
+    return (Refused if is_refused else Unreachable)("unreachable", _one_line(error))
+
+
+def _not_listed(error: Exception, url: str, flag: str) -> InputError:
+    detail = error.detail if isinstance(error, Unreachable) else "it has no listing"
+    return InputError(f"{flag} {url}: cannot be listed ({detail}); write braces, as in 'a-{{0..9}}.tar'")
 
 
 def _filesystem(url: str, flag: str, longest: float) -> fsspec.AbstractFileSystem:
@@ -217,22 +229,24 @@ def _filesystem(url: str, flag: str, longest: float) -> fsspec.AbstractFileSyste
     longest: seconds for one request over http, answers included.
     """
     scheme = _scheme(url)
-    try:
+    # Every filesystem has errors of its own.
+    with raised_as(lambda fault: InputError(f"{flag} {url}: {_why_unusable(fault, scheme)}"), Exception):
         options = _http_options(longest) if scheme in _HTTP else {}
         # Asked first: one that lacks an argument, as ftp its host, is half made and prints a traceback of its end.
         inspect.signature(fsspec.get_filesystem_class(scheme).__init__).bind(None, **options)
         filesystem = fsspec.filesystem(scheme, **options)
-    except ImportError as error:
-        package = "aiohttp" if scheme in _HTTP else _package(scheme)
-        remedy = f"needs {package}; pip install {package}" if package else _one_line(error)
-        raise InputError(f"{flag} {url}: {remedy}") from None
-    except (TypeError, ValueError):  # of a scheme that fsspec does not know, or needs more for than an address
-        raise InputError(f"{flag} {url}: {scheme}:// is not known; give http, https, s3, gs or hf") from None
-    except Exception as error:  # every filesystem has errors of its own
-        raise InputError(f"{flag} {url}: {scheme}:// cannot be used ({_one_line(error)})") from None
     if isinstance(filesystem, LocalFileSystem):
         raise InputError(f"{flag} {url}: {scheme}:// is this machine; give the path alone")
     return filesystem
+
+
+def _why_unusable(error: Exception, scheme: str) -> str:
+    if isinstance(error, ImportError):
+        package = "aiohttp" if scheme in _HTTP else _package(scheme)
+        return f"needs {package}; pip install {package}" if package else _one_line(error)
+    if isinstance(error, TypeError | ValueError):  # fsspec does not know it, or it needs more than an address
+        return f"{scheme}:// is not known; give http, https, s3, gs or hf"
+    return f"{scheme}:// cannot be used ({_one_line(error)})"
 
 
 def _http_options(longest: float) -> dict:

@@ -81,10 +81,9 @@ def annotate(sample: Sample, shard: str, form: TextForm) -> Annotation:
         # JSON can spell half a character, which no tokenizer takes.
         if not is_utf8("".join((note.key, note.group or "", note.class_name or "", *note.captions))):
             note = Annotation(printable, reason="not_utf8")
-    except UnicodeDecodeError:
-        note = Annotation(printable, reason="not_utf8")
-    except Exception:  # no JSON, nested too deeply for its reader, numbers too long for it, a list as a key, ...
-        note = Annotation(printable, reason="malformed_json")
+    except Exception as error:  # no JSON, nested too deeply for its reader, numbers too long for it, a list as a key
+        reason = "not_utf8" if isinstance(error, UnicodeDecodeError) else "malformed_json"
+        note = Annotation(printable, reason=reason)
     return note._replace(reason=sample.fault or note.reason)
 
 

@@ -7,14 +7,14 @@ import numpy as np
 from PIL import Image
 
 from lib.data.evaluation_set import EvaluationSet
-from lib.data.images import BadImage, Extent, decode_image
+from lib.data.images import Extent, decode_image
 from lib.data.order import stable_hash
 from lib.data.remote.fetch import Fetcher, Unreachable
 from lib.data.shards.annotations import Annotation, TextForm, annotate, shard_names, shown
 from lib.data.shards.kind import text_form
 from lib.data.shards.shard_set import ShardSet
 from lib.data.shards.source import ShardSource
-from lib.data.shards.tars import Damage, index_samples, read_member
+from lib.data.shards.tars import Damage, index_shard, read_image
 from lib.errors import InputError
 
 
@@ -32,15 +32,12 @@ class TarImages:
 
     def open(self, index: int, extent: Extent | None = None) -> Image.Image:
         """Image `index`, RGB and upright, in full or at `extent` or larger; raises BadImage."""
+        return decode_image(self.content(index), extent)
+
+    def content(self, index: int) -> bytes:
+        """The bytes of image `index` as they are in the tar; raises BadImage."""
         shard, offset, size = self.places[index]
-        try:
-            # Asked for every time: a fetched shard may have left the cache.
-            content = read_member(self.fetcher.local(self.shards[shard]), (offset, size))
-        except Unreachable as error:
-            raise BadImage(error.reason) from None
-        except OSError as error:
-            raise BadImage("unreadable") from error
-        return decode_image(content, extent)
+        return read_image(self.shards[shard], (offset, size), self.fetcher)
 
     def identity(self, rows: np.ndarray) -> str:
         """Changes when one of these images does: names and sizes of the shards, and where in them the images lie."""
@@ -56,9 +53,8 @@ def shard_images(source: ShardSource) -> TarImages:
 
 
 def _stamp(shard: str, fetcher: Fetcher) -> tuple:
-    try:
-        path = fetcher.local(shard)
-    except Unreachable:
+    path = fetcher.reached(shard)
+    if isinstance(path, Unreachable):
         return (shard,)
     # The time of a fetched shard is when it was last used.
     return shard, os.path.getsize(path), os.stat(path).st_mtime_ns if path == shard else 0
@@ -94,12 +90,7 @@ class _Found:
 
     def add(self, shard: int, path: str, name: str, form: TextForm, labelled: bool, fetcher: Fetcher) -> None:
         """Note the samples of one shard, and why others cannot be used."""
-        try:
-            samples = index_samples(fetcher.local(path))
-        except Unreachable as error:
-            self.skipped.append((name, error.reason))
-            return
-        for sample in samples:
+        for sample in index_shard(path, fetcher):
             if isinstance(sample, Damage):
                 self.skipped.append((name, sample.reason))
                 continue

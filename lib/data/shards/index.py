@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from lib.data.fields import is_utf8, name_of
 from lib.data.remote.fetch import Fetcher
-from lib.errors import InputError
+from lib.errors import InputError, raised_as
 from lib.redaction import write_text
 
 INDEX = "index.json"
@@ -46,7 +46,9 @@ def read_index(folder: str, fetcher: Fetcher) -> ShardIndex | None:
     text = fetcher.read_text(path)
     if text is None:
         return None
-    try:
+    advice = "pack the shards again, or remove it"
+    faults = (ValueError, KeyError, TypeError, RecursionError)
+    with raised_as(lambda fault: InputError(f"{path} is damaged ({_told(fault)}); {advice}"), *faults):
         record = json.loads(text)
         if not isinstance(record, dict) or not {"version", "shards"} <= record.keys():
             return None  # another program's index
@@ -54,10 +56,6 @@ def read_index(folder: str, fetcher: Fetcher) -> ShardIndex | None:
         if version != _VERSION:
             raise InputError(f"{path} is of version {version}, read here is {_VERSION}; pack the shards again")
         return ShardIndex(_entries(record["shards"]), _classes(record.get("classes")))
-    except InputError:
-        raise
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise InputError(f"{path} is damaged ({_told(error)}); pack the shards again, or remove it") from None
 
 
 def write_index(folder: Path, index: ShardIndex) -> None:

@@ -1,22 +1,24 @@
 """The kind of text that the samples of shards have: captions, or classes and their names."""
 
+import os
 from collections.abc import Iterator
 from itertools import islice
 from typing import NamedTuple
 
+from lib.data.fields import is_utf8
 from lib.data.remote.fetch import Fetcher, Unreachable, copy_note
 from lib.data.shards.annotations import Annotation, TextForm, annotate, listed_classes, shard_names, shown
 from lib.data.shards.shard_set import ShardSet
-from lib.data.shards.tars import Damage, Sample, index_samples
+from lib.data.shards.tars import Damage, Sample, index_samples, index_shard
 from lib.errors import InputError
 
 _LOOKED_AT = 1000
 _MOST_UNREACHABLE = 3
 
 
-def notes(path: str, name: str, form: TextForm) -> Iterator[Annotation]:
-    """The annotations of all samples of a local tar that have an image and no fault, without reading the images."""
-    for sample in index_samples(path):
+def notes(shard: str, name: str, form: TextForm, fetcher: Fetcher) -> Iterator[Annotation]:
+    """The annotations of all samples of a shard that have an image and no fault, without reading the images."""
+    for sample in index_shard(shard, fetcher):
         if isinstance(sample, Sample) and sample.image_suffix and sample.fault is None:
             yield annotate(sample, name, form)
 
@@ -85,6 +87,8 @@ def _nothing(path: str, apart: bool, fetcher: Fetcher) -> str:
     if damage:
         copy = copy_note(path, local) if local else ""
         return f" is no tar that can be read ({damage}){copy}; check the file, or pack anew"
+    if not is_utf8(os.path.basename(path)):
+        return ": the file's name is not UTF-8, and it is part of each sample's key; rename the file"
     if apart:
         return (
             ": the image and the text of a sample are not next to each other in the tar; sort its members by name, as "
@@ -95,11 +99,10 @@ def _nothing(path: str, apart: bool, fetcher: Fetcher) -> str:
 
 def _damage(path: str, fetcher: Fetcher) -> tuple[str | None, str | None]:
     """Why nothing of a shard can be read, None where it begins with a sample; and the local file, if there is one."""
-    try:
-        local = fetcher.local(path)
-        first = next(index_samples(local), None)
-    except Unreachable as error:
-        return error.reason, None
+    local = fetcher.reached(path)
+    if isinstance(local, Unreachable):
+        return local.reason, None
+    first = next(index_samples(local), None)
     return first.reason if isinstance(first, Damage) else None, local
 
 
@@ -109,15 +112,14 @@ def _first_samples(
     """Samples with their shards' names; InputError where the first shards cannot be had."""
     unreachable = 0
     for path, name in zip(paths, shard_names(paths), strict=True):
-        try:
-            local = fetcher.local(path)
-        except Unreachable as error:
+        local = fetcher.reached(path)
+        if isinstance(local, Unreachable):
             unreachable += 1
             if unreachable == min(_MOST_UNREACHABLE, len(paths)):
                 raise InputError(
-                    f"{flag} {shards.where}: {shown(path)} cannot be reached or read ({error}); check the address, "
+                    f"{flag} {shards.where}: {shown(path)} cannot be reached or read ({local}); check the address, "
                     "the network and the file"
-                ) from None
+                )
             continue
         for sample in index_samples(local):
             if isinstance(sample, Sample):

@@ -17,7 +17,7 @@ from lib.data.remote.transfer import ZIPPED, is_away
 from lib.data.shards.annotations import Annotation, TextForm, annotate, shard_names, shown
 from lib.data.shards.kind import notes, text_form
 from lib.data.shards.shard_set import ShardSet
-from lib.data.shards.tars import ALL, Damage, Sample, index_samples, read_samples
+from lib.data.shards.tars import ALL, Damage, Sample, index_shard, read_samples
 from lib.errors import InputError
 
 COUNTED_AT_ONCE = 2**30
@@ -61,11 +61,10 @@ class ShardSource(Source):
         Where the rest cannot be read there is one item with the reason, at the number where the next sample would
         be: whoever wants that number has it. A shard that cannot be reached has it at 0.
         """
-        try:
-            path = self.fetcher.local(self.shards[shard])
-        except Unreachable as error:
+        path = self.fetcher.reached(self.shards[shard])
+        if isinstance(path, Unreachable):
             if 0 in wanted:
-                yield 0, [self.fault(shard, error.reason)]
+                yield 0, [self.fault(shard, path.reason)]
             return
         for number, sample in read_samples(path, wanted):
             if isinstance(sample, Damage):
@@ -127,11 +126,7 @@ class ShardSource(Source):
         for shard, name in zip(self.shards, self.names, strict=True):
             if len(texts) >= limit or (texts and limit <= _SAMPLE_TEXTS and is_away(shard)):
                 break
-            try:
-                found = notes(self.fetcher.local(shard), name, self.form)
-            except Unreachable:
-                continue
-            texts += islice(self._texts(found), limit - len(texts))
+            texts += islice(self._texts(notes(shard, name, self.form, self.fetcher)), limit - len(texts))
         return texts
 
     def _texts(self, found: Iterator[Annotation]) -> Iterator[str]:
@@ -211,12 +206,7 @@ def _count(source: ShardSource) -> _Count:
         tqdm(source.shards, desc="counting", unit="shard", delay=2, disable=quiet), source.names, strict=True
     ):
         samples.append(0)
-        try:
-            found = index_samples(source.fetcher.local(path))
-        except Unreachable as error:
-            unusable.append((name, error.reason))
-            continue
-        for sample in found:
+        for sample in index_shard(path, source.fetcher):
             if isinstance(sample, Damage):
                 unusable.append((name, sample.reason))
                 continue

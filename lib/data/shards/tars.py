@@ -10,7 +10,9 @@ from typing import BinaryIO, NamedTuple
 from webdataset.tariterators import base_plus_ext
 
 from lib.data.files import IMAGE_EXTENSIONS, is_hidden, open_file
-from lib.data.remote.fetch import fault
+from lib.data.images import BadImage
+from lib.data.remote.fetch import Fetcher, Unreachable, fault
+from lib.errors import raised_as
 
 IMAGE_SUFFIXES = tuple(extension.removeprefix(".") for extension in IMAGE_EXTENSIONS)
 TEXT_SUFFIXES = ("txt", "json", "cls")
@@ -57,7 +59,7 @@ class Damage(NamedTuple):
 
     reason: str
     """truncated_tar; trailing_data behind the end, as of tars that were joined by cat; unreadable_tar where it is no
-    tar at all or the disk fails; or bad_gzip"""
+    tar at all or the disk fails; bad_gzip; or that of an Unreachable"""
 
 
 def read_samples(path: str, wanted: range | frozenset[int]) -> Iterator[tuple[int, Sample | Damage]]:
@@ -66,6 +68,38 @@ def read_samples(path: str, wanted: range | frozenset[int]) -> Iterator[tuple[in
     Members of other samples are passed over by their headers; only those with the suffixes above are read, and
     nothing is extracted, decoded or unpickled.
     """
+    return _numbered(path, wanted, _SUFFIXES)
+
+
+def index_samples(path: str) -> Iterator[Sample | Damage]:
+    """All samples of an uncompressed tar, with (offset, size) of their images and the bytes of their texts."""
+    return (sample for _, sample in _numbered(path, ALL, TEXT_SUFFIXES))
+
+
+def index_shard(shard: str, fetcher: Fetcher) -> Iterator[Sample | Damage]:
+    """As `index_samples`, of a shard that is fetched first; Damage alone where it cannot be had."""
+    path = fetcher.reached(shard)
+    return iter([Damage(path.reason)]) if isinstance(path, Unreachable) else index_samples(path)
+
+
+def read_image(shard: str, place: tuple[int, int], fetcher: Fetcher) -> bytes:
+    """The bytes at (offset, size) of a shard; raises BadImage.
+
+    The fetcher is asked every time: a fetched shard may have left the cache.
+    """
+    with raised_as(lambda _: BadImage("unreadable"), OSError):
+        path = fetcher.reached(shard)
+        if isinstance(path, Unreachable):
+            raise BadImage(path.reason)
+        with open_file(path) as file:
+            file.seek(place[0])
+            return file.read(place[1])
+
+
+def _numbered(
+    path: str, wanted: range | frozenset[int], suffixes: tuple[str, ...]
+) -> Iterator[tuple[int, Sample | Damage]]:
+    """The wanted samples by number, with the bytes of the members that have these suffixes; Damage at its number."""
     if not wanted:
         return
     last = wanted[-1] if isinstance(wanted, range) else max(wanted)
@@ -76,27 +110,10 @@ def read_samples(path: str, wanted: range | frozenset[int]) -> Iterator[tuple[in
                 if number > last:
                     return
                 if number in wanted:
-                    yield number, sample if isinstance(sample, Damage) else _loaded(file, sample, _SUFFIXES)
+                    yield number, sample if isinstance(sample, Damage) else _loaded(file, sample, suffixes)
     except OSError:
         if number in wanted:
             yield number, Damage("unreadable_tar")
-
-
-def index_samples(path: str) -> Iterator[Sample | Damage]:
-    """All samples of an uncompressed tar, with (offset, size) of their images and the bytes of their texts."""
-    try:
-        with open_file(path) as file:
-            for sample in _samples(file, path):
-                yield sample if isinstance(sample, Damage) else _loaded(file, sample, TEXT_SUFFIXES)
-    except OSError:
-        yield Damage("unreadable_tar")
-
-
-def read_member(path: str, place: tuple[int, int]) -> bytes:
-    """The bytes at (offset, size) of a tar."""
-    with open_file(path) as file:
-        file.seek(place[0])
-        return file.read(place[1])
 
 
 def _loaded(file: BinaryIO, sample: Sample, suffixes: tuple[str, ...]) -> Sample:

@@ -1,4 +1,4 @@
-"""Owns how one pass over shards is dealt to streams: a pure function, the same wherever it is computed."""
+"""Dealing of one pass over shards to streams: a pure function, the same wherever it is computed."""
 
 import sys
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from lib.data.streams.positions import ShardPosition
 
 
 class Part(NamedTuple):
-    """What one stream reads of one shard: these of its samples."""
+    """The samples of one shard that one stream reads."""
 
     shard: int
     samples: range
@@ -33,7 +33,7 @@ class Dealing:
     """shards left out, by pass"""
 
     def parts(self, epoch: int, stream: int) -> list[Part]:
-        """What the stream reads in pass `epoch`, in order.
+        """Parts that the stream reads in pass `epoch`, in order.
 
         With known counts the samples are cut into equal ranges, one for each stream. Else whole shards are dealt in
         turn; where they are fewer than the streams, every stream takes each n-th sample of all of them.

@@ -1,4 +1,4 @@
-"""Owns the layout of streams: which shards, how many streams, and what another layout takes over of a pass."""
+"""Layout of streams: their shards, their number, and the rest of a pass that another layout takes over."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Owns where streams stand: positions that travel with every chunk, and the form in which they are saved."""
+"""Positions of streams: they travel with every chunk, and the form in which they are saved."""
 
 from typing import NamedTuple
 
