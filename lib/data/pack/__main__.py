@@ -6,7 +6,6 @@ DIR is then data itself: `--data DIR`. Interrupted, the same command goes on whe
 import json
 import os
 import re
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import closing
@@ -29,7 +28,7 @@ from lib.data.remote.fetch import Fetcher, default_fetcher
 from lib.data.shards.index import SPLITS, ShardIndex, write_index
 from lib.data.shards.shard_set import ShardSet
 from lib.data.sources import check_columns
-from lib.errors import InputError, RunError, raised_as, told_in_one_line
+from lib.errors import InputError, RunError, machine_faults_told, raised_as, told_in_one_line
 from lib.redaction import write_text
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -121,9 +120,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     check_columns(columns, config.source, [opened])
     listing = list_samples(opened, "SOURCE", fetcher, config.captions == "lines")
     seed = config.seed(isinstance(opened, ShardSet))
-    safe = "finished shards are safe, the same command goes on"
     with (
-        raised_as(lambda fault: RunError(f"--out {config.out}: {fault}; {safe}"), OSError),
+        machine_faults_told(lambda: "finished shards are safe, the same command goes on"),
+        raised_as(lambda fault: RunError(f"--out {config.out}: {fault}"), OSError),
         closing(Record(config.out, _settings(config, listing, seed))) as record,
     ):
         if record.done:
@@ -228,8 +227,4 @@ def _counted(skips: Skips) -> str:
 
 if __name__ == "__main__":
     with told_in_one_line():
-        try:
-            main()
-        except KeyboardInterrupt:
-            print("\ninterrupted; the same command goes on where this one stopped", file=sys.stderr)
-            sys.exit(130)
+        main()
