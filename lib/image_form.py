@@ -7,6 +7,8 @@ from typing import Literal
 
 from transformers import AutoImageProcessor
 
+from lib.model_files import NO_CODE
+
 Resize = Literal["crop", "squash", "pad"]
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -44,10 +46,10 @@ def model_image_form(settings: dict) -> ImageForm:
     return replace(form, size=vision.get("image_size", form.size))
 
 
-def read_image_form(folder_or_id: str | Path, default: ImageForm) -> ImageForm:
-    """What the image-processor files of a folder or hub id ask for; the default without such files."""
+def read_image_form(folder: str | Path, default: ImageForm) -> ImageForm:
+    """What the image-processor files of a folder ask for; the default without such files."""
     try:
-        processor = AutoImageProcessor.from_pretrained(folder_or_id)
+        processor = AutoImageProcessor.from_pretrained(folder, **NO_CODE)
     except (OSError, ValueError):  # no such file, or one that names no known processor
         return default
     if hasattr(processor, "max_num_patches"):  # SigLIP 2 of any resolution: the square that it has positions for

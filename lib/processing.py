@@ -13,7 +13,6 @@ from torch import Tensor
 from transformers import (
     AltCLIPProcessor,
     AutoConfig,
-    AutoTokenizer,
     ChineseCLIPProcessor,
     CLIPImageProcessor,
     CLIPProcessor,
@@ -26,14 +25,14 @@ from transformers import (
     SiglipProcessor,
 )
 
-from lib.errors import InputError
 from lib.image_form import DEFAULT_FORMS, ImageForm, Resize, model_image_form, read_image_form
+from lib.model_files import ModelFolder, find_model, is_open_clip, reading
+from lib.open_clip_files import open_clip_settings
+from lib.text_form import is_canonical, load_tokenizer, text_length
 
 ModelType = Literal["clip", "chinese_clip", "altclip", "siglip", "siglip2", "two_towers"]
 
-# Captions and prompts are short: an encoder that could read 512 tokens or more is not given that many.
-MAX_TEXT_LENGTH = 128
-# Of a text no more than this is tokenized: 128 tokens are some 600 characters, and a caption may be a whole book.
+# Of a text no more than this is tokenized: 248 tokens are some 1200 characters, and a caption may be a whole book.
 MAX_CHARACTERS = 8192
 _COUNTED_AT_ONCE = 1000
 # Of letters, digits or marks in a row; training a BPE takes time that grows with the square of that.
@@ -47,8 +46,6 @@ PROCESSORS = {
     "siglip": SiglipProcessor,
     "siglip2": Siglip2Processor,
 }
-# Their position embeddings begin behind the padding token's number.
-OFFSET_POSITIONS = ("altclip_text_model", "camembert", "mpnet", "roberta", "xlm-roberta")
 
 
 @dataclass(frozen=True)
@@ -150,37 +147,38 @@ class Processing:
         PROCESSORS[self.model_type](self.image_processor(), self.tokenizer).save_pretrained(folder)
 
     @classmethod
-    def from_pretrained(cls, folder_or_id: str | Path) -> "Processing":
-        """Read what `save_pretrained` wrote, or the processor of a CLIP or SigLIP model of the hub."""
-        settings, _ = PretrainedConfig.get_config_dict(folder_or_id)
-        model_type = check_model_type(folder_or_id, settings)
-        patch_size = None
-        if model_type == "two_towers":
-            text_config = AutoConfig.for_model(**settings["text_config"])
-            # transformers knows no configuration for the folder as a whole
-            tokenizer = load_tokenizer(folder_or_id, text_config)
-        else:
-            config = AutoConfig.from_pretrained(folder_or_id)
-            text_config, tokenizer = config.text_config, load_tokenizer(folder_or_id)
+    def from_pretrained(cls, name: str | Path | ModelFolder) -> "Processing":
+        """Read what `save_pretrained` wrote, or the files of a CLIP or SigLIP model by folder or hub id."""
+        model = find_model("--model", name, weights=False)
+        with reading(model.flag, model.name):
+            settings = read_settings(model)
+            model_type: ModelType = settings["model_type"]
+            composed = model_type == "two_towers"
+            config = AutoConfig.for_model(**(settings["text_config"] if composed else settings))
+            text_config = config if composed else config.text_config
+            # transformers knows no configuration for a composed pair's folder as a whole
+            tokenizer = load_tokenizer(model, text_config, own_config=not composed)
             patch_size = config.vision_config.patch_size if model_type == "siglip2" else None
-        form = read_image_form(folder_or_id, model_image_form(settings))
-        return make_processing(tokenizer, text_config, form, model_type, patch_size)
+            form = read_image_form(model.path, model_image_form(settings))
+            return make_processing(tokenizer, text_config, form, model_type, patch_size)
 
 
-def check_model_type(folder_or_id: str | Path, settings: dict) -> ModelType:
-    """The model type that config.json names; InputError where it is none of ours."""
+def read_settings(model: ModelFolder) -> dict:
+    """The settings in config.json, or what they would be for open_clip's; InputError for a model type not read here."""
+    if is_open_clip(model.path):
+        return open_clip_settings(model)
+    settings, _ = PretrainedConfig.get_config_dict(model.path)
     model_type = settings.get("model_type")
     if model_type is None:
-        raise InputError(
-            f"--model {folder_or_id}: no config.json there that names a model type; a run's models are in "
-            "its folders export and checkpoints/*"
+        raise model.fault(
+            "no config.json there that names a model type; a run's models are in its folders export and checkpoints/*"
         )
     if model_type not in DEFAULT_FORMS:
-        raise InputError(
-            f"--model {folder_or_id}: a model of type {model_type!r} is neither CLIP nor SigLIP, ChineseCLIP or "
-            "AltCLIP, nor written by this program; put single encoders together with --image-tower and --text-tower"
+        raise model.fault(
+            f"a model of type {model_type!r} is neither CLIP nor SigLIP, ChineseCLIP or AltCLIP, nor written by this "
+            "program; put single encoders together with --image-tower and --text-tower"
         )
-    return model_type
+    return settings
 
 
 def make_processing(
@@ -195,10 +193,7 @@ def make_processing(
     SigLIP text encoders pool the last position, so that they want every text padded to their full length.
     """
     is_siglip = text_config.model_type.startswith("siglip")
-    positions = getattr(text_config, "max_position_embeddings", MAX_TEXT_LENGTH)
-    if text_config.model_type in OFFSET_POSITIONS:
-        positions -= text_config.pad_token_id + 1
-    max_length = min(tokenizer.model_max_length, positions, MAX_TEXT_LENGTH)
+    max_length = text_length(tokenizer, text_config)
     tokenizer.model_max_length = max_length
     if not is_siglip:  # rows of several lengths are put together, and CLIP's texts run without a mask
         tokenizer.padding_side = "right"
@@ -206,7 +201,7 @@ def make_processing(
         tokenizer=tokenizer,
         max_length=max_length,
         padding="max_length" if is_siglip else "longest",
-        canonical=is_siglip and _is_canonical(tokenizer),
+        canonical=is_siglip and is_canonical(tokenizer),
         image_size=form.size,
         image_mean=tuple(form.mean),
         image_std=tuple(form.std),
@@ -216,29 +211,9 @@ def make_processing(
     )
 
 
-def load_tokenizer(folder_or_id: str | Path, config: PretrainedConfig | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder or hub id; one without a padding token (GPT-like) pads with its end token.
-
-    config: of the text encoder, where the folder's own config.json is not one of transformers.
-    """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder_or_id, config=config)
-    except (ValueError, KeyError) as error:  # of many lines, which name every class of transformers
-        raise OSError("no tokenizer is there that transformers can read, such as tokenizer.json") from error
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
 def canonical_form(text: str) -> str:
     """Lower-case, without ASCII punctuation, white space collapsed: SigLIP's form of a text."""
     return re.sub(r"\s+", " ", text.lower().translate(str.maketrans("", "", string.punctuation))).strip()
-
-
-def _is_canonical(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether a SigLIP's tokenizer asks for canonical texts: that of version 1 does, of version 2 not."""
-    by_name = "SiglipTokenizer" in (type(tokenizer).__name__, tokenizer.init_kwargs.get("tokenizer_class"))
-    return by_name or tokenizer("A, cat!")["input_ids"] == tokenizer("a cat")["input_ids"]
 
 
 def build_tokenizer(

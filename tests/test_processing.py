@@ -1,15 +1,27 @@
 """Texts and images are given to a model in one form only, the one that its exported files state too."""
 
+import json
 import pickle
 import random
 import re
+import string
 from dataclasses import fields, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer, BertConfig, ByT5Tokenizer
+from transformers import (
+    AutoImageProcessor,
+    AutoProcessor,
+    AutoTokenizer,
+    BertConfig,
+    ByT5Tokenizer,
+    CLIPConfig,
+    GemmaTokenizer,
+    SiglipConfig,
+)
 
 from lib import processing as processing_module
 from lib.errors import InputError
@@ -158,6 +170,54 @@ def test_only_siglip_texts_take_the_canonical_form():
     assert not torch.equal(clip.tokenize(spelled)[0], clip.tokenize(plain)[0])
 
 
+def save_gemma(folder: Path, **settings: object) -> Path:
+    """A fixed-resolution SigLIP 2 of letters: a Gemma tokenizer, which does not lower-case texts by itself."""
+    words = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁", *string.ascii_letters, *string.punctuation]
+    vocabulary = {word: i for i, word in enumerate(words)}
+    options = {"add_bos_token": False, "add_eos_token": True, "padding_side": "right", "model_max_length": 16}
+    GemmaTokenizer(vocab=vocabulary, merges=[], model_input_names=["input_ids"], **options).save_pretrained(folder)
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"tokenizer_class": "GemmaTokenizer"} | settings))
+    text = {"vocab_size": len(words), "max_position_embeddings": 16}
+    SiglipConfig(text_config=text, vision_config={"image_size": 32, "patch_size": 8}).save_pretrained(folder)
+    return folder
+
+
+def test_siglip_2_reads_lower_case_where_its_settings_say_so(tmp_path):
+    """Its own tokenizer ignores do_lower_case; what we save does not, in plain transformers either."""
+    mark = 6 + len(string.ascii_letters) + string.punctuation.index("!")
+    expected = torch.tensor([[6, 5, 9, 20, 12, mark, 1, *[0] * 9]])  # a, space, d, o, g, !, end, padding
+    processing = Processing.from_pretrained(save_gemma(tmp_path / "model", do_lower_case=True))
+    assert processing.tokenize(["A Dog!"])[0].equal(expected) and not processing.canonical
+    (tmp_path / "again").mkdir()
+    (tmp_path / "again" / "config.json").write_bytes((tmp_path / "model" / "config.json").read_bytes())
+    processing.save_pretrained(tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "tokenizer_config.json").read_text())["do_lower_case"] is True
+    again = Processing.from_pretrained(tmp_path / "again")
+    assert again.tokenize(["A Dog!"])[0].equal(expected) and settings(again) == settings(processing)
+    plain = AutoProcessor.from_pretrained(tmp_path / "again").tokenizer
+    assert plain(["A Dog!"], padding="max_length", return_tensors="pt")["input_ids"].equal(expected)
+    other = Processing.from_pretrained(save_gemma(tmp_path / "other", do_lower_case=False))
+    assert not other.tokenize(["A Dog!"])[0].equal(expected)  # the control
+
+
+def test_clip_reads_as_many_tokens_as_it_has_positions(tmp_path):
+    """Long-CLIP has 248, often with a tokenizer that says 77."""
+    for said in (248, 77):
+        tokenizer = build_tokenizer(TEXTS, max_length=said)
+        text = {"vocab_size": len(tokenizer), "max_position_embeddings": 248, "eos_token_id": tokenizer.eos_token_id}
+        CLIPConfig(text_config=text).save_pretrained(tmp_path)
+        tokenizer.save_pretrained(tmp_path)
+        processing = Processing.from_pretrained(tmp_path)
+        assert processing.tokenize(["a dog runs " * 200])[0].shape == (1, 248) and processing.max_length == 248
+        processing.save_pretrained(tmp_path / "export")
+        assert AutoTokenizer.from_pretrained(tmp_path / "export").model_max_length == 248
+    config = BertConfig(max_position_embeddings=512)
+    form = DEFAULT_FORMS["two_towers"]
+    assert make_processing(build_tokenizer(TEXTS, max_length=512), config, form, "two_towers").max_length == 128
+    assert make_processing(build_tokenizer(TEXTS, max_length=77), config, form, "two_towers").max_length == 77
+
+
 def test_processing_survives_save_and_load(saved):
     processing, folder = saved
     loaded = Processing.from_pretrained(folder)
@@ -233,8 +293,7 @@ def test_another_kind_of_model_is_refused(tmp_path):
 
 def test_openai_clip_texts_end_in_the_real_end_token(shared, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(shared / "weights" / "clip_tokenizer")
-    towers, _ = build_preset("tiny-clip", TEXTS)
-    towers.save_pretrained(tmp_path)
+    CLIPConfig().save_pretrained(tmp_path)  # of OpenAI's vocabulary
     tokenizer.save_pretrained(tmp_path)
     processing = Processing.from_pretrained(tmp_path)
     input_ids, attention_mask = processing.tokenize(["A photo of a dog", "dog"])

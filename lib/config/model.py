@@ -13,7 +13,8 @@ class Model(Settings):
     """Which model is trained: one with two towers, or two encoders with heads between them."""
 
     model: str = "tiny"
-    """A CLIP, SigLIP, SigLIP 2, ChineseCLIP or AltCLIP model: preset `tiny`, a local folder, or a hub id."""
+    """A CLIP, SigLIP, SigLIP 2, ChineseCLIP or AltCLIP model: preset `tiny`, a local folder, or a hub id;
+    in Hugging Face or open_clip format."""
     image_tower: str | None = None
     """A transformers vision encoder (folder or hub id), or torchvision:NAME or timm:NAME,
     with NAME:random for no pretrained weights, or CLIP#image, the half of a dual encoder with its projection.

@@ -10,7 +10,6 @@ from typing import Literal
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig
 
 from lib.backends import Precision, auto_workers, choose_precision
 from lib.collectives import rank_and_world_size
@@ -28,9 +27,9 @@ from lib.evaluation.outcome import data_facts
 from lib.evaluation.stored import StoredEmbeddings, of_texts
 from lib.evaluation.subset import limited
 from lib.fingerprint import fingerprint
-from lib.processing import Processing
+from lib.model_files import CONFIG, OPEN_CLIP_CONFIG, find_model, reading
+from lib.processing import Processing, read_settings
 from lib.towers import TwoTowers
-from lib.towers.encoders import reading
 
 _FORMAT = 1
 """Of the stored embeddings: another number where the same model and inputs would give others."""
@@ -52,9 +51,8 @@ class Model:
     def load(cls, name: str, precision: Precision) -> "Model":
         """Load a run, checkpoint or export folder, or a CLIP or SigLIP model by hub id or folder, on a device."""
         folder = model_folder(name)
-        towers = TwoTowers.from_pretrained(folder)
-        with reading("--model", name):
-            processing = Processing.from_pretrained(folder)
+        files = find_model("--model", folder)
+        towers, processing = TwoTowers.from_pretrained(files), Processing.from_pretrained(files)
         return cls(folder, towers.to(precision.device), processing, precision)
 
     @property
@@ -190,7 +188,7 @@ def model_folder(model: str) -> str:
             raise InputError(f"--model {model}: there is no such folder")
         return model
     for folder in (root, root / "export", root / "checkpoints" / "best"):
-        if (folder / "config.json").is_file():
+        if (folder / CONFIG).is_file() or (folder / OPEN_CLIP_CONFIG).is_file():
             return str(folder)
     raise InputError(
         f"--model {model} holds no model: no config.json in it, in its export/ or in its checkpoints/best/; "
@@ -200,9 +198,9 @@ def model_folder(model: str) -> str:
 
 def check_there(model: str, flag: str) -> None:
     """Raise InputError for a model of which not even config.json can be read, in a moment."""
-    folder = model_folder(model)
-    with reading(flag, folder):
-        PretrainedConfig.get_config_dict(folder)
+    files = find_model(flag, model_folder(model), weights=False)
+    with reading(flag, files.name):
+        read_settings(files)
 
 
 def _limited(data: EvaluationSet, limit: int | None) -> EvaluationSet:

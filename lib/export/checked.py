@@ -8,9 +8,9 @@ from pathlib import Path
 from lib.errors import RunError
 from lib.export.formats import HUGGING_FACE, Format
 from lib.export.sample import Sample, expected_logits
+from lib.model_files import quiet
 from lib.processing import Processing
 from lib.towers import TwoTowers
-from lib.towers.encoders import quiet
 
 TOLERANCE = 1e-4
 RECORD, CARD = "export.json", "README.md"

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import AutoModel, AutoProcessor
 
 from lib.export.sample import PROBABILITIES, Sample, expected_logits
+from lib.model_files import NO_CODE
 from lib.processing import Processing
 from lib.towers import TwoTowers
 
@@ -44,8 +45,8 @@ def added_bias(towers: TwoTowers, processing: Processing) -> float:
 @torch.no_grad()
 def _of_transformers(folder: Path, sample: Sample, like: Tensor, masked: bool) -> Tensor:
     """As a user of the folder would; like: gives device and dtype; masked: padding is told to the text encoder."""
-    model = AutoModel.from_pretrained(folder, dtype=like.dtype).to(like.device).eval()
-    processor = AutoProcessor.from_pretrained(folder)
+    model = AutoModel.from_pretrained(folder, dtype=like.dtype, **NO_CODE).to(like.device).eval()
+    processor = AutoProcessor.from_pretrained(folder, **NO_CODE)
     images = processor.image_processor(list(sample.pixel_values.cpu()), return_tensors="pt")
     output = model(
         **images.to(like.device, like.dtype),  # pixels; for SigLIP 2 patches, their mask and shape

@@ -16,8 +16,9 @@ import torchvision
 from torch import nn
 from torchvision.models import get_model, get_model_weights, list_models
 
-from lib.errors import InputError
+from lib.errors import InputError, raised_as
 from lib.image_form import ImageForm, Resize
+from lib.model_files import reason_of
 
 SOURCES = ("torchvision", "timm")
 RANDOM = "random"
@@ -73,14 +74,16 @@ def _load_torchvision(name: str, weights: str, value: str, image_size: int | Non
         )
     url = chosen.url
     file = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
-    try:
-        model = get_model(name, weights=None if weights == RANDOM else chosen, **_sized(name, form.size))
-    except (OSError, RuntimeError, EOFError, UnpicklingError) as error:
+
+    def unreadable(fault: Exception) -> InputError:
         state = "cannot be read" if file.exists() else f"is not in {file.parent} and cannot be fetched"
-        raise InputError(
-            f"--image-tower {value}: its file of weights {file.name} {state} ({error}). Put {url} into "
+        return InputError(
+            f"--image-tower {value}: its file of weights {file.name} {state} ({reason_of(fault)}). Put {url} into "
             f"{file.parent}, or start from drawn weights with torchvision:{name}:{RANDOM}"
-        ) from error
+        )
+
+    with raised_as(unreadable, OSError, RuntimeError, EOFError, UnpicklingError):
+        model = get_model(name, weights=None if weights == RANDOM else chosen, **_sized(name, form.size))
     if hasattr(model, "transform_input"):  # Inception: further outputs while it trains
         raise InputError(f"--image-tower {value}: it has more than one classifier; use another model")
     return _without_classifier(model), form
@@ -94,14 +97,16 @@ def _load_timm(name: str, weights: str, value: str, image_size: int | None) -> t
         )
     if not timm.is_model(name):
         _check_known(value, name, timm.list_models())
-    try:
+
+    def unreadable(fault: Exception) -> InputError:
+        return InputError(
+            f"--image-tower {value}: its weights cannot be loaded ({reason_of(fault)}). Without a network they must be "
+            f"in the cache of the Hugging Face hub (HF_HOME says where that is); timm:{name}:{RANDOM} starts from "
+            "drawn ones"
+        )
+
+    with raised_as(unreadable, OSError, RuntimeError, ValueError, EOFError, UnpicklingError):
         model = timm.create_model(name, pretrained=weights != RANDOM, num_classes=0)
-    except (OSError, RuntimeError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise InputError(
-            f"--image-tower {value}: its weights cannot be loaded ({reason}). Without a network they must be in the "
-            f"cache of the Hugging Face hub (HF_HOME says where that is); timm:{name}:{RANDOM} starts from drawn ones"
-        ) from error
     data = timm.data.resolve_data_config({}, model=model)
     resize: Resize = "squash" if data["crop_mode"] == "squash" else "crop"
     form = ImageForm(image_size or data["input_size"][-1], tuple(data["mean"]), tuple(data["std"]), resize)
@@ -109,10 +114,9 @@ def _load_timm(name: str, weights: str, value: str, image_size: int | None) -> t
 
 
 def _timm(value: str) -> ModuleType:
-    try:
+    remedy = f"--image-tower {value}: timm is not installed; pip install timm"
+    with raised_as(lambda _: InputError(remedy), ImportError):
         import timm
-    except ImportError as error:
-        raise InputError(f"--image-tower {value}: timm is not installed; pip install timm") from error
     return timm
 
 

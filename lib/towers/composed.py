@@ -9,17 +9,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from lib.errors import InputError
+from lib.errors import InputError, raised_as
 from lib.image_form import DEFAULT_FORMS, ImageForm, read_image_form
+from lib.model_files import ModelFolder, is_open_clip, reading
+from lib.processing import read_settings
 from lib.towers.classifiers import SOURCES, is_classifier, load_classifier, new_classifier
-from lib.towers.encoders import (
-    check_and_settle,
-    load_image_encoder,
-    load_text_encoder,
-    new_encoder,
-    reading,
-    split_half,
-)
+from lib.towers.encoders import check_and_settle, find_half, load_image_encoder, load_text_encoder, new_encoder
 from lib.towers.heads import Head
 from lib.towers.pooling import image_pooling, needs_interpolation, patch_size_of, text_pooling
 from lib.towers.tower import ImageTower, Parts, Pooling, TextTower
@@ -45,10 +40,8 @@ def new_pair(
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        with reading("--image-tower", image_name):
-            image, form, image_settings, image_head = _load_image_tower(image_name, image_head, image_size)
-        with reading("--text-tower", text_name):
-            text, text_head = _load_text_tower(text_name, text_head)
+        image, form, image_settings, image_head = _load_image_tower(image_name, image_head, image_size)
+        text, text_head = _load_text_tower(text_name, text_head)
     description = {
         "architectures": ["TwoTowers"],
         "model_type": "two_towers",
@@ -63,7 +56,7 @@ def new_pair(
     return Parts(image, text, description, image_head.dim, form, torch.tensor(scale).log().item(), bias)
 
 
-def saved_pair(settings: dict, weights: dict[str, Tensor], name: str | Path, image_size: int | None) -> Parts:
+def saved_pair(settings: dict, weights: dict[str, Tensor], model: ModelFolder, image_size: int | None) -> Parts:
     """Build the pair that config.json describes and fill in its weights."""
     form = ImageForm(**settings["image_form"])
     image_head = Head(**settings["projection"])
@@ -73,8 +66,8 @@ def saved_pair(settings: dict, weights: dict[str, Tensor], name: str | Path, ima
     else:
         image_trunk = new_encoder(settings["image_config"])
     form = replace(form, size=image_size or form.size)
-    image = _image_tower(image_trunk, image_head, form.size, settings["image_pooling"], set(), name)
-    text = _text_tower(new_encoder(settings["text_config"]), text_head, settings["text_pooling"], set(), name)
+    image = _image_tower(image_trunk, image_head, form.size, settings["image_pooling"], set(), model)
+    text = _text_tower(new_encoder(settings["text_config"]), text_head, settings["text_pooling"], set(), model)
     for part, tower in (("image.", image), ("text.", text)):
         own = {key.removeprefix(part): value for key, value in weights.items() if key.startswith(part)}
         tower.load_state_dict(own)
@@ -87,25 +80,32 @@ def saved_pair(settings: dict, weights: dict[str, Tensor], name: str | Path, ima
 
 def _load_image_tower(name: str, head: Head, image_size: int | None) -> tuple[ImageTower, ImageForm, dict, Head]:
     """The tower, the form of its images, what config.json says of its trunk, and the form of its head."""
+    flag = "--image-tower"
     if is_classifier(name):
-        trunk, form, settings = load_classifier(name, image_size)
-        return _image_tower(trunk, head, form.size, "ready", set(), name), form, settings, head
-    trunk, missing, projection = load_image_encoder(name)
-    form = read_image_form(split_half(name)[0], _default_form(trunk.config))
-    form = replace(form, size=image_size or form.size)
-    if projection is not None:
-        head = head.of(projection, name)
-    tower = _image_tower(trunk, head, form.size, None, missing, name)
+        with reading(flag, name):
+            trunk, form, settings = load_classifier(name, image_size)
+            model = ModelFolder(flag, name, Path())
+            return _image_tower(trunk, head, form.size, "ready", set(), model), form, settings, head
+    model, half = find_half(flag, name)
+    with reading(flag, name):
+        trunk, missing, projection = load_image_encoder(model, half)
+        form = _encoder_form(model, trunk.config)
+        form = replace(form, size=image_size or form.size)
+        if projection is not None:
+            head = head.of(projection, name)
+        tower = _image_tower(trunk, head, form.size, None, missing, model)
     if projection is not None:
         tower.head = projection
     return tower, form, _encoder_settings(trunk.config), head
 
 
 def _load_text_tower(name: str, head: Head) -> tuple[TextTower, Head]:
-    trunk, missing, projection = load_text_encoder(name)
-    if projection is not None:
-        head = head.of(projection, name)
-    tower = _text_tower(trunk, head, text_pooling(split_half(name)[0], trunk.config), missing, name)
+    model, half = find_half("--text-tower", name)
+    with reading(model.flag, name):
+        trunk, missing, projection = load_text_encoder(model, half)
+        if projection is not None:
+            head = head.of(projection, name)
+        tower = _text_tower(trunk, head, text_pooling(model, trunk.config), missing, model)
     if projection is not None:
         tower.head = projection
     return tower, head
@@ -118,29 +118,40 @@ def _image_tower(
     size: int,
     pooling: Pooling | None,
     missing: set[str],
-    name: str | Path,
+    model: ModelFolder,
 ) -> ImageTower:
     trunk.eval()  # one blank image is no batch to take statistics of
     blank = torch.zeros(1, 3, size, size)
     interpolate, patch_size = needs_interpolation(trunk, size), patch_size_of(trunk)
-    try:
+    own = getattr(getattr(trunk, "config", None), "image_size", "its own size")
+
+    def refused(fault: Exception) -> InputError:
+        return InputError(f"--image-size {size}: {model.name} does not take it ({fault}); use {own}")
+
+    with raised_as(refused, RuntimeError, ValueError, AssertionError):
         pooling = pooling or image_pooling(trunk, blank, interpolate)
         pooled = ImageTower(trunk, nn.Identity(), pooling, interpolate, patch_size).pooled(blank)
-    except (RuntimeError, ValueError, AssertionError) as error:
-        own = getattr(getattr(trunk, "config", None), "image_size", "its own size")
-        raise InputError(f"--image-size {size}: {name} does not take it ({error}); use {own}") from error
-    check_and_settle(trunk, pooled, missing, "--image-tower", name)
+    check_and_settle(trunk, pooled, missing, model)
     return ImageTower(trunk, head.build(pooled.shape[1]), pooling, interpolate, patch_size)
 
 
 @torch.enable_grad()
-def _text_tower(trunk: PreTrainedModel, head: Head, pooling: Pooling, missing: set[str], name: str | Path) -> TextTower:
+def _text_tower(
+    trunk: PreTrainedModel, head: Head, pooling: Pooling, missing: set[str], model: ModelFolder
+) -> TextTower:
     trunk.eval()
     masked = not trunk.config.model_type.startswith("siglip")
     tokens = torch.arange(4)[None]
     pooled = TextTower(trunk, nn.Identity(), pooling, masked).pooled(tokens, torch.ones_like(tokens))
-    check_and_settle(trunk, pooled, missing, "--text-tower", name)
+    check_and_settle(trunk, pooled, missing, model)
     return TextTower(trunk, head.build(pooled.shape[1]), pooling, masked)
+
+
+def _encoder_form(model: ModelFolder, config: PretrainedConfig) -> ImageForm:
+    """What the folder's files ask for, or what encoders of the kind usually do."""
+    if is_open_clip(model.path):
+        return ImageForm(**read_settings(model)["image_form"])
+    return read_image_form(model.path, _default_form(config))
 
 
 def _default_form(config: PretrainedConfig) -> ImageForm:

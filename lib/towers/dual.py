@@ -1,33 +1,19 @@
-"""Dual encoders of transformers (CLIP, SigLIP and their kin), taken apart into two towers and named again for files."""
+"""Dual encoders of transformers (CLIP, SigLIP and their kin), taken apart into two towers."""
 
 import json
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from lib.errors import InputError
 from lib.image_form import ImageForm, model_image_form, read_image_form
-from lib.towers.encoders import DUAL_MODELS, check_complete, load_model
+from lib.model_files import ModelFolder
+from lib.towers.encoders import check_and_settle
 from lib.towers.pooling import TEXT_POOLINGS, patch_size_of
 from lib.towers.tower import ImageTower, Parts, TextTower
-
-# Our names of the parts and those in the files of transformers. SigLIP projects texts by a layer inside its
-# text model, which is our head; its images leave the attention pooling ready: the image tower has no head.
-CLIP_NAMES = {
-    "image.trunk.": "vision_model.",
-    "image.head.": "visual_projection.",
-    "text.trunk.": "text_model.",
-    "text.head.": "text_projection.",
-}
-SIGLIP_NAMES = {
-    "image.trunk.": "vision_model.",
-    "text.trunk.": "text_model.",
-    "text.head.": "text_model.head.",
-}
+from lib.towers.weights import check_complete, load_dual_model
 
 
 def dual_parts(
@@ -52,49 +38,40 @@ def dual_parts(
     return Parts(image, text, description, embed_dim, image_form, log_scale, bias, pretrained_bias)
 
 
-def load_dual(folder_or_id: str | Path, settings: dict, image_size: int | None) -> Parts:
-    """Load a dual encoder; for another image size its position embeddings are resized."""
+def load_dual(model: ModelFolder, settings: dict, image_size: int | None) -> Parts:
+    """Load a dual encoder; for another image size its position embeddings are resized.
+
+    settings: as `read_settings` gives them.
+    """
     model_type = settings["model_type"]
-    model, missing = load_model(DUAL_MODELS[model_type], folder_or_id)
-    check_complete(missing, "--model", folder_or_id)
+    dual, missing, bias = load_dual_model(model, settings)
+    check_complete(missing, model)
     own = model_image_form(settings)
-    form = own if "image_form" in settings else read_image_form(folder_or_id, own)
-    vision = model.config.vision_config
+    form = own if "image_form" in settings else read_image_form(model.path, own)
+    vision = dual.config.vision_config
+    if not getattr(vision, "vision_use_head", True):
+        raise model.fault("its image encoder has no pooling head (vision_use_head is false), so it gives no embeddings")
     if model_type == "siglip2":  # it fits its position embeddings to every image
         size = image_size or form.size
         check_image_size(size, vision.patch_size)
     else:
         size = image_size or vision.image_size
-        model = model if size == vision.image_size else _resized(model, size)
+        dual = dual if size == vision.image_size else _resized(dual, size)
     form = replace(form, size=size)
-    if model_type.startswith("siglip"):
-        bias = model.logit_bias.item() if settings.get("use_bias", True) else None
-    else:
-        bias = _bias_of_clip(Path(folder_or_id))
+    if not settings.get("use_bias", True):
+        bias = None
     # A bias of exactly 0 is where transformers starts one: it was never trained.
-    return dual_parts(model, form, bias, pretrained_bias=bool(bias))
+    parts = dual_parts(dual, form, bias, pretrained_bias=bool(bias))
+    _settle(parts, model)
+    return parts
 
 
-def file_weights(weights: dict[str, Tensor], model_type: str) -> dict[str, Tensor]:
-    """Rename a state dict of TwoTowers to what transformers expects in model.safetensors."""
-    names = SIGLIP_NAMES if model_type.startswith("siglip") else CLIP_NAMES
-    renamed = {}
-    for name, value in weights.items():
-        part = next((part for part in names if name.startswith(part)), "")
-        renamed[names.get(part, "") + name.removeprefix(part)] = value
-    if model_type.startswith("siglip"):  # it always has a bias, and keeps both numbers as vectors of length one
-        bias = renamed.get("logit_bias", torch.zeros_like(renamed["logit_scale"]))
-        renamed |= {"logit_scale": renamed["logit_scale"].reshape(1), "logit_bias": bias.reshape(1)}
-    return renamed
-
-
-def _bias_of_clip(folder: Path) -> float | None:
-    """The bias that a CLIP-like model was trained with here; transformers itself knows none."""
-    file = folder / "model.safetensors"
-    if not file.is_file():
-        return None
-    with safe_open(file, framework="pt") as weights:
-        return weights.get_tensor("logit_bias").item() if "logit_bias" in set(weights.keys()) else None
+@torch.enable_grad()
+def _settle(parts: Parts, model: ModelFolder) -> None:
+    """Stop training parameters that an embedding does not depend on."""
+    pixels, tokens = torch.zeros(1, 3, parts.image_form.size, parts.image_form.size), torch.arange(4)[None]
+    check_and_settle(parts.image.trunk, parts.image.pooled(pixels), set(), model)
+    check_and_settle(parts.text.trunk, parts.text.pooled(tokens, torch.ones_like(tokens)), set(), model)
 
 
 def check_image_size(image_size: int, patch_size: int) -> None:

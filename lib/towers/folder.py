@@ -6,13 +6,13 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PretrainedConfig
 
-from lib.processing import check_model_type
+from lib.model_files import ModelFolder, find_model, reading
+from lib.processing import read_settings
 from lib.towers.composed import saved_pair
-from lib.towers.dual import file_weights, load_dual
-from lib.towers.encoders import reading
+from lib.towers.dual import load_dual
 from lib.towers.tower import Parts
+from lib.towers.weights import file_weights
 
 
 def save_folder(folder: Path, description: dict, weights: dict[str, Tensor]) -> None:
@@ -28,16 +28,15 @@ def save_folder(folder: Path, description: dict, weights: dict[str, Tensor]) -> 
     (folder / "config.json").write_text(json.dumps(description, indent=2, sort_keys=True) + "\n")
 
 
-def load_parts(folder_or_id: str | Path, image_size: int | None = None) -> Parts:
-    """Read a model of any of our kinds; config.json says which.
+def load_parts(name: str | Path | ModelFolder, image_size: int | None = None) -> Parts:
+    """Read a model of any of our kinds, by folder or hub id; config.json says which.
 
     image_size: another side than the model's own.
     """
+    model = find_model("--model", name)
     # Weights are drawn before they are read: a caller's random state is not to feel it.
-    with reading("--model", folder_or_id), torch.random.fork_rng(devices=[]):
-        settings, _ = PretrainedConfig.get_config_dict(folder_or_id)
-        check_model_type(folder_or_id, settings)
+    with reading(model.flag, model.name), torch.random.fork_rng(devices=[]):
+        settings = read_settings(model)
         if settings["model_type"] == "two_towers":
-            weights = load_file(Path(folder_or_id) / "model.safetensors")
-            return saved_pair(settings, weights, folder_or_id, image_size)
-        return load_dual(folder_or_id, settings, image_size)
+            return saved_pair(settings, load_file(model.path / "model.safetensors"), model, image_size)
+        return load_dual(model, settings, image_size)

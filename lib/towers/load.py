@@ -2,13 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Literal
 
 from lib.errors import InputError
-from lib.processing import Processing, load_tokenizer, make_processing
+from lib.model_files import find_model, reading
+from lib.processing import Processing, make_processing
+from lib.text_form import load_tokenizer
 from lib.towers.composed import new_pair
-from lib.towers.encoders import reading, split_half
+from lib.towers.encoders import find_half, split_half
 from lib.towers.folder import load_parts
 from lib.towers.heads import Head, HeadKind
 from lib.towers.presets import PRESETS, SIZES, START_SCALE, Family, build_preset
@@ -36,8 +37,8 @@ def load_towers(
 
     family: decides between the presets that "tiny" or "small" stand for, and on the scale that a fresh model
         starts at.
-    model: a preset, or folder or hub id of a CLIP, SigLIP, SigLIP 2, ChineseCLIP or AltCLIP model, or a folder
-        written by this program.
+    model: a preset, or folder or hub id of a CLIP, SigLIP, SigLIP 2, ChineseCLIP or AltCLIP model, of a CLIP or SigLIP
+        of open_clip, or of one written by this program.
     image_tower, text_tower: instead of a model, two encoders as `lib.towers.composed.new_pair` takes them;
         `projection*` shape their heads (see `lib.towers.heads.Head`), `text_projection` that of the text tower.
     image_size: another side of the images than the model's own.
@@ -100,16 +101,16 @@ def _compose(
 ) -> tuple[TwoTowers, Processing]:
     bias = 0.0 if use_bias else None
     parts = new_pair(image_tower, text_tower, *heads, image_size=image_size, scale=scale, bias=bias, seed=seed)
+    text_config = parts.text.trunk.config
     with reading("--text-tower", text_tower):
-        tokenizer = load_tokenizer(split_half(text_tower)[0])
-    processing = make_processing(tokenizer, parts.text.trunk.config, parts.image_form, "two_towers")
+        tokenizer = load_tokenizer(find_half("--text-tower", text_tower, weights=False)[0], text_config)
+    processing = make_processing(tokenizer, text_config, parts.image_form, "two_towers")
     return TwoTowers(parts), processing
 
 
-def _load(model: str, image_size: int | None, use_bias: bool) -> tuple[TwoTowers, Processing]:
+def _load(name: str, image_size: int | None, use_bias: bool) -> tuple[TwoTowers, Processing]:
+    model = find_model("--model", name)
     parts = load_parts(model, image_size)
     bias = (parts.bias or 0.0) if use_bias else None
     parts = replace(parts, bias=bias, pretrained_bias=parts.pretrained_bias and use_bias)
-    with reading("--model", Path(model)):
-        processing = Processing.from_pretrained(model)
-    return TwoTowers(parts), replace(processing, image_size=parts.image_form.size)
+    return TwoTowers(parts), replace(Processing.from_pretrained(model), image_size=parts.image_form.size)

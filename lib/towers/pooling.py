@@ -2,14 +2,12 @@
 
 import inspect
 import json
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.utils import cached_file
 
-from lib.errors import InputError
+from lib.model_files import ModelFolder
 from lib.towers.tower import Pooling
 
 # The text halves of dual encoders.
@@ -54,7 +52,7 @@ def image_pooling(trunk: PreTrainedModel, pixel_values: Tensor, interpolate: boo
     return "mean" if output.last_hidden_state.ndim == 4 else "cls"
 
 
-def text_pooling(name: str, config: PretrainedConfig) -> Pooling:
+def text_pooling(model: ModelFolder, config: PretrainedConfig) -> Pooling:
     """What a sentence-transformers folder asks for, or a dual encoder's own; else the mean over tokens.
 
     The mean, because without training for sentences it says more about one than [CLS] does (Reimers and
@@ -62,20 +60,12 @@ def text_pooling(name: str, config: PretrainedConfig) -> Pooling:
     """
     if config.model_type in TEXT_POOLINGS:
         return TEXT_POOLINGS[config.model_type]
-    file = cached_file(
-        name,
-        "1_Pooling/config.json",
-        _raise_exceptions_for_gated_repo=False,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
-    if file is None:
+    file = model.path / "1_Pooling" / "config.json"
+    if not file.is_file():
         return "mean"
-    settings = json.loads(Path(file).read_text())
+    settings = json.loads(file.read_text())
     modes = [key for key, on in settings.items() if key.startswith("pooling_mode_") and on is True]
     asked = settings.get("pooling_mode") or "+".join(mode.removeprefix("pooling_mode_") for mode in modes)
     if asked not in SENTENCE_POOLINGS:
-        raise InputError(
-            f"--text-tower {name}: it pools by {asked!r}; only the mean over tokens and [CLS] are known here"
-        )
+        raise model.fault(f"it pools by {asked!r}; only the mean over tokens and [CLS] are known here")
     return SENTENCE_POOLINGS[asked]

@@ -17,9 +17,9 @@ from transformers import (
 )
 
 from lib.image_form import DEFAULT_FORMS
+from lib.model_files import quiet
 from lib.processing import Processing, build_tokenizer, make_processing
 from lib.towers.dual import check_image_size, dual_parts
-from lib.towers.encoders import quiet
 from lib.towers.two_towers import TwoTowers
 
 Family = Literal["clip", "siglip"]

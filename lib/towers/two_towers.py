@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from lib.model_files import ModelFolder
 from lib.towers.folder import load_parts, save_folder
 from lib.towers.tower import Parts
 
@@ -153,9 +154,9 @@ class TwoTowers(nn.Module):
         save_folder(Path(folder), self.description | {"use_bias": self.use_bias}, weights)
 
     @classmethod
-    def from_pretrained(cls, folder_or_id: str | Path) -> "TwoTowers":
-        """Load what `save_pretrained` wrote, or a CLIP or SigLIP model by folder or hub id, in float32."""
-        return cls(load_parts(folder_or_id))
+    def from_pretrained(cls, name: str | Path | ModelFolder) -> "TwoTowers":
+        """Load what `save_pretrained` wrote, or a CLIP or SigLIP model, by folder or hub id, in float32."""
+        return cls(load_parts(name))
 
 
 def _embeds(head: nn.Module, pooled: Tensor | None) -> Tensor | None:
