@@ -112,6 +112,12 @@ def test_a_mixture_is_told_part_by_part(tmp_path):
     assert training["parts"][0]["classes"] == {"cat": 1, "dog": 1}
 
 
+def test_a_folder_whose_name_is_not_utf8_is_told(tmp_path):
+    make_images(tmp_path / "caf\udce9", "cat/1.jpg", "dog/2.jpg")
+    training = info_of(str(tmp_path / "caf\udce9"), tmp_path / "out")["training"]
+    assert training["name"] == str(tmp_path / "caf\udce9") and training["classes"] == {"cat": 1, "dog": 1}
+
+
 def test_the_picture_is_the_same_every_time(tmp_path):
     source, validation = open_sources("digits", None, None)
     pictures = []

@@ -1,5 +1,6 @@
 """What a run survives, and what it says: signals in a step, full disks, second jobs, lost ranks, broken numbers."""
 
+import io
 import json
 import multiprocessing
 import os
@@ -12,8 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from conftest import ROOT
 from filelock import FileLock
+from made_classes import make_squares
 from safetensors.torch import load_file
 
 import train_clip
@@ -121,6 +124,24 @@ def test_a_stop_has_an_exit_code_of_its_own(capsys):
     with pytest.raises(SystemExit, match="75"), told_in_one_line():
         raise StoppedEarly("by a signal")
     assert capsys.readouterr().err == "stopped: by a signal\n"
+
+
+def test_names_that_are_not_utf8_are_printed_with_escapes(monkeypatch):
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors="strict")
+    monkeypatch.setattr(sys, "stdout", stdout)
+    with told_in_one_line():
+        print("caf\udce9 é")
+    assert stdout.buffer.getvalue().decode() == "caf\\udce9 é\n"
+
+
+def test_a_run_on_a_folder_whose_name_is_not_utf8(tmp_path):
+    data = make_squares(tmp_path / "caf\udce9", {"train": {"red": 4, "blue": 4}})
+    run = train(tmp_path / "run", f"--data={data}", "--steps=1", "--xbm-size=0", "--xbm-start=0", "--effective-batch=8")
+    assert r"| data | 'caf\udce9', 8 images" in (run / "export" / "README.md").read_text()
+    assert yaml.safe_load((run / "config.yaml").read_text())["data"] == [str(data)]
+    for name, words in (("caf\udce9", "is not UTF-8"), ("n" * 300, r"cannot be written \(File name too long\)")):
+        with pytest.raises(InputError, match=f"^--output-dir .*{words}.*; name another folder$"):
+            train(tmp_path / name)
 
 
 @pytest.mark.parametrize(
