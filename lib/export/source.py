@@ -1,4 +1,4 @@
-"""Owns the way from a run to one of its checkpoints; no process group and no accelerator is needed."""
+"""Checkpoints of a run, found and loaded for export; no process group and no accelerator is needed."""
 
 import json
 from pathlib import Path
