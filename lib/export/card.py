@@ -1,4 +1,4 @@
-"""Owns the model card: the README.md of an export, from what the run's own files say."""
+"""The model card: the README.md of an export, from what the run's own files say."""
 
 import json
 import re
@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 
 from huggingface_hub import ModelCardData
 
-from lib.export.formats import HUGGING_FACE, ONNX, Format
+from lib.export.formats import HUGGING_FACE, OPEN_CLIP, Format
 from lib.export.hugging_face import COMPOSED
 from lib.processing import Processing
 from lib.report import CONFIG, SUMMARY, flatten, read_metrics
@@ -36,7 +36,7 @@ def model_card(
     """
     config, summary = (_read(run / file) if step is not None else {} for file in (CONFIG, SUMMARY))
     composed = processing.model_type == COMPOSED
-    known_to_hub = form.library != ONNX.library and not composed
+    known_to_hub = form.library in (HUGGING_FACE.library, OPEN_CLIP.library) and not composed
     data = ModelCardData(
         library_name=None if composed and form is HUGGING_FACE else form.library,
         pipeline_tag="zero-shot-image-classification" if known_to_hub else None,

@@ -24,10 +24,11 @@ def export(
     *,
     form: Format = HUGGING_FACE,
     card: str | None = None,
+    step: int | None = None,
 ) -> float:
     """Write the folder whole or not at all; returns the largest difference in a logit after loading it.
 
-    card: text of README.md.
+    card: text of README.md. step: that the model was trained to, where it is known.
     Above a difference of 1e-4 it raises RunError, and InputError where the form is not for this model; an older
     folder stays then.
     """
@@ -47,7 +48,7 @@ def export(
                 f"the export to {folder} differs from the model by {difference:.2e} in a logit, more than "
                 f"{TOLERANCE:g}; nothing was written there"
             )
-        _finish(unfinished, towers, difference, card)
+        _finish(unfinished, towers, difference, card, step)
         _replace(unfinished, folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -59,13 +60,13 @@ def is_export(folder: Path) -> bool:
     return (folder / RECORD).is_file()
 
 
-def _finish(folder: Path, towers: TwoTowers, difference: float, card: str | None) -> None:
+def _finish(folder: Path, towers: TwoTowers, difference: float, card: str | None, step: int | None) -> None:
     """Add the numbers that some formats have no place for, and the card."""
     numbers = {
         "logit_scale": towers.logit_scale.exp().item(),
         "logit_bias": towers.logit_bias.item(),
         "largest_logit_difference": difference,
-    }
+    } | ({} if step is None else {"step": step})
     (folder / RECORD).write_text(json.dumps(numbers, indent=2) + "\n")
     if card is not None:
         (folder / CARD).write_text(card, encoding="utf-8")
