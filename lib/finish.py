@@ -94,8 +94,7 @@ def _export(run: Run, last: TwoTowers, step: int, report: Reporter) -> float:
         towers = copy.deepcopy(last.cpu())  # which leaves torch.compile behind
         merge(towers)
     card = model_card(run.folder, at, towers, run.processing, HUGGING_FACE, folder.name)
-    difference = export(
-        towers.cpu().eval(), run.processing, folder, noise_and_texts(run.processing), card=card, step=at
-    )
+    sample = noise_and_texts(run.processing)
+    difference = export(towers.cpu().eval(), run.processing, folder, sample, card=card, step=at)
     report.say(f"exported to {folder}: largest logit difference {difference:.1e}")
     return difference

@@ -20,7 +20,7 @@ def made_towers(kind: str, folder: Path) -> tuple[TwoTowers, Processing]:
     """Towers of a kind, their weights not those of any file; folder: for the files they start from."""
     torch.manual_seed(0)
     if kind == COMPOSED:
-        towers, processing = load_towers(family="siglip", projection="mlp", image_size=32, **_encoders(folder))
+        towers, processing = load_towers(family="siglip", projection="mlp", image_size=32, **encoders(folder))
     else:
         family, _, how = kind.partition(" ")
         use_bias = how == "with bias" if how else family.startswith("siglip")
@@ -32,7 +32,8 @@ def made_towers(kind: str, folder: Path) -> tuple[TwoTowers, Processing]:
     return towers, processing
 
 
-def _encoders(folder: Path) -> dict[str, str]:
+def encoders(folder: Path) -> dict[str, str]:
+    """Folders of a ResNet and a BERT, as the flags that take them."""
     tokenizer = build_tokenizer(TEXTS)
     blocks = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1])
     ResNetModel(blocks).save_pretrained(folder / "image")

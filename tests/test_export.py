@@ -7,14 +7,15 @@ import torch
 from made_exports import COMPOSED, OF_TRANSFORMERS, logits_of, made_towers, picture, run_example
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoProcessor
+from torchvision.transforms.functional import pil_to_tensor
+from transformers import AutoModel, AutoProcessor, pipeline
 
 from lib.errors import InputError, RunError
 from lib.export import export, noise_and_texts
 from lib.export.card import model_card
 from lib.export.formats import HUGGING_FACE
 from lib.processing import Processing
-from lib.towers import TwoTowers
+from lib.towers import TwoTowers, build_preset
 
 TEXTS = ["a photo of the digit zero", "one", "a dog, running over the grass"]
 
@@ -70,6 +71,23 @@ def test_the_example_of_the_card_runs_and_is_true(trained, tmp_path, monkeypatch
     expected = logits_of(towers, processing, picture(tmp_path))
     found = run_example((tmp_path / "export" / "README.md").read_text(), tmp_path, monkeypatch)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+
+def test_the_tiny_siglip_works_in_the_pipeline_that_its_card_names(tmp_path):
+    """transformers' pipeline pads the texts of every SigLIP to 64 tokens: as many as the preset has positions for."""
+    towers, processing = build_preset("tiny-siglip", TEXTS, use_bias=True, scale=10.0)
+    card = model_card(tmp_path / "no run", None, towers, processing, HUGGING_FACE, "export")
+    export(towers, processing, tmp_path / "export", noise_and_texts(processing), card=card)
+    assert "pipeline_tag: zero-shot-image-classification" in card
+    labels = ["one", "a photo of the digit zero"]
+    classify = pipeline("zero-shot-image-classification", model=str(tmp_path / "export"), device="cpu")
+    found = classify(picture(tmp_path), candidate_labels=labels, hypothesis_template="{}")
+    with torch.no_grad():
+        output = towers(pil_to_tensor(picture(tmp_path))[None], *processing.tokenize(labels))
+    expected = (output.logit_scale * output.image_embeds @ output.text_embeds.T + output.logit_bias).sigmoid()[0]
+    scores = {each["label"]: each["score"] for each in found}
+    assert scores == pytest.approx(dict(zip(labels, expected.tolist(), strict=True)))
+    assert processing.max_length == build_preset("small-siglip", TEXTS)[1].max_length == 64
 
 
 def test_an_export_replaces_an_older_one_whole(clip, tmp_path):

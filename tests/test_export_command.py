@@ -121,7 +121,6 @@ def test_without_evaluations_best_is_the_last(run):
         (["--checkpoint", "step_000002", "BREAK"], ["--checkpoint step_000002", "not whole"]),
         (["--output", "RUN/checkpoints"], ["--output", "holds something that is no export"]),
         (["--output", "RUN/config.yaml"], ["--output", "holds something that is no export"]),
-        (["--format", "open_clip"], ["--format open_clip", "use --format hf or onnx"]),
         (["--private"], ["--private", "--push-to-hub"]),
         (["--push-to-hub", "not a name/at all"], ["--push-to-hub", "OWNER/NAME"]),
         (["--push-to-hub", "bare"], ["--push-to-hub", "OWNER/NAME"]),
@@ -131,8 +130,6 @@ def test_a_fault_of_the_users_is_told_and_leaves_everything(run, flags, words, m
     if flags[-1] == "BREAK":
         (run / "checkpoints" / flags[1] / "model.safetensors").write_bytes(b"")
         flags = flags[:-1]
-    if "open_clip" in flags:
-        pytest.importorskip("open_clip", reason="needs open_clip_torch, an optional package")
     before = sorted(path.relative_to(run) for path in run.rglob("*"))
     with pytest.raises(InputError) as told:
         main([str(run), *(flag.replace("RUN", str(run)) for flag in flags)])
@@ -143,14 +140,42 @@ def test_a_fault_of_the_users_is_told_and_leaves_everything(run, flags, words, m
 def test_a_folder_that_is_no_run_is_told(tmp_path):
     with pytest.raises(InputError, match="RUN .*missing is no folder"):
         main([str(tmp_path / "missing")])
-    with pytest.raises(InputError, match="holds no whole checkpoint"):
+    with pytest.raises(InputError, match="holds no whole checkpoint and no export"):
         main([str(tmp_path)])
 
 
-@pytest.mark.parametrize(("form", "package"), [("open_clip", "open_clip"), ("onnx", "onnxruntime"), ("onnx", "onnx")])
+@pytest.mark.parametrize("checkpoint", ["best", "last"])
+def test_a_run_that_kept_no_checkpoint_is_exported_from_its_export(run, checkpoint, capsys):
+    expected = shutil.copytree(run / "export", run.parent / "expected")
+    shutil.rmtree(run / "checkpoints")
+    main([str(run), "--checkpoint", checkpoint, "--output", str(run.parent / "out")])
+    assert f"exported {run / 'export'} to" in capsys.readouterr().out
+    assert same_logits(run.parent / "out", expected)
+    assert (run.parent / "out" / "README.md").read_text().replace("out", "export") == (
+        expected / "README.md"
+    ).read_text().replace("out", "export")
+    main([str(run)])  # in place
+    assert same_logits(run / "export", expected)
+    with pytest.raises(InputError, match="--checkpoint step_000002: no such model"):
+        main([str(run), "--checkpoint", "step_000002"])
+
+
+@pytest.mark.parametrize(
+    ("form", "package"),
+    [
+        ("open_clip", "open_clip"),
+        ("sentence-transformers", "sentence_transformers.base.modules"),
+        ("onnx", "onnxruntime"),
+        ("onnx", "onnx"),
+    ],
+)
 def test_a_missing_package_is_named_with_the_command_that_installs_it(run, form, package, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
-    wanted = {"open_clip": "pip install open_clip_torch", "onnx": "pip install onnx onnxruntime onnxscript"}[form]
+    wanted = {
+        "open_clip": "pip install open_clip_torch",
+        "sentence-transformers": "pip install 'sentence-transformers>=6.0'",
+        "onnx": "pip install onnx onnxruntime onnxscript",
+    }[form]
     with pytest.raises(InputError, match=f"--format {form} .*{wanted}"):
         main([str(run), "--format", form])
     assert not (run / f"export_{form}").exists()

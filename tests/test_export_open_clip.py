@@ -1,4 +1,4 @@
-"""A CLIP exported for open_clip gives the same logits there, from the same pictures and texts."""
+"""A CLIP or SigLIP exported for open_clip gives the same logits there, from the same pictures and texts."""
 
 import json
 from dataclasses import replace
@@ -7,11 +7,12 @@ from functools import partial
 import pytest
 import torch
 from made_exports import logits_of, made_towers, picture, run_example
+from made_models import save_family
 from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPModel, CLIPProcessor, CLIPTokenizer
 
 from lib.errors import InputError, RunError
-from lib.export import export, noise_and_texts
+from lib.export import export, noise_and_texts, timm_shape
 from lib.export import open_clip as layout
 from lib.export.card import model_card
 from lib.export.formats import OPEN_CLIP
@@ -20,9 +21,10 @@ from lib.processing import Processing
 from lib.towers import TwoTowers
 
 open_clip = pytest.importorskip("open_clip", reason="needs open_clip_torch, an optional package")
+timm = pytest.importorskip("timm", reason="needs timm, an optional package")
 
 
-@pytest.mark.parametrize("kind", ["clip", "clip with bias"])
+@pytest.mark.parametrize("kind", ["clip", "clip with bias", "siglip", "siglip without bias"])
 def test_open_clip_gets_the_same_logits_by_the_example_of_the_card(kind, tmp_path, monkeypatch):
     towers, processing = made_towers(kind, tmp_path / "start")
     card = model_card(tmp_path / "no run", None, towers, processing, OPEN_CLIP, "export")
@@ -30,7 +32,8 @@ def test_open_clip_gets_the_same_logits_by_the_example_of_the_card(kind, tmp_pat
     assert difference <= 1e-5
     expected = logits_of(towers, processing, picture(tmp_path))
     torch.testing.assert_close(run_example(card, tmp_path, monkeypatch), expected, rtol=0, atol=1e-5)
-    model = open_clip.create_model(f"local-dir:{tmp_path / 'export'}")
+    monkeypatch.chdir(tmp_path / "export")  # timm reads the shape of a SigLIP's image tower from the folder it is in
+    model = open_clip.create_model("local-dir:.")
     assert (model.logit_bias is not None) == towers.use_bias
 
 
@@ -91,19 +94,29 @@ def test_a_perturbed_weight_is_refused(tmp_path):
     assert not (tmp_path / "export").exists()
 
 
-def test_on_the_hub_the_tokenizer_is_that_of_the_repository(tmp_path):
-    towers, processing = made_towers("clip", tmp_path / "start")
-    form = replace(OPEN_CLIP, write=partial(layout.write, tokenizer_name="me/model"))
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+def test_on_the_hub_the_tokenizer_is_that_of_the_repository(kind, tmp_path):
+    towers, processing = made_towers(kind, tmp_path / "start")
+    form = replace(OPEN_CLIP, write=partial(layout.write, repository="me/model"))
     export(towers, processing, tmp_path / "export", noise_and_texts(processing), form=form)
     settings = json.loads((tmp_path / "export" / "open_clip_config.json").read_text())
     assert settings["model_cfg"]["text_cfg"]["hf_tokenizer_name"] == "me/model"
-    assert 'get_tokenizer("hf-hub:me/model")' in OPEN_CLIP.usage(towers, processing, "me/model", True)
+    assert settings["model_cfg"]["vision_cfg"].get("timm_model_name") == {"siglip": "hf-hub:me/model"}.get(kind)
+    usage = OPEN_CLIP.usage(towers, processing, "me/model", True)
+    assert 'get_tokenizer("hf-hub:me/model")' in usage and 'create_model_from_pretrained("hf-hub:me/model")' in usage
 
 
 @pytest.mark.parametrize(
     ("kind", "part", "change", "words"),
     [
-        ("siglip", None, {}, "of type 'siglip': use --format hf or onnx"),
+        ("siglip2", None, {}, "of type 'siglip2': use --format hf, onnx or sentence-transformers"),
+        (
+            "siglip",
+            "text_config",
+            {"hidden_act": "relu"},
+            r"activations gelu_pytorch_tanh \(images\) and relu \(texts\)",
+        ),
+        ("siglip", "vision_config", {"layer_norm_eps": 1e-5}, "layer norms of images with an epsilon of 1e-05"),
         ("clip", "text_config", {"hidden_act": "gelu"}, r"activations quick_gelu \(images\) and gelu \(texts\)"),
         ("clip", "vision_config", {"num_channels": 4}, "images of 4 channels"),
     ],
@@ -115,3 +128,46 @@ def test_what_open_clip_cannot_express_is_refused(kind, part, change, words, tmp
     with pytest.raises(InputError, match=words):
         export(towers, processing, tmp_path / "export", noise_and_texts(processing), form=OPEN_CLIP)
     assert not (tmp_path / "export").exists()
+
+
+# ---- timm's names of SigLIP's image towers ----
+
+
+def test_a_siglip_whose_image_tower_timm_knows_loads_by_that_name(tmp_path, monkeypatch):
+    """The name stands for the shape: no other file is needed, and no folder has to be told."""
+
+    name, transformer = "vit_test_patch8_siglip_32", timm.models.VisionTransformer
+
+    def create(pretrained=False, global_pool="map", num_classes=0, **settings):
+        shape = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2, "mlp_ratio": 2}
+        return transformer(**shape, class_token=False, global_pool=global_pool, num_classes=num_classes)
+
+    monkeypatch.setitem(timm.models._registry._model_entrypoints, name, create)
+    monkeypatch.setitem(timm_shape.SIZES, (16, 2, 2, 32), "test")
+    path = save_family("siglip", tmp_path / "start")
+    settings = json.loads((path / "config.json").read_text())
+    settings["vision_config"]["hidden_act"] = "gelu"  # as timm's
+    (path / "config.json").write_text(json.dumps(settings))
+    towers, processing = TwoTowers.from_pretrained(path), Processing.from_pretrained(path)
+    difference = export(towers, processing, tmp_path / "export", noise_and_texts(processing), form=OPEN_CLIP)
+    assert difference <= 1e-5 and not (tmp_path / "export" / "config.json").exists()
+    written = json.loads((tmp_path / "export" / "open_clip_config.json").read_text())["model_cfg"]
+    assert written["vision_cfg"]["timm_model_name"] == name
+    assert "vision_cfg" not in OPEN_CLIP.usage(towers, processing, "export", False)
+
+
+@pytest.mark.parametrize(
+    ("activation", "size", "patch", "side", "name"),
+    [
+        ("gelu", "base", 16, 224, "vit_base_patch16_siglip_224"),
+        ("gelu_pytorch_tanh", "base", 16, 224, None),  # timm's has the exact GELU
+        ("gelu_pytorch_tanh", "base", 32, 256, "vit_base_patch32_siglip_256"),
+        ("gelu", "base", 32, 256, None),
+        ("gelu", "base", 16, 240, None),
+    ],
+)
+def test_the_name_is_that_of_a_model_with_the_same_activation_and_image_size(activation, size, patch, side, name):
+    (shape,) = (shape for shape, word in timm_shape.SIZES.items() if word == size)
+    keys = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+    vision = dict(zip(keys, shape, strict=True)) | {"hidden_act": activation, "patch_size": patch, "image_size": side}
+    assert timm_shape.timm_name(vision) == name

@@ -21,11 +21,13 @@ from safetensors.torch import load_file
 import evaluate
 import lib.export.__main__ as export
 import train_clip
+import train_siglip
 from lib.checkpoint import is_whole, newest_whole
 from lib.data import open_sources
 from lib.errors import InputError
+from lib.processing import Processing
 from lib.report import read_metrics
-from lib.towers import TwoTowers
+from lib.towers import TwoTowers, build_preset, presets
 
 STEPS = 12
 FLAGS = [
@@ -145,6 +147,22 @@ def test_a_run_killed_between_its_last_checkpoint_and_its_export_is_finished(fin
     train_clip.main(flags)
     assert json.loads((run / "summary.json").read_text())["steps"] == 4
     assert (run / "export" / "model.safetensors").exists()
+
+
+def test_a_tiny_siglip_with_the_fewer_positions_of_older_versions_goes_on(tmp_path, monkeypatch):
+    """Checkpoints say how many positions their model has; the preset's number is for new ones."""
+    flags = ["--effective-batch=8", "--chunk-size=8", "--xbm-size=0", "--save-every=2", "--eval-every=0", "--workers=0"]
+    command = [*flags, f"--output-dir={tmp_path / 'run'}"]
+    with monkeypatch.context() as older:
+        older.setattr(presets, "SIGLIP_TEXT_LENGTH", 32)
+        train_siglip.main([*command, "--steps=2"])
+    train_siglip.main([*command, "--steps=4", "--resume=auto"])
+    assert [line["step"] for line in read_metrics(tmp_path / "run")] == [1, 2, 3, 4]
+    settings = json.loads((tmp_path / "run" / "export" / "config.json").read_text())
+    assert settings["text_config"]["max_position_embeddings"] == 32
+    assert Processing.from_pretrained(tmp_path / "run" / "export").max_length == 32
+    _, new = build_preset("tiny-siglip", ["a text"])
+    assert new.max_length == 64  # negative control: a new one has more
 
 
 def test_a_resumed_run_tells_which_settings_changed(finished, tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""Export a checkpoint of a run for other programs: `python -m lib.export RUN --format hf|open_clip|onnx`.
+"""Export a checkpoint of a run for other programs: `python -m lib.export RUN --format FORMAT`.
 
 The folder is loaded again and its logits are compared with the model's before it is put in place.
 """
@@ -12,18 +12,23 @@ from typing import Annotated, Literal
 import tyro
 
 from lib.arguments import parse
-from lib.errors import InputError, told_in_one_line
+from lib.errors import InputError, raised_as, told_in_one_line
 from lib.export import open_clip
 from lib.export.card import model_card
 from lib.export.checked import export, is_export
-from lib.export.formats import HUGGING_FACE, ONNX, OPEN_CLIP, Format
+from lib.export.formats import HUGGING_FACE, ONNX, OPEN_CLIP, SENTENCE_TRANSFORMERS, Format
 from lib.export.hub import check_hub, push
 from lib.export.sample import noise_and_texts
 from lib.export.source import find_checkpoint, step_of
 from lib.processing import Processing
 from lib.towers import TwoTowers
 
-FORMATS = {"hf": HUGGING_FACE, "open_clip": OPEN_CLIP, "onnx": ONNX}
+FORMATS = {
+    "hf": HUGGING_FACE,
+    "open_clip": OPEN_CLIP,
+    "sentence-transformers": SENTENCE_TRANSFORMERS,
+    "onnx": ONNX,
+}
 
 
 @dataclass(frozen=True)
@@ -32,11 +37,13 @@ class ExportConfig:
 
     run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
     """Folder of a run."""
-    format: Literal["hf", "open_clip", "onnx"] = "hf"
-    """hf: for transformers (a composed pair: for this program); open_clip: for CLIP models with a vision
-    transformer; onnx: each tower as a graph."""
+    format: Literal["hf", "sentence-transformers", "open_clip", "onnx"] = "hf"
+    """hf: for transformers (a composed pair: for this program); sentence-transformers: for it, composed pairs too;
+    open_clip: for CLIP models with a vision transformer and SigLIP; onnx: each tower as a graph. docs/models.md says
+    which model has which formats."""
     checkpoint: str = "best"
-    """best (the last, where nothing was evaluated), last, step_000100, or the path of a model folder."""
+    """best (the last, where nothing was evaluated), last, step_000100, or the path of a model folder. Where the run
+    kept no checkpoint, best and last are RUN/export."""
     output: Path | None = None
     """New folder, or that of an older export; default: RUN/export, with the format's and the checkpoint's name."""
     push_to_hub: str | None = None
@@ -66,10 +73,10 @@ class ExportConfig:
 
     @property
     def form(self) -> Format:
-        """The format; open_clip's files name the repository that their tokenizer will be in."""
+        """The format; open_clip's files name the repository that they will be in."""
         form = FORMATS[self.format]
         if form is OPEN_CLIP and self.push_to_hub:
-            return replace(form, write=partial(open_clip.write, tokenizer_name=self.push_to_hub))
+            return replace(form, write=partial(open_clip.write, repository=self.push_to_hub))
         return form
 
 
@@ -87,12 +94,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     towers, processing = TwoTowers.from_pretrained(checkpoint), Processing.from_pretrained(checkpoint)
     form, folder = config.form, config.folder
     name, on_hub = config.push_to_hub or folder.name, config.push_to_hub is not None
-    step = step_of(checkpoint)
+    step = step_of(config.run, checkpoint)
     card = model_card(config.run, step, towers, processing, form, name, on_hub)
-    try:
-        difference = export(towers, processing, folder, noise_and_texts(processing), form=form, card=card, step=step)
-    except OSError as error:
-        raise InputError(f"--output {folder} cannot be written ({error}); name another folder") from error
+    with raised_as(
+        lambda fault: InputError(f"--output {folder} cannot be written ({fault}); name another folder"), OSError
+    ):
+        sample = noise_and_texts(processing)
+        difference = export(towers, processing, folder, sample, form=form, card=card, step=step)
     print(f"exported {checkpoint} to {folder}: largest logit difference {difference:.1e}")
     if config.push_to_hub:
         print(f"pushed to {push(folder, config.push_to_hub, config.private)}")

@@ -1,4 +1,4 @@
-"""Owns the model card: the README.md of an export, from what the run's own files say."""
+"""The model card: the README.md of an export, from what the run's own files say."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,7 @@ from huggingface_hub import ModelCardData
 
 from lib.data.fields import shown
 from lib.errors import InputError
-from lib.export.formats import HUGGING_FACE, ONNX, Format
+from lib.export.formats import HUGGING_FACE, OPEN_CLIP, Format
 from lib.export.hugging_face import COMPOSED
 from lib.processing import Processing
 from lib.report import CONFIG, flatten, read_metrics, read_summary
@@ -38,7 +38,7 @@ def model_card(
     """
     config, summary = (_read(run / CONFIG), read_summary(run)) if step is not None else ({}, {})
     composed = processing.model_type == COMPOSED
-    known_to_hub = form.library != ONNX.library and not composed
+    known_to_hub = form.library in (HUGGING_FACE.library, OPEN_CLIP.library) and not composed
     data = ModelCardData(
         library_name=None if composed and form is HUGGING_FACE else form.library,
         pipeline_tag="zero-shot-image-classification" if known_to_hub else None,

@@ -1,4 +1,4 @@
-"""Owns the list of forms that a model can be exported in."""
+"""The forms that a model can be exported in."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from lib.export import hugging_face, onnx, open_clip
+from lib.export import hugging_face, onnx, open_clip, sentence_transformers
 from lib.export.sample import Sample
 from lib.processing import Processing
 from lib.towers import TwoTowers
@@ -31,3 +31,10 @@ class Format:
 HUGGING_FACE = Format(hugging_face.check, hugging_face.write, hugging_face.logits, hugging_face.usage, "transformers")
 OPEN_CLIP = Format(open_clip.check, open_clip.write, open_clip.logits, open_clip.usage, "open_clip")
 ONNX = Format(onnx.check, onnx.write, onnx.logits, onnx.usage, "onnx")
+SENTENCE_TRANSFORMERS = Format(
+    sentence_transformers.check,
+    sentence_transformers.write,
+    sentence_transformers.logits,
+    sentence_transformers.usage,
+    "sentence-transformers",
+)

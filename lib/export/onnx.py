@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoImageProcessor
 
-from lib.errors import InputError, RunError
+from lib.errors import InputError, RunError, raised_as
 from lib.export.sample import TEXTS, Sample
 from lib.model_files import NO_CODE
 from lib.processing import Processing
@@ -52,14 +52,15 @@ class _TextEncoder(nn.Module):
 
 def check(towers: TwoTowers) -> None:
     """Raise InputError where a package is missing; towers of any kind can be tried."""
-    try:
+    with raised_as(
+        lambda fault: InputError(
+            f"--format onnx needs packages that cannot be imported ({fault}): pip install onnx onnxruntime onnxscript"
+        ),
+        ImportError,
+    ):
         import onnx  # noqa: F401
         import onnxruntime  # noqa: F401
         import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise InputError(
-            f"--format onnx needs packages that cannot be imported ({error}): pip install onnx onnxruntime onnxscript"
-        ) from error
 
 
 def write(towers: TwoTowers, processing: Processing, folder: Path) -> None:

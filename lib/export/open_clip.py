@@ -1,88 +1,73 @@
-"""Owns open_clip's layout of a CLIP with a vision transformer: open_clip_config.json and its names of the weights.
+"""open_clip's layout of CLIP and SigLIP models: open_clip_config.json and its names of the weights.
 
-The folder loads with `open_clip.create_model_from_pretrained("local-dir:FOLDER")` and `open_clip.get_tokenizer`.
+The folder loads with `open_clip.create_model_from_pretrained("local-dir:FOLDER")` and `open_clip.get_tokenizer`. A
+SigLIP's image tower is timm's there, of a name that timm knows or of the shape in the folder's config.json.
 """
 
 import json
-import re
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from lib.errors import InputError
-from lib.export.sample import PROBABILITIES, Sample
+from lib.durable import save_tensors
+from lib.errors import InputError, raised_as
+from lib.export.sample import PROBABILITIES, Sample, check_tokens
+from lib.export.timm_shape import EPS, mlp_ratio, timm_name, timm_shape
 from lib.processing import Processing
 from lib.redaction import write_text
 from lib.towers import TwoTowers
+from lib.towers.open_clip_names import to_open_clip
 
-# Our names and open_clip's, whole or up to a dot.
-NAMES = {
-    "image.trunk.embeddings.class_embedding": "visual.class_embedding",
-    "image.trunk.embeddings.patch_embedding.": "visual.conv1.",
-    "image.trunk.embeddings.position_embedding.weight": "visual.positional_embedding",
-    "image.trunk.pre_layrnorm.": "visual.ln_pre.",
-    "image.trunk.encoder.layers.": "visual.transformer.resblocks.",
-    "image.trunk.post_layernorm.": "visual.ln_post.",
-    "image.head.weight": "visual.proj",
-    "text.trunk.embeddings.token_embedding.": "token_embedding.",
-    "text.trunk.embeddings.position_embedding.weight": "positional_embedding",
-    "text.trunk.encoder.layers.": "transformer.resblocks.",
-    "text.trunk.final_layer_norm.": "ln_final.",
-    "text.head.weight": "text_projection",
-    "logit_scale": "logit_scale",
-    "logit_bias": "logit_bias",
-}
-IN_BLOCK = {
-    "layer_norm1": "ln_1",
-    "self_attn.out_proj": "attn.out_proj",
-    "layer_norm2": "ln_2",
-    "mlp.fc1": "mlp.c_fc",
-    "mlp.fc2": "mlp.c_proj",
-}
-TRANSPOSED = ("visual.proj", "text_projection")  # open_clip multiplies from the right
 RESIZE = {"crop": "shortest", "squash": "squash", "pad": "longest"}
 QUICK_GELU = {"quick_gelu": True, "gelu": False}
+# Of SigLIP's text tower.
+TEXT_ACTIVATIONS = {"gelu_pytorch_tanh": {"approximate": "tanh"}, "gelu": {}}
 
 
 def check(towers: TwoTowers) -> None:
     """Raise InputError where open_clip is not installed, or does not know the architecture."""
-    try:
-        import open_clip  # noqa: F401
-    except ImportError as error:
-        raise InputError(
-            f"--format open_clip checks the files with open_clip, which cannot be imported ({error}): "
+    with raised_as(
+        lambda fault: InputError(
+            f"--format open_clip checks the files with open_clip, which cannot be imported ({fault}): "
             "pip install open_clip_torch"
-        ) from error
+        ),
+        ImportError,
+    ):
+        import open_clip  # noqa: F401
+        import timm  # noqa: F401
     settings = towers.description
-    if settings["model_type"] != "clip":
+    if settings["model_type"] not in ("clip", "siglip"):
         raise InputError(
-            f"--format open_clip is for CLIP models with a vision transformer; this one is of type "
-            f"{settings['model_type']!r}: use --format hf or onnx"
+            f"--format open_clip is for CLIP models with a vision transformer and SigLIP; this one is of type "
+            f"{settings['model_type']!r}: use --format hf, onnx or sentence-transformers"
         )
     vision, text = settings["vision_config"], settings["text_config"]
+    siglip = settings["model_type"] == "siglip"
     faults = []
-    if vision["hidden_act"] != text["hidden_act"] or vision["hidden_act"] not in QUICK_GELU:
+    known, used = TEXT_ACTIVATIONS if siglip else QUICK_GELU, {vision["hidden_act"], text["hidden_act"]}
+    if used - {*known} or (not siglip and len(used) > 1):
         faults.append(f"its activations {vision['hidden_act']} (images) and {text['hidden_act']} (texts)")
     for part in (vision, text):
-        mlp_ratio = part["intermediate_size"] / part["hidden_size"]
-        if int(mlp_ratio * part["hidden_size"]) != part["intermediate_size"]:
+        if int(mlp_ratio(part) * part["hidden_size"]) != part["intermediate_size"]:
             faults.append(f"a hidden layer of {part['intermediate_size']} units for {part['hidden_size']} dimensions")
     if vision["num_channels"] != 3:
         faults.append(f"images of {vision['num_channels']} channels")
+    if siglip and vision["layer_norm_eps"] != EPS:
+        faults.append(f"layer norms of images with an epsilon of {vision['layer_norm_eps']}")
     if faults:
         raise InputError(f"--format open_clip: open_clip cannot express {'; '.join(faults)}; use --format hf or onnx")
 
 
-def write(towers: TwoTowers, processing: Processing, folder: Path, tokenizer_name: str = "tokenizer") -> None:
+def write(towers: TwoTowers, processing: Processing, folder: Path, repository: str | None = None) -> None:
     """Write open_clip_config.json, open_clip_model.safetensors and the tokenizer's files.
 
-    tokenizer_name: the hub id that the folder will have; of a local folder open_clip takes the files in it.
+    repository: the hub id that the folder will have; of a local folder open_clip takes the tokenizer in it.
     """
+    model_settings = _siglip_settings if _is_siglip(towers) else _clip_settings
     settings = {
-        "model_cfg": _model_settings(towers, tokenizer_name),
+        "model_cfg": model_settings(towers, processing, repository),
         "preprocess_cfg": {
             "size": processing.image_size,
             "mode": "RGB",
@@ -92,39 +77,38 @@ def write(towers: TwoTowers, processing: Processing, folder: Path, tokenizer_nam
             "resize_mode": RESIZE[processing.resize],
         },
     }
-    write_text(folder / "open_clip_config.json", json.dumps(settings, indent=2) + "\n")
-    save_file(open_clip_weights(towers), folder / "open_clip_model.safetensors", metadata={"format": "pt"})
+    _write_json(folder / "open_clip_config.json", settings)
+    if _is_siglip(towers) and timm_name(towers.description["vision_config"]) is None:
+        _write_json(folder / "config.json", timm_shape(towers.description["vision_config"]))
+    weights = open_clip_weights(towers, processing.max_length)
+    save_tensors(weights, folder / "open_clip_model.safetensors", {"format": "pt"})
     processing.tokenizer.save_pretrained(folder)
 
 
-def open_clip_weights(towers: TwoTowers) -> dict[str, Tensor]:
-    """The weights under open_clip's names: query, key and value in one matrix, projections transposed."""
-    weights: dict[str, Tensor] = {}
-    parts: dict[str, dict[str, Tensor]] = {}
-    for name, value in towers.state_dict().items():
-        value = value.detach().cpu()
-        known = next(ours for ours in NAMES if name == ours or (ours.endswith(".") and name.startswith(ours)))
-        theirs = NAMES[known] + name.removeprefix(known)
-        block = re.fullmatch(r"(.+\.resblocks\.\d+)\.(.+)\.(weight|bias)", theirs)
-        if block and block[2] in IN_BLOCK:
-            theirs = f"{block[1]}.{IN_BLOCK[block[2]]}.{block[3]}"
-        elif block:
-            parts.setdefault(f"{block[1]}.attn.in_proj_{block[3]}", {})[block[2]] = value
-            continue
-        weights[theirs] = (value.T if theirs in TRANSPOSED else value).contiguous().clone()
-    order = [f"self_attn.{part}_proj" for part in "qkv"]
-    return weights | {name: torch.cat([part[which] for which in order]) for name, part in parts.items()}
+def open_clip_weights(towers: TwoTowers, max_length: int) -> dict[str, Tensor]:
+    """The weights under open_clip's names.
+
+    max_length: of a SigLIP's texts, which open_clip pads to the number of positions.
+    """
+    weights = to_open_clip(towers.state_dict(), towers.description["model_type"])
+    if _is_siglip(towers):
+        weights["text.positional_embedding"] = weights["text.positional_embedding"][:max_length].clone()
+    return {name: value.detach().cpu().contiguous() for name, value in weights.items()}
 
 
 @torch.no_grad()
 def logits(towers: TwoTowers, processing: Processing, folder: Path, sample: Sample) -> Tensor:
-    """Through open_clip alone: its model, and its own preparation of the images."""
+    """Through open_clip alone: its model, and its own preparation of the images; its tokenizer is compared too."""
     import open_clip
     from torchvision.transforms.functional import to_pil_image
 
-    model, prepare = open_clip.create_model_from_pretrained(f"local-dir:{folder}")
+    settings = json.loads((folder / "open_clip_config.json").read_text())["model_cfg"]["vision_cfg"]
+    if (folder / "config.json").exists():
+        settings["timm_model_name"] = f"local-dir:{folder}"
+    model, prepare = open_clip.create_model_from_pretrained(f"local-dir:{folder}", vision_cfg=settings)
+    check_tokens(open_clip.get_tokenizer(f"local-dir:{folder}"), processing)
     images = torch.stack([prepare(to_pil_image(pixels)) for pixels in sample.pixel_values.cpu()])
-    # It wants every text at full length; what comes behind the end token is not looked at.
+    # It wants every text at full length; what comes behind the end token of a CLIP is not looked at.
     missing = model.context_length - sample.input_ids.shape[1]
     texts = F.pad(sample.input_ids.cpu(), (0, missing), value=processing.tokenizer.pad_token_id)
     return model.eval().get_logits(images, texts)[0]
@@ -133,11 +117,16 @@ def logits(towers: TwoTowers, processing: Processing, folder: Path, sample: Samp
 def usage(towers: TwoTowers, processing: Processing, name: str, on_hub: bool) -> str:
     """Python that loads the files and gets logits; name: a hub id or a folder."""
     where = f"hf-hub:{name}" if on_hub else f"local-dir:{name}"
-    return f"""import open_clip
+    # Of a local folder open_clip does not tell timm where it is.
+    shaped = not on_hub and _is_siglip(towers) and timm_name(towers.description["vision_config"]) is None
+    settings = f"""
+with open("{name}/open_clip_config.json") as file:
+    settings = json.load(file)["model_cfg"]["vision_cfg"] | {{"timm_model_name": "{where}"}}"""
+    return f"""{"import json" + chr(10) * 2 if shaped else ""}import open_clip
 import torch
 from PIL import Image
-
-model, prepare = open_clip.create_model_from_pretrained("{where}")
+{settings if shaped else ""}
+model, prepare = open_clip.create_model_from_pretrained("{where}"{", vision_cfg=settings" if shaped else ""})
 tokenizer = open_clip.get_tokenizer("{where}")
 texts, image = ["a photo of a cat", "a photo of a dog"], Image.open("picture.jpg")
 with torch.no_grad():
@@ -145,7 +134,11 @@ with torch.no_grad():
 {PROBABILITIES[towers.use_bias]}"""
 
 
-def _model_settings(towers: TwoTowers, tokenizer_name: str) -> dict:
+def _is_siglip(towers: TwoTowers) -> bool:
+    return towers.description["model_type"] == "siglip"
+
+
+def _clip_settings(towers: TwoTowers, processing: Processing, repository: str | None) -> dict:
     vision, text = towers.description["vision_config"], towers.description["text_config"]
     # transformers takes 2 as the mark of old files, and pools at the highest token.
     pooling = {"pool_type": "argmax"} if text["eos_token_id"] == 2 else {"pool_type": "eos"}
@@ -160,21 +153,56 @@ def _model_settings(towers: TwoTowers, tokenizer_name: str) -> dict:
         },
         "text_cfg": _encoder_settings(text)
         | pooling
-        | {
-            "context_length": text["max_position_embeddings"],
-            "vocab_size": text["vocab_size"],
-            "heads": text["num_attention_heads"],
-            "eos_id": text["eos_token_id"],
-            "hf_tokenizer_name": tokenizer_name,
-        },
+        | _text_settings(text, repository)
+        | {"context_length": text["max_position_embeddings"], "eos_id": text["eos_token_id"]},
     }
-    return settings | ({"init_logit_bias": towers.logit_bias.item()} if towers.use_bias else {})
+    return settings | _bias_settings(towers)
+
+
+def _siglip_settings(towers: TwoTowers, processing: Processing, repository: str | None) -> dict:
+    """As open_clip's own ViT-B-16-SigLIP.json."""
+    vision, text = towers.description["vision_config"], towers.description["text_config"]
+    activation = TEXT_ACTIVATIONS[text["hidden_act"]]
+    shape = f"hf-hub:{repository}" if repository else "local-dir:."
+    settings = {
+        "embed_dim": towers.embed_dim,
+        "custom_text": True,
+        "vision_cfg": {
+            "image_size": vision["image_size"],
+            "timm_model_name": timm_name(vision) or shape,
+            "timm_model_pretrained": False,
+            "timm_pool": "map",
+            "timm_proj": "none",
+        },
+        "text_cfg": _encoder_settings(text)
+        | _text_settings(text, repository)
+        | {"context_length": processing.max_length, "no_causal_mask": True, "proj_bias": True, "pool_type": "last"}
+        | ({"tokenizer_kwargs": {"clean": "canonicalize"}} if processing.canonical else {})
+        | ({"act_kwargs": activation} if activation else {}),
+    }
+    return settings | _bias_settings(towers)
 
 
 def _encoder_settings(part: dict) -> dict:
     return {
         "layers": part["num_hidden_layers"],
         "width": part["hidden_size"],
-        "mlp_ratio": part["intermediate_size"] / part["hidden_size"],
+        "mlp_ratio": mlp_ratio(part),
         "norm_kwargs": {"eps": part["layer_norm_eps"]},
     }
+
+
+def _text_settings(text: dict, repository: str | None) -> dict:
+    return {
+        "vocab_size": text["vocab_size"],
+        "heads": text["num_attention_heads"],
+        "hf_tokenizer_name": repository or "tokenizer",
+    }
+
+
+def _bias_settings(towers: TwoTowers) -> dict:
+    return {"init_logit_bias": towers.logit_bias.item()} if towers.use_bias else {}
+
+
+def _write_json(file: Path, content: dict) -> None:
+    write_text(file, json.dumps(content, indent=2) + "\n")

@@ -1,12 +1,13 @@
-"""Owns what all forms of export share: the pairs that they are checked with, and the last line of their examples."""
+"""Common parts of all forms of export: the pairs that they are checked with, and the last line of their examples."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from lib.errors import RunError
 from lib.processing import Processing
 from lib.towers import TwoTowers
 
@@ -52,6 +53,16 @@ def noise_and_texts(processing: Processing, texts: Sequence[str] = TEXTS, seed: 
     shape = (len(texts), 3, processing.image_size, processing.image_size)
     pixels = torch.randint(256, shape, generator=generator, dtype=torch.uint8)
     return Pairs(pixels, *processing.tokenize(list(texts)))
+
+
+def check_tokens(tokenize: Callable[[list[str]], Tensor], processing: Processing) -> None:
+    """Raise RunError where another library's tokenizer reads `TEXTS` as other tokens than training did.
+
+    tokenize: gives input_ids (n, L); of longer rows than ours only the beginnings are compared.
+    """
+    expected = processing.tokenize(list(TEXTS))[0]
+    if not torch.equal(tokenize(list(TEXTS)).cpu()[:, : expected.shape[1]], expected):
+        raise RunError("the exported tokenizer gives other tokens than the model was trained with; nothing was written")
 
 
 @torch.no_grad()

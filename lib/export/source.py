@@ -1,23 +1,29 @@
-"""Checkpoints of a run, found and loaded for export; no process group and no accelerator is needed."""
+"""The way from a run to one of its models; no process group and no accelerator is needed."""
 
 import json
 from pathlib import Path
 
 from lib.checkpoint import BEST, MANIFEST, is_whole, newest_whole
 from lib.errors import InputError
+from lib.export.checked import RECORD, is_export
 
 
 def find_checkpoint(run: Path, name: str) -> Path:
     """The folder of a model: best (of a run without evaluations the last), last, step_000100, or a path.
 
-    The number of ranks that wrote it does not matter. Raises InputError where there is no such model, or not whole.
+    Of a run that kept no checkpoint, best and last are its export. The number of ranks that wrote a checkpoint does not
+    matter. Raises InputError where there is no such model, or not whole.
     """
     root = run / "checkpoints"
     if name in (BEST, "last"):
         best = (root / BEST).resolve()
         found = best if name == BEST and is_whole(best) else newest_whole(root)
+        if found is None and is_export(run / "export"):
+            found = run / "export"
         if found is None:
-            raise InputError(f"RUN {run} holds no whole checkpoint; name a run, or a model by --checkpoint PATH")
+            raise InputError(
+                f"RUN {run} holds no whole checkpoint and no export; name a run, or a model by --checkpoint PATH"
+            )
         return found
     folder = root / name if (root / name).exists() else Path(name)
     known = sorted(each.name for each in root.glob("step_*") if is_whole(each))
@@ -29,7 +35,9 @@ def find_checkpoint(run: Path, name: str) -> Path:
     return folder
 
 
-def step_of(folder: Path) -> int | None:
-    """The step that a checkpoint was written after; None for a model folder that is no checkpoint."""
-    manifest = folder / MANIFEST
-    return json.loads(manifest.read_text())["progress"]["step"] if manifest.is_file() else None
+def step_of(run: Path, folder: Path) -> int | None:
+    """The step that a checkpoint or the run's export was written after; None for another model folder."""
+    if (folder / MANIFEST).is_file():
+        return json.loads((folder / MANIFEST).read_text())["progress"]["step"]
+    own = folder.resolve() == (run / "export").resolve() and is_export(folder)
+    return json.loads((folder / RECORD).read_text()).get("step") if own else None

@@ -131,7 +131,9 @@ def _sized(name: str, image_size: int) -> dict[str, int]:
 
 
 @runtime_checkable
-class _Resizable(Protocol):
+class Resizable(Protocol):
+    """A model of timm that is built for one side of the images, of which others can be asked."""
+
     default_cfg: dict
 
     def set_input_size(self, *, img_size: int) -> None: ...
@@ -139,7 +141,7 @@ class _Resizable(Protocol):
 
 def _fitted(trunk: nn.Module, image_size: int) -> nn.Module:
     """A timm model for images of that side: transformers among them resize position embeddings and windows."""
-    if isinstance(trunk, _Resizable) and image_size != trunk.default_cfg["input_size"][-1]:
+    if isinstance(trunk, Resizable) and image_size != trunk.default_cfg["input_size"][-1]:
         trunk.set_input_size(img_size=image_size)
     return trunk
 

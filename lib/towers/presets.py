@@ -30,7 +30,7 @@ START_SCALE: dict[Family, float] = {"clip": 1 / 0.07, "siglip": 10.0}
 
 @dataclass(frozen=True)
 class Size:
-    """Widths and depths of a preset; image and text encoder are alike. text_length: most tokens of a text."""
+    """Widths and depths of a preset; image and text encoder are alike. text_length: most tokens of a CLIP's text."""
 
     image_size: int
     patch_size: int
@@ -45,6 +45,8 @@ SIZES = {
     "tiny": Size(32, patch_size=8, width=64, layers=2, heads=4, text_length=32, vocab_size=1000),
     "small": Size(224, patch_size=16, width=384, layers=12, heads=6, text_length=64, vocab_size=16384),
 }
+SIGLIP_TEXT_LENGTH = 64
+"""Tokens that transformers' pipelines pad the texts of every SigLIP to, as those of Google have positions for."""
 PRESETS = tuple(f"{size}-{family}" for size in SIZES for family in START_SCALE)
 
 
@@ -67,7 +69,8 @@ def build_preset(
     size_name, _, family_name = name.partition("-")
     family: Family = "clip" if family_name == "clip" else "siglip"
     size = SIZES[size_name]
-    size = replace(size, image_size=image_size or size.image_size)
+    length = size.text_length if family == "clip" else SIGLIP_TEXT_LENGTH
+    size = replace(size, image_size=image_size or size.image_size, text_length=length)
     check_image_size(size.image_size, size.patch_size)
     tokenizer = build_tokenizer(texts, size.vocab_size, size.text_length, canonical=family == "siglip")
     form = replace(DEFAULT_FORMS[family], size=size.image_size)
