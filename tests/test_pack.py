@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lib.data import BadImage, files, open_evaluation, open_sources
+from lib.data import BadImage, open_evaluation, open_sources
 from lib.data.order import sample_id, stable_hash
 from lib.data.pack.__main__ import main
 from lib.data.pack.writer import Record, ShardWriter
@@ -253,8 +253,8 @@ def test_killed_anywhere_and_gone_on_with_the_result_is_the_same(table, tmp_path
         (1, ShardWriter, "finish", "after"),  # named, not yet recorded
         (3, Record, "add", "after"),
         (2, ShardWriter, "finish", "before"),
-        (1, files, "rename_for_good", "before"),  # the skipped samples are written under another name
-        (2, files, "rename_for_good", "before"),  # so is the index
+        (1, Path, "replace", "before"),  # the skipped samples are written under another name
+        (2, Path, "replace", "before"),  # so is the index
         (1, Record, "finish", "before"),  # all shards there, the index too
     ]
     out = tmp_path / "broken"
