@@ -15,7 +15,7 @@ from lib.collectives import decided_by_rank_0
 from lib.config import TrainConfig
 from lib.errors import InputError, raised_as
 from lib.redaction import write_text
-from lib.report import CONFIG, METRICS
+from lib.report import METRICS
 
 LOCK, HOLDER = ".lock", ".lock_holder.json"
 SECONDS_FOR_THE_LAST_JOB = 20.0  # of a killed job, data workers may hold the lock until they notice
@@ -65,7 +65,7 @@ def _claim(config: TrainConfig, family: str, locks: list[FileLock]) -> Path:
 
 def holds_a_run(folder: Path) -> bool:
     """Whether a run has left anything there that another must not write over."""
-    return any((folder / name).exists() for name in (METRICS, CONFIG, "checkpoints", "export"))
+    return any((folder / name).exists() for name in (METRICS, "checkpoints", "export"))
 
 
 class _InUse(InputError):
