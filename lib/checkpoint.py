@@ -170,7 +170,7 @@ def step_folders(root: Path) -> dict[int, Path]:
     found = {
         int(named[1]): folder
         for folder in root.glob("step_*")
-        if (named := re.fullmatch(r"step_(\d{6,})", folder.name))
+        if (named := re.fullmatch(r"step_(\d{6,})", folder.name)) and folder.is_dir()
     }
     return dict(sorted(found.items()))
 
@@ -203,10 +203,11 @@ def prune(root: Path, keep: int, best: int | None) -> None:
     for left in (*root.glob(".unfinished_step_*"), *root.glob(".outdated_step_*")):
         shutil.rmtree(left)
     folders = step_folders(root)
-    for step in list(folders)[:-keep] if keep else []:
-        if step != best:
-            (folders[step] / MANIFEST).unlink(missing_ok=True)  # a removal cut short leaves no checkpoint behind
-            shutil.rmtree(folders[step])
+    kept = [step for step, folder in folders.items() if is_whole(folder)][-keep:] if keep else []
+    for step, folder in folders.items():
+        if kept and step < kept[0] and step != best:
+            (folder / MANIFEST).unlink(missing_ok=True)  # a removal cut short leaves no checkpoint behind
+            shutil.rmtree(folder)
 
 
 def _on_host(values: dict) -> dict:

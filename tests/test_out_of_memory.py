@@ -77,7 +77,8 @@ def test_out_of_memory_before_the_first_step_says_that_nothing_was_saved(tmp_pat
 def test_out_of_memory_before_there_are_chunks_names_no_chunk(tmp_path, monkeypatch):
     monkeypatch.setattr("lib.setup.make_prepare", fails_at(1, None))
     with pytest.raises(
-        RunError, match=r"before the first chunk \(3.50 GiB .*: end other processes .* smaller model; no"
+        RunError,
+        match=r"before the first chunk \(3.50 GiB .*: end other processes .* smaller model; there is no checkpoint",
     ):
         train_clip.main([*FLAGS, f"--output-dir={tmp_path / 'run'}"])
 

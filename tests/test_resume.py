@@ -195,17 +195,26 @@ def test_a_cut_checkpoint_is_passed_over(finished, tmp_path):
     weights.write_bytes(content)
 
 
-def copied(finished: Path, folder: Path) -> tuple[Path, list[str]]:
-    """The finished run in another folder, and the flags that add two steps to it."""
-    shutil.copytree(finished, folder, symlinks=True)
-    flags = [f"--output-dir={folder}", "--steps=6", "--save-every=2", "--eval-every=0", "--workers=0", "--resume=auto"]
-    return folder, [*FLAGS, *flags]
+def copied(run: Path, folder: Path) -> tuple[Path, list[str]]:
+    """The steady run in another folder, and the flags that add two steps to it."""
+    shutil.copytree(run, folder, symlinks=True)
+    flags = ["--schedule=constant", "--workers=0", "--steps=6", "--save-every=2", "--eval-every=0", "--resume=auto"]
+    return folder, [*FLAGS, f"--output-dir={folder}", *flags]
 
 
 @pytest.fixture(scope="module")
-def longer(finished, tmp_path_factory) -> dict:
+def steady(tmp_path_factory) -> Path:
+    """A finished run of four steps at one learning rate: with more steps, its first ones are the same."""
+    folder = tmp_path_factory.mktemp("steady") / "run"
+    flags = ["--schedule=constant", "--workers=0", "--steps=4", "--save-every=2", "--eval-every=0"]
+    train_clip.main([*FLAGS, f"--output-dir={folder}", *flags])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def longer(steady, tmp_path_factory) -> dict:
     """The weights of the run with two more steps."""
-    run, flags = copied(finished, tmp_path_factory.mktemp("longer") / "run")
+    run, flags = copied(steady, tmp_path_factory.mktemp("longer") / "run")
     train_clip.main(flags)
     return load_file(run / "checkpoints" / "step_000006" / "model.safetensors")
 
@@ -230,10 +239,8 @@ def flipped(file: Path) -> None:
         ("rank_0000.pt", "one flipped bit"),
     ],
 )
-def test_a_damaged_checkpoint_is_told_put_aside_and_the_one_before_resumed(
-    name, how, finished, longer, tmp_path, capsys
-):
-    run, flags = copied(finished, tmp_path / "run")
+def test_a_damaged_checkpoint_is_told_put_aside_and_the_one_before_resumed(name, how, steady, longer, tmp_path, capsys):
+    run, flags = copied(steady, tmp_path / "run")
     newest = run / "checkpoints" / "step_000004"
     if how == "one flipped bit":
         flipped(newest / name)
@@ -245,8 +252,8 @@ def test_a_damaged_checkpoint_is_told_put_aside_and_the_one_before_resumed(
     assert same(run, longer) and newest.with_name("step_000004.damaged").is_dir()
 
 
-def test_a_damaged_checkpoint_that_was_named_is_refused(finished, tmp_path):
-    run, _ = copied(finished, tmp_path / "run")
+def test_a_damaged_checkpoint_that_was_named_is_refused(steady, tmp_path):
+    run, _ = copied(steady, tmp_path / "run")
     damaged = run / "checkpoints" / "step_000004"
     flipped(damaged / "optimizer.pt")
     with pytest.raises(InputError, match=r"--resume .*step_000004 is damaged: its optimizer.pt"):
@@ -257,22 +264,22 @@ def test_a_damaged_checkpoint_that_was_named_is_refused(finished, tmp_path):
 
 
 @pytest.mark.parametrize("content", ["[1]", "", '{"files": 3}', '{"progress": {}, "files": {"x": []}}', "[" * 100_000])
-def test_a_manifest_that_says_nothing_is_no_checkpoint(content, finished, tmp_path):
-    run, _ = copied(finished, tmp_path / "run")
+def test_a_manifest_that_says_nothing_is_no_checkpoint(content, steady, tmp_path):
+    run, _ = copied(steady, tmp_path / "run")
     (run / "checkpoints" / "step_000004" / "checkpoint.json").write_text(content)
     assert newest_whole(run / "checkpoints").name == "step_000002"
 
 
-def test_a_checkpoint_of_a_newer_version_is_refused_and_not_passed_over(finished, tmp_path):
-    run, flags = copied(finished, tmp_path / "run")
+def test_a_checkpoint_of_a_newer_version_is_refused_and_not_passed_over(steady, tmp_path):
+    run, flags = copied(steady, tmp_path / "run")
     manifest = run / "checkpoints" / "step_000004" / "checkpoint.json"
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"version": 99}))
     with pytest.raises(InputError, match="has format version 99, and this program reads up to 1: update it"):
         train_clip.main(flags)
 
 
-def test_a_checkpoint_of_before_with_sizes_and_no_version_resumes(finished, longer, tmp_path):
-    run, flags = copied(finished, tmp_path / "run")
+def test_a_checkpoint_of_before_with_sizes_and_no_version_resumes(steady, longer, tmp_path):
+    run, flags = copied(steady, tmp_path / "run")
     manifest = run / "checkpoints" / "step_000004" / "checkpoint.json"
     content = json.loads(manifest.read_text())
     content["files"] = {name: entry["bytes"] for name, entry in content["files"].items()}
@@ -282,8 +289,8 @@ def test_a_checkpoint_of_before_with_sizes_and_no_version_resumes(finished, long
     assert same(run, longer)
 
 
-def test_folders_of_other_names_beside_the_checkpoints_are_let_alone(finished, longer, tmp_path):
-    run, flags = copied(finished, tmp_path / "run")
+def test_folders_of_other_names_beside_the_checkpoints_are_let_alone(steady, longer, tmp_path):
+    run, flags = copied(steady, tmp_path / "run")
     checkpoints = run / "checkpoints"
     for name in ("step_000004.bak", "step_old", "step_4", "old_step_000004", "step_000009 (copy)"):
         shutil.copytree(checkpoints / "step_000004", checkpoints / name)
@@ -306,8 +313,8 @@ def test_a_run_copied_with_its_links_followed_resumes_and_keeps_its_best(tmp_pat
 
 
 @pytest.mark.parametrize("content", [b"", b"data: [digits\n", b"\xff\xfe\x00", b"[1]"], ids=repr)
-def test_damaged_files_that_nothing_needs_stop_no_resume(content, finished, longer, tmp_path):
-    run, flags = copied(finished, tmp_path / "run")
+def test_damaged_files_that_nothing_needs_stop_no_resume(content, steady, longer, tmp_path):
+    run, flags = copied(steady, tmp_path / "run")
     for name in ("config.yaml", "summary.json"):
         (run / name).write_bytes(content)
     for name in ("metrics.jsonl", "skipped.jsonl"):
@@ -318,8 +325,8 @@ def test_damaged_files_that_nothing_needs_stop_no_resume(content, finished, long
 
 
 @pytest.mark.parametrize("content", [b"", b"data: [digits\n", b"\xff\xfe\x00"], ids=repr)
-def test_damaged_files_that_nothing_needs_stop_no_evaluation_and_no_export(content, finished, tmp_path, capsys):
-    run, _ = copied(finished, tmp_path / "run")
+def test_damaged_files_that_nothing_needs_stop_no_evaluation_and_no_export(content, steady, tmp_path, capsys):
+    run, _ = copied(steady, tmp_path / "run")
     for name in ("config.yaml", "summary.json", "metrics.jsonl"):
         (run / name).write_bytes(content)
     flags = ["--data=digits", "--workers=0", f"--output-dir={tmp_path / 'out'}", f"--cache-dir={tmp_path / 'cache'}"]
@@ -329,8 +336,8 @@ def test_damaged_files_that_nothing_needs_stop_no_evaluation_and_no_export(conte
     assert (tmp_path / "export" / "README.md").is_file()
 
 
-def test_an_extended_run_is_finished_once_the_export_of_its_new_end_is_there(finished, longer, tmp_path, monkeypatch):
-    run, flags = copied(finished, tmp_path / "run")
+def test_an_extended_run_is_finished_once_the_export_of_its_new_end_is_there(steady, longer, tmp_path, monkeypatch):
+    run, flags = copied(steady, tmp_path / "run")
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr("lib.finish.export", raising(KeyboardInterrupt))
         train_clip.main(flags)

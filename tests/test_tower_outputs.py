@@ -132,15 +132,15 @@ def test_the_same_data_and_towers_are_run_once_and_anything_else_again(tmp_path)
 def test_an_interrupted_pass_goes_on_where_it_stopped(tmp_path, monkeypatch):
     cache, data = tmp_path / "cache", captions_table(tmp_path / "data")
     whole, *_ = fill(tmp_path / "other", data)
-    seal = tower_outputs._seal
+    seal = tower_outputs._list_blocks
 
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(tower_outputs, "_seal", interrupted)
+    monkeypatch.setattr(tower_outputs, "_list_blocks", interrupted)
     with pytest.raises(KeyboardInterrupt):
         fill(cache, data)
-    monkeypatch.setattr(tower_outputs, "_seal", seal)
+    monkeypatch.setattr(tower_outputs, "_list_blocks", seal)
     (folder,) = (cache / "outputs").iterdir()
     (folder / "block_00001.safetensors").unlink()
     # Of the images only that block is run again; the texts had not begun.
