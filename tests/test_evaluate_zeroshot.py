@@ -264,12 +264,12 @@ def test_class_names_come_from_a_list_or_a_mapping(tmp_path):
     classes = ("ant", "bee", "cat")
     file.write_text("- an ant\n- a bee\n- a cat\n")
     assert renamed(classes, file) == ("an ant", "a bee", "a cat")
-    file.write_text("bee: honey bee\n")
-    assert renamed(classes, file) == ("ant", "honey bee", "cat")
+    file.write_text("bee: honey bee\nant: no\n")
+    assert renamed(classes, file) == ("no", "honey bee", "cat")
     for content, words in (
         ("- ant\n- bee\n", "lists 2 names for 3 classes"),
         ("dog: a dog\n", "'dog', which is no class of the data; they are ant, bee, cat"),
-        ("bee: no\n", "False is no name"),
+        ("bee: false\n", "False is no name"),
         ("just words\n", 'lines as in: "ant: a name"'),
         ("- [\n", "is not YAML"),
         (None, "cannot be read"),
