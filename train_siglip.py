@@ -20,7 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from lib.train import train
 
     loss = partial(sigmoid, pos_weight=config.pos_weight, remembered_positives=config.remembered_positives)
-    dense = partial(dense_sigmoid, pos_weight=config.pos_weight)
+    dense = partial(dense_sigmoid, pos_weight=config.pos_weight, remembered_positives=config.remembered_positives)
     train(config, Objective("siglip", loss, dense))
 
 

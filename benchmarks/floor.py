@@ -15,8 +15,8 @@ def plain(towers: Autocast, chunks: Sequence[Chunk]) -> None:
     """Each chunk's own loss, one after another."""
     for chunk in chunks:
         output = towers(**chunk.to(towers.device).inputs)
-        ids = Ids.of(chunk.to(towers.device))
-        loss = dense_infonce(output.image_embeds, output.text_embeds, ids, output.logit_scale, output.logit_bias)
+        fresh = Pairs(output.image_embeds, output.text_embeds, *Ids.of(chunk.to(towers.device)))
+        loss = dense_infonce(fresh, None, output.logit_scale, output.logit_bias)
         (loss / len(chunks)).backward()
 
 

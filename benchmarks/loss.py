@@ -84,7 +84,7 @@ def of_open_clip(module: Callable, scale: torch.Tensor, bias: torch.Tensor, fres
 
 def by_autograd(dense: DenseLoss, scale: torch.Tensor, bias: torch.Tensor, fresh: Pairs) -> None:
     images, texts, scale, bias = leaves(fresh, scale, bias)
-    dense(images, texts, fresh.ids, scale, bias).backward()
+    dense(replace(fresh, image_embeds=images, text_embeds=texts), None, scale, bias).backward()
 
 
 def leaves(fresh: Pairs, scale: torch.Tensor, bias: torch.Tensor) -> list[torch.Tensor]:

@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 from lib.backends import usable_cores  # noqa: E402
 from lib.cached_step import cached_step  # noqa: E402
 from lib.data import Chunk  # noqa: E402
-from lib.losses import infonce  # noqa: E402
+from lib.losses import Pairs, infonce  # noqa: E402
 from lib.objective import dense_infonce  # noqa: E402
 from lib.relation import Ids  # noqa: E402
 from lib.towers import TwoTowers, load_towers  # noqa: E402
@@ -92,9 +92,8 @@ def cached(towers: TwoTowers, batch: Chunk, chunk_size: int) -> None:
 
 def plain(towers: TwoTowers, batch: Chunk, chunk_size: int) -> None:
     output = towers(batch.pixel_values, batch.input_ids, batch.attention_mask)
-    dense_infonce(
-        output.image_embeds, output.text_embeds, Ids.of(batch), output.logit_scale, output.logit_bias
-    ).backward()
+    fresh = Pairs(output.image_embeds, output.text_embeds, *Ids.of(batch))
+    dense_infonce(fresh, None, output.logit_scale, output.logit_bias).backward()
 
 
 def peak_bytes() -> int:

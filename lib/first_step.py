@@ -16,7 +16,7 @@ from lib.logit_bias import bias_from_counts, solved_bias
 from lib.losses import Pairs
 from lib.objective import Objective
 from lib.relation import Ids
-from lib.replay import batch_norm_statistics, restore_statistics
+from lib.replay import RandomState, batch_norm_statistics, restore_statistics
 from lib.report import Reporter
 from lib.run import Run
 
@@ -58,33 +58,48 @@ def _start_bias(run: Run, chunks: list[Chunk]) -> float:
 
 
 def _verify(run: Run, objective: Objective, chunks: list[Chunk], report: Reporter) -> None:
-    """Compare the cached step with plain autograd on a few pairs; stop where they differ."""
-    statistics = batch_norm_statistics(run.towers)
-    few, device = verify.small_chunks(chunks), run.accelerator.device
-    cached = partial(
-        cached_step,
-        run.wrapped,
-        few,
-        objective.loss,
-        None,
-        device=device,
-        backward=run.backend.backward,
-        no_sync=run.backend.no_sync,
-        keep_graphs=min(run.plan.keep_graphs, 1),
-        share=run.share_texts,
-        **run.recompute,
+    """Compare the cached step with plain autograd on a few pairs, with all that the run uses; stop at a difference."""
+    device, tolerance = run.accelerator.device, verify.TOLERANCE[run.backend.precision.name]
+    statistics, random_state = batch_norm_statistics(run.towers), RandomState.capture(device)
+    few = verify.small_chunks(chunks)
+    kept = run.plan.keep_graphs
+    extras = verify.Extras(
+        negatives=verify.small_negatives(run.negatives),
+        remembered=verify.small_memory(run.wrapped, few, device) if run.config.xbm_size else None,
+        tile=max(1, 2 * sum(map(len, few)) // 5),  # not a divisor: the last tile is smaller
+        keep_graphs=len(few) if kept >= run.plan.chunks else min(kept, len(few) - 1),
     )
-    plain = partial(verify.plain_autograd, run.backend, few, objective.dense, device)
+
+    def compare(extras: verify.Extras) -> verify.Comparison:
+        cached = partial(
+            cached_step,
+            run.wrapped,
+            few,
+            partial(objective.loss, tile=extras.tile),
+            extras.remembered,
+            device=device,
+            backward=run.backend.backward,
+            no_sync=run.backend.no_sync,
+            keep_graphs=extras.keep_graphs,
+            negatives=extras.negatives,
+            share=run.share_texts,
+            **run.recompute,
+        )
+        plain = partial(verify.plain_autograd, run.backend, few, extras, objective.dense, device)
+        return verify.compare_gradients(run.backend, cached, plain, device)
+
     with full_float32():
-        differences = verify.compare_gradients(run.backend, cached, plain, device)
+        where, found = verify.first_faulty(compare, extras, tolerance)
     restore_statistics(statistics)
-    tolerance = verify.TOLERANCE[run.backend.precision.name]
+    random_state.restore()
     report.say(
         "verify-gradients: largest relative difference "
-        + ", ".join(f"{part} {difference:.1e}" for part, difference in differences.items())
+        + ", ".join(f"{part} {difference:.1e}" for part, difference in found.differences.items())
     )
-    if not all(difference <= tolerance for difference in differences.values()):
+    if not found.within(tolerance):
         raise RunError(
-            f"--verify-gradients: the cached step's gradients differ from plain autograd's by more than {tolerance} "
-            f"({differences}); batch norm in training mode and chunk-dependent layers do this, else it is a fault here"
+            f"--verify-gradients: the cached step's gradients differ from plain autograd's"
+            f"{f' with {where}, and not without' * bool(where)}: "
+            f"{'; '.join([*found.faults, f'largest relative differences {found.differences}'])}, allowed {tolerance}; "
+            "batch norm in training mode and chunk-dependent layers do this, else it is a fault here"
         )

@@ -19,10 +19,21 @@ def tile_side(device: torch.device) -> int:
     return TILE if device.type == "cpu" else ACCELERATOR_TILE
 
 
-class TileBuffers:
-    """Two tiles of memory, which all blocks of one loss share: each visits its tiles alone."""
+def wide_type(device: torch.device) -> torch.dtype:
+    """The type in which sums over all pairs accumulate: in float32 a loss of N^2 terms would keep three digits."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
-    def __init__(self) -> None:
+
+def wide_sum(matrix: Tensor) -> Tensor:
+    """Sum of all elements as a `wide_type`: (). A row adds up in its own type, since a wide copy would cost more."""
+    return matrix.sum(1).sum(dtype=wide_type(matrix.device))
+
+
+class TileBuffers:
+    """Two tiles of so many rows and columns, which all blocks of one loss share: each visits its tiles alone."""
+
+    def __init__(self, side: int) -> None:
+        self.side = side
         self._memory: Tensor | None = None
 
     def of_shape(self, rows: int, columns: int, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -51,7 +62,7 @@ class LogitTiles:
         left_out: TileMask | None = None,
     ) -> None:
         self.anchors, self.others, self.scale, self.bias = anchors, others, scale, bias
-        self.side, self._buffers, self._left_out = tile_side(anchors.device), buffers, left_out
+        self.side, self._buffers, self._left_out = buffers.side, buffers, left_out
 
     def add_logsumexp(self, of_anchors: Tensor, of_others: Tensor | None = None) -> None:
         """Merge the logits into the log-sum-exp of each anchor (A,) and, where given, of each other (M,), in place."""
@@ -82,7 +93,7 @@ class LogitTiles:
 
     def add_gradients(self, slope: TileSlope, d_anchors: Tensor, d_others: Tensor | None) -> tuple[Tensor, Tensor]:
         """Add to d_anchors (A, D) and d_others (M, D) what all tiles' slopes give; return those of scale and bias."""
-        d_scale, d_bias = [], []
+        d_scale, d_bias = (torch.zeros((), dtype=wide_type(self.scale.device), device=self.scale.device) for _ in "ab")
         for r in _slices(len(self.anchors), self.side):
             anchors = self.anchors[r]
             scaled = anchors * self.scale
@@ -90,13 +101,13 @@ class LogitTiles:
             for c, logits, spare in self._row_of_tiles(r, scaled):
                 slopes = slope(r, c, logits, spare)
                 if self.bias is not None:
-                    d_bias.append(slopes.sum())
+                    d_bias += wide_sum(slopes)
                 of_dots.addmm_(slopes, self.others[c])
                 if d_others is not None:
                     d_others[c].addmm_(slopes.T, scaled)
-            d_scale.append((of_dots * anchors).sum())  # <slopes, anchors others^T>, without that matrix
+            d_scale += wide_sum(of_dots * anchors)  # <slopes, anchors others^T>, without that matrix
             d_anchors[r].addcmul_(of_dots, self.scale)
-        return torch.stack(d_scale).sum(), torch.stack(d_bias).sum() if d_bias else torch.zeros_like(self.scale)
+        return d_scale, d_bias
 
     def _row_of_tiles(self, r: slice, scaled: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """(columns, logits, spare) of every tile of these rows."""

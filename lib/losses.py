@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lib.logit_tiles import TileSlope
+from lib.logit_tiles import TileSlope, wide_sum, wide_type
 from lib.pairs import Face, LossBlock, LossShare, Pairs
 from lib.relation import Ids, Relation, RememberedPositives, SameText
 
@@ -27,8 +27,11 @@ PosWeight = float | Literal["balanced"]
 Through = Literal["both", "anchors"]
 """Where gradients flow while there is a memory: through anchors and candidates, or through the anchors alone, twice."""
 
-Loss = Callable[[Pairs, Pairs | None, Tensor, Tensor, slice], LossShare]
-"""(fresh, remembered, logit_scale, logit_bias, rows) -> LossShare."""
+Loss = Callable[..., LossShare]
+"""(fresh, remembered, logit_scale, logit_bias, rows, *, tile=None) -> LossShare.
+
+tile: rows and columns of the logits that are held at a time; None: as suits the device. It moves no figure.
+"""
 
 
 @torch.no_grad()
@@ -42,6 +45,7 @@ def sigmoid(
     pos_weight: PosWeight = 1.0,
     remembered_positives: RememberedPositives = "use",
     same_text: SameText = "negative",
+    tile: int | None = None,
 ) -> LossShare:
     """Pairwise sigmoid loss: softplus(-z S) summed over all pairs and divided by N, z = +1 inside a group, else -1.
 
@@ -51,37 +55,33 @@ def sigmoid(
     `remembered_positives="ignore"` remembered rows of the anchor's group are left out too. `same_text`: as in Relation.
     Source: Zhai et al., Sigmoid Loss for Language Image Pre-Training, 2023.
     """
-    block = LossBlock(fresh, remembered, logit_scale, logit_bias, rows, remembered_positives, same_text)
-    weight = balanced_weight(fresh.ids, same_text) if pos_weight == "balanced" else pos_weight
-    # softplus(-S) = softplus(S) - S: what makes a pair a positive is linear in S, and a sum over groups.
+    block = LossBlock(fresh, remembered, logit_scale, logit_bias, rows, remembered_positives, same_text, tile)
+    scale = block.sums.scale
+    if pos_weight == "balanced":
+        weight = balanced_weight(fresh.ids, same_text).to(scale)
+    else:
+        weight = torch.full_like(scale, pos_weight)
     for face in block.faces():
-        block.sums.loss += _add_softplus(face, None if pos_weight == 1 else weight)
-        positives, _ = face.relation.counts(face.others.dtype)
-        face.subtract_target(face.relation.sum_positives(face.others), positives)
-    block.subtract_target_of_texts(block.texts_relation.sum_positives(block.fresh.anchors))
+        _add_softplus(face, weight, weighted=pos_weight != 1)
     return block.share(norm=len(fresh))
 
 
-def _add_softplus(face: Face, pos_weight: float | Tensor | None) -> Tensor:
-    """Gradients of the sum of softplus(S) over the face, and of what its positives weigh more; returns that sum.
+def _add_softplus(face: Face, weight: Tensor, weighted: bool) -> None:
+    """Sum softplus(-z S) over the face, its positives `weight` () times, and the gradients.
 
-    pos_weight: None: 1.
+    Each tile computes it as it stands: softplus(S) - S, summed apart, has no digits left where S is large.
     """
-    losses, zero, relation = [], torch.zeros_like(face.scale), face.relation
+    zero, one = torch.zeros_like(weight), torch.ones_like(weight)
 
     def slope(r: slice, c: slice, logits: Tensor, spare: Tensor) -> Tensor:
-        softplus = torch.logaddexp(logits, zero, out=spare)
-        losses.append(softplus.sum())
-        if pos_weight is None:
-            return logits.sigmoid_()
-        positive = relation.positive(r, c)
-        # What is left out is -inf, and no number times 0 would make it 0.
-        losses.append((softplus - logits).masked_fill_(~positive, 0).sum() * (pos_weight - 1))
-        slopes = logits.sigmoid_()
-        return slopes.addcmul_(positive.to(slopes.dtype).mul_(pos_weight - 1), slopes - 1)
+        positive = face.relation.positive(r, c)
+        # What is left out is -inf and no positive: its softplus and its slope are 0.
+        against = logits.mul_(torch.where(positive, -one, one, out=spare))
+        softplus = torch.logaddexp(against, zero, out=spare)
+        face.sums.loss += wide_sum(softplus.mul_(torch.where(positive, weight, one)) if weighted else softplus)
+        return against.sigmoid_().mul_(torch.where(positive, -weight, one, out=spare))
 
     face.add(slope)
-    return torch.stack(losses).sum()
 
 
 @torch.no_grad()
@@ -97,6 +97,7 @@ def infonce(
     same_text: SameText = "negative",
     through: Through = "both",
     merge_logsumexp: Callable[[Tensor], Tensor] = lambda partial: partial,
+    tile: int | None = None,
 ) -> LossShare:
     """Symmetric InfoNCE: the mean cross-entropy over image rows and over text rows, averaged.
 
@@ -111,10 +112,10 @@ def infonce(
     alone, twice. As a candidate, an embedding is pulled by its own anchor and pushed by the fresh ones only, since the
     remembered are no anchors: the larger the memory, the less is pushed. As an anchor it meets all of them.
     """
-    block = LossBlock(fresh, remembered, logit_scale, None, rows, remembered_positives, same_text)
+    block = LossBlock(fresh, remembered, logit_scale, None, rows, remembered_positives, same_text, tile)
     row_lse, column_lse, of_memory = block.logsumexp()
     column_lse = merge_logsumexp(column_lse)
-    block.sums.loss += row_lse.sum() + column_lse[rows].sum()
+    block.sums.loss += torch.cat([row_lse, column_lse[rows]]).sum(dtype=wide_type(row_lse.device))
 
     for face in block.negatives:
         face.add(_softmax(row_lse))
@@ -203,16 +204,25 @@ class _Target:
         return total
 
 
+def each_its_group(fresh: Pairs, remembered: Pairs | None) -> tuple[Pairs, Pairs | None]:
+    """Make each pair a group of its own: only the diagonal is positive, as in the papers."""
+    if remembered is not None:
+        remembered = replace(remembered, group=torch.full_like(remembered.group, -1))
+    return replace(fresh, group=fresh.ids.each_its_group().group), remembered
+
+
 def diagonal(loss: Loss) -> Loss:
-    """The same loss with each pair as its own group: only the diagonal is positive, as in the papers."""
+    """Make the same loss with each pair as a group of its own."""
 
     def only_diagonal(
-        fresh: Pairs, remembered: Pairs | None, logit_scale: Tensor, logit_bias: Tensor, rows: slice
+        fresh: Pairs,
+        remembered: Pairs | None,
+        logit_scale: Tensor,
+        logit_bias: Tensor,
+        rows: slice,
+        tile: int | None = None,
     ) -> LossShare:
-        fresh = replace(fresh, group=fresh.ids.each_its_group().group)
-        if remembered is not None:
-            remembered = replace(remembered, group=torch.full_like(remembered.group, -1))
-        return loss(fresh, remembered, logit_scale, logit_bias, rows)
+        return loss(*each_its_group(fresh, remembered), logit_scale, logit_bias, rows, tile=tile)
 
     return only_diagonal
 

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lib.logit_tiles import LogitTiles, TileBuffers, TileSlope
+from lib.logit_tiles import LogitTiles, TileBuffers, TileSlope, tile_side, wide_sum, wide_type
 from lib.relation import NOBODY, Ids, Relation, RememberedPositives, SameText
 
 
@@ -73,17 +73,14 @@ class Face(LogitTiles):
         self.sums.d_scale += d_scale
         self.sums.d_bias += d_bias
 
-    def subtract_target(self, target: Tensor, mass: Tensor | None = None) -> None:
-        """Take -sum(t_ij * logit_ij) into the loss, and its gradients but for the others'.
+    def subtract_target(self, target: Tensor) -> None:
+        """Take -sum(t_ij * logit_ij) into the loss, and its gradients but for the others'; there is no bias.
 
-        target: (A, D), each anchor's sum of t_ij * other_j; mass: (A,), its sum of t_ij, where there is a bias.
+        target: (A, D), each anchor's sum of t_ij * other_j.
         """
-        of_scale = (target * self.anchors).sum()
+        of_scale = wide_sum(target * self.anchors)
         self.sums.loss -= of_scale * self.scale
         self.sums.d_scale -= of_scale
-        if mass is not None and self.bias is not None:
-            self.sums.loss -= mass.sum() * self.bias
-            self.sums.d_bias -= mass.sum()
         self.d_anchors.addcmul_(target, self.scale, value=-1)
 
     def subtract_target_of_others(self, target: Tensor) -> None:
@@ -108,17 +105,20 @@ class SoftmaxPart:
     def add_gradient(self, lse: Tensor) -> None:
         """Gradients of the sum of `lse` (A,), the log-sum-exp over all candidates; uses `mean` up."""
         face, of_dots = self.face, self.mean.mul_((self.lse - lse).exp_()[:, None])
-        face.sums.d_scale += (of_dots * face.anchors).sum()
+        face.sums.d_scale += wide_sum(of_dots * face.anchors)
         face.d_anchors.addcmul_(of_dots, face.scale)
 
 
 class _Sums:
-    """The loss and the gradients of scale and bias, as the faces of a block add to them, and the tiles they work in."""
+    """The loss and the gradients of scale and bias, as the faces of a block add to them, and the tiles they work in.
 
-    def __init__(self, scale: Tensor, bias: Tensor | None) -> None:
+    tile: rows and columns of a tile; None: as suits the device.
+    """
+
+    def __init__(self, scale: Tensor, bias: Tensor | None, tile: int | None) -> None:
         self.scale, self.bias = scale, bias
-        self.loss, self.d_scale, self.d_bias = (torch.zeros_like(scale) for _ in range(3))
-        self.tiles = TileBuffers()
+        self.loss, self.d_scale, self.d_bias = (torch.zeros_like(scale, dtype=wide_type(scale.device)) for _ in "abc")
+        self.tiles = TileBuffers(tile or tile_side(scale.device))
 
 
 class LossBlock:
@@ -139,10 +139,11 @@ class LossBlock:
         rows: slice,
         remembered_positives: RememberedPositives,
         same_text: SameText,
+        tile: int | None,
     ) -> None:
         dtype = torch.promote_types(fresh.image_embeds.dtype, torch.float32)
         images, texts = fresh.image_embeds[rows].to(dtype), fresh.text_embeds.to(dtype)
-        self.sums = _Sums(logit_scale.to(dtype), None if logit_bias is None else logit_bias.to(dtype))
+        self.sums = _Sums(logit_scale.to(dtype), None if logit_bias is None else logit_bias.to(dtype), tile)
         self.d_images, self.d_texts, self.rows = torch.zeros_like(images), torch.zeros_like(texts), rows
         everyone, own = fresh.ids, fresh.ids.rows(rows)
         # An accelerator would be waited for, which costs more than masks that may be empty.
@@ -219,7 +220,7 @@ class LossBlock:
 
     def share(self, norm: float) -> LossShare:
         """What was gathered, divided by `norm`."""
-        sums = self.sums
+        sums, dtype = self.sums, self.d_images.dtype
         parts = (sums.loss, self.d_images, self.d_texts, sums.d_scale, sums.d_bias)
         of_negatives = (face.d_others for face in self.negatives if face.d_others is not None)
-        return LossShare(*(part.div_(norm) for part in (*parts, *of_negatives)))
+        return LossShare(*(part.div_(norm).to(dtype) for part in (*parts, *of_negatives)))

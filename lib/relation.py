@@ -150,7 +150,12 @@ class Relation:
 
     def _equal_keys(self, names: Names) -> "_EqualKeys":
         if names not in self._keys:
-            self._keys[names] = _EqualKeys(_mix(self.anchors, names), _mix(self.others, names))
+            first, *more = names
+            if more:
+                keys = self._equal_keys((first,)).with_both(self._equal_keys(tuple(more)))
+            else:
+                keys = _EqualKeys(getattr(self.anchors, first), getattr(self.others, first))
+            self._keys[names] = keys
         return self._keys[names]
 
 
@@ -161,13 +166,26 @@ class _EqualKeys:
     """
 
     def __init__(self, keys: Tensor, other_keys: Tensor) -> None:
+        self.count = len(other_keys)
         ordered = other_keys.sort().values
         self.place_of_other = torch.searchsorted(ordered, other_keys)
-        self.place = torch.searchsorted(ordered, keys).clamp_(max=len(ordered) - 1)
-        self.found = ordered[self.place] == keys
+        self.place = torch.searchsorted(ordered, keys)
+        if self.count:
+            self.place.clamp_(max=self.count - 1)
+            self.found = ordered[self.place] == keys
+        else:  # a rank's share may have no rows
+            self.found = torch.zeros_like(keys, dtype=torch.bool)
+
+    def with_both(self, further: "_EqualKeys") -> "_EqualKeys":
+        """Sums over the others whose keys equal an anchor's here and there: both places make one number."""
+        of_others = self.place_of_other * self.count + further.place_of_other
+        of_anchors = self.place * self.count + further.place
+        return _EqualKeys(of_anchors.masked_fill_(~(self.found & further.found), -1), of_others)
 
     def sums(self, values: Tensor) -> Tensor:
         """(M, D) -> (A, D)"""
+        if not self.count:
+            return values.new_zeros(len(self.place), values.shape[1])
         sums = torch.zeros_like(values).index_add_(0, self.place_of_other, values)
         return sums[self.place].mul_(self.found[:, None])
 
@@ -176,11 +194,3 @@ def _subsets(names: Names) -> Iterator[tuple[Names, int]]:
     """Every choice of one or more names, with its sign in inclusion and exclusion; single ones first."""
     for size in range(1, len(names) + 1):
         yield from ((chosen, 1 if size % 2 else -1) for chosen in combinations(names, size))
-
-
-def _mix(ids: Ids, names: Names) -> Tensor:
-    """One int64 for several ids of a pair; wraps around on purpose."""
-    mixed = getattr(ids, names[0])
-    for name in names[1:]:
-        mixed = mixed * -7046029254386353131 + getattr(ids, name)
-    return mixed

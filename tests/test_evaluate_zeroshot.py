@@ -22,7 +22,7 @@ from lib.evaluation.class_plots import plot_confusions
 from lib.evaluation.zeroshot import plots, task
 from lib.evaluation.zeroshot.calibration import BINS, calibrate, fit_scale, reliability
 from lib.evaluation.zeroshot.held_out import Fold, Labelled, folds
-from lib.evaluation.zeroshot.metrics import class_embeddings, ensemble, zeroshot_metrics, zeroshot_scores
+from lib.evaluation.zeroshot.metrics import class_embeddings, ensemble, top5, zeroshot_metrics, zeroshot_scores
 from lib.evaluation.zeroshot.prompt_study import study_prompts
 from lib.evaluation.zeroshot.task import draw_pictures
 
@@ -50,6 +50,19 @@ def test_zeroshot_figures_are_scikit_learns(count, classes):
     top5 = np.mean([label in np.argsort(row)[-5:] for label, row in zip(labels, scores, strict=True)])
     assert found["top5"] == pytest.approx(top5, abs=1e-12)
     assert json.loads(json.dumps(found)) == found
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_top5_takes_ties_as_the_prediction_does(seed):
+    """Scores of few values: the classes stand in the order of a stable sort, of which argmax is the first."""
+    random = np.random.default_rng(seed)
+    count, classes = 40, int(random.integers(2, 12))
+    scores = random.integers(0, 1 + seed % 4, (count, classes)).astype(np.float32)
+    labels = random.integers(0, classes, count)
+    order = np.argsort(-scores, axis=1, kind="stable")
+    assert (order[:, 0] == scores.argmax(axis=1)).all()
+    assert top5(labels, scores) == (order[:, :5] == labels[:, None]).any(axis=1).mean()
+    assert top5(labels, scores) >= (scores.argmax(axis=1) == labels).mean()
 
 
 def test_open_clip_makes_the_same_classifier_and_counts_the_same():

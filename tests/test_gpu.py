@@ -35,7 +35,6 @@ from lib.losses import infonce, sigmoid
 from lib.objective import dense_infonce, dense_sigmoid
 from lib.pairs import Pairs
 from lib.prefetch import on_device
-from lib.relation import Ids
 from lib.report import read_metrics
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -164,7 +163,7 @@ def test_losses_equal_the_dense_ones_in_float64_at_8192(tiled, dense):
     ids = torch.arange(8192, device=CUDA)
     scale, bias = (torch.tensor(value, device=CUDA) for value in (100.0, -10.0))
     leaves = [tensor.detach().clone().requires_grad_() for tensor in (images, texts, scale.double(), bias.double())]
-    value = dense(leaves[0], leaves[1], Ids(ids, ids, ids), leaves[2], leaves[3])
+    value = dense(Pairs(leaves[0], leaves[1], ids, ids, ids), None, leaves[2], leaves[3])
     value.backward()
     with full_float32():
         share = tiled(Pairs(images.float(), texts.float(), ids, ids, ids), None, scale, bias, slice(0, 8192))

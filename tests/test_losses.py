@@ -117,23 +117,41 @@ def test_with_distinct_texts_there_is_nothing_to_exclude(loss):
 
 @pytest.mark.parametrize("same_text", ["exclude", "positive", "negative"])
 @pytest.mark.parametrize("positives", ["group", "pair"])
+@pytest.mark.parametrize("extras", ["none", "use", "ignore"])
 @pytest.mark.parametrize(
     ("loss", "dense", "options"),
     [
         (infonce, dense_infonce, {"label_smoothing": 0.1}),
+        (infonce, dense_infonce, {"through": "anchors"}),
         (sigmoid, dense_sigmoid, {"pos_weight": "balanced"}),
     ],
 )
-def test_the_dense_twins_of_verify_gradients_count_equal_texts_alike(loss, dense, options, positives, same_text):
+def test_the_dense_twins_of_verify_gradients_equal_the_losses(loss, dense, options, extras, positives, same_text):
+    """With negative texts and a memory too, of which remembered positives are used or ignored; in tiles of any size."""
+    options = options | {"remembered_positives": "use" if extras == "none" else extras}
     objective = Objective("clip", partial(loss, **options), partial(dense, **options)).of_run(positives, same_text)
-    fresh = random_pairs(17, DIM, seed=1, groups=4, texts=6)
-    leaves = [t.clone().requires_grad_() for t in (fresh.image_embeds, fresh.text_embeds, SCALE, BIAS)]
-    value = objective.dense(*leaves[:2], fresh.ids, *leaves[2:])
-    gradients = torch.autograd.grad(value, leaves)
-    share = objective.loss(fresh, None, SCALE, BIAS, slice(0, 17))
+    fresh, remembered = random_pairs(17, DIM, seed=1, groups=4, texts=6), None
+    if extras != "none":
+        fresh = replace(fresh, negative_texts=random_pairs(3, DIM, seed=2).text_embeds)
+        remembered = remembered_pairs(4, fresh, texts=6)
+    twin = autograd(objective.dense, fresh, remembered, SCALE, BIAS)
     if loss is infonce:  # whose value does not feel the bias
-        gradients = (*gradients[:3], torch.zeros_like(BIAS))
-    assert_same(share, LossShare(value.detach(), *gradients))
+        twin = replace(twin, logit_bias=torch.zeros_like(BIAS))
+    for tile in (3, 100):
+        assert_same(objective.loss(fresh, remembered, SCALE, BIAS, slice(0, 17), tile=tile), twin)
+
+
+@pytest.mark.parametrize(("loss", "dense"), [(infonce, dense_infonce), (sigmoid, dense_sigmoid)])
+def test_the_dense_twins_give_each_rank_negative_texts_of_its_own(loss, dense):
+    fresh = random_pairs(16, DIM, seed=1, groups=4)
+    of_ranks = random_pairs(6, DIM, seed=2).text_embeds.unflatten(0, (2, 3))
+    value = dense(replace(fresh, negative_texts=of_ranks), None, SCALE, BIAS)
+    options = {"merge_logsumexp": partial_column_merger({}, fresh, None, [slice(0, 16)])} if loss is infonce else {}
+    shares = [
+        loss(replace(fresh, negative_texts=own), None, SCALE, BIAS, slice(8 * rank, 8 * rank + 8), **options).loss
+        for rank, own in enumerate(of_ranks)
+    ]
+    assert sum(shares).item() == pytest.approx(value.item(), rel=1e-12)
 
 
 @pytest.mark.parametrize("memory", [False, True])
@@ -154,6 +172,20 @@ def test_shares_of_row_slices_add_up_to_the_whole_batch(loss):
     remembered = remembered_pairs(4, fresh)
     whole = loss(fresh, remembered, SCALE, BIAS, slice(0, 17))
     assert_same(over_slices(loss, {}, fresh, remembered, [slice(0, 5), slice(5, 14), slice(14, 17)]), whole)
+
+
+@pytest.mark.parametrize("same_text", ["exclude", "positive", "negative"])
+@pytest.mark.parametrize("loss", [infonce, partial(infonce, through="anchors", label_smoothing=0.1), sigmoid])
+def test_a_share_without_rows_contributes_nothing(loss, same_text):
+    """As of a rank that has none: validation may have fewer pairs than there are ranks."""
+    fresh = random_pairs(17, DIM, seed=1, groups=4, texts=6)
+    fresh = replace(fresh, negative_texts=random_pairs(9, DIM, seed=2).text_embeds)
+    for remembered in (None, remembered_pairs(4, fresh, texts=6)):
+        for rows in (slice(17, 17), slice(0, 0)):
+            share = loss(fresh, remembered, SCALE, BIAS, rows, same_text=same_text)
+            shapes = [tuple(value.shape) for value in vars(share).values()]
+            assert shapes == [(), (0, DIM), (17, DIM), (), (), (9, DIM)]
+            assert all(value.eq(0).all() for value in vars(share).values())
 
 
 def over_slices(loss, options: dict, fresh, remembered, slices: list[slice]) -> LossShare:
@@ -207,9 +239,78 @@ def test_low_precision_embeddings_are_computed_in_float32(loss):
     assert_same(share, loss(exact, None, scale.double(), bias.double(), slice(0, 17)), tolerance=1e-4)
 
 
+def learnt(count: int, classes: int, spread: float) -> Pairs:
+    """Pairs near the direction of their class, in float32; up to 32 classes are orthogonal."""
+    pairs, group = random_pairs(count, 32, seed=1), torch.arange(count) % classes
+    centres = random_pairs(classes, 32, seed=2).image_embeds if classes > 32 else torch.eye(32, dtype=torch.float64)
+    sums = (centres[group] + spread * embeds for embeds in (pairs.image_embeds, pairs.text_embeds))
+    embeds = (torch.nn.functional.normalize(each, dim=1).float() for each in sums)
+    return Pairs(*embeds, group, pairs.sample_id, pairs.text_id)
+
+
+def doubled(pairs: Pairs) -> Pairs:
+    return replace(pairs, image_embeds=pairs.image_embeds.double(), text_embeds=pairs.text_embeds.double())
+
+
+@pytest.mark.parametrize("pos_weight", [1.0, "balanced"])
+@pytest.mark.parametrize("classes", [512, 100, 10, 2, 1])
+def test_sigmoid_in_float32_is_within_1e_5_of_float64(classes, pos_weight, monkeypatch):
+    """From 1 to N positives, for a fresh and a learnt model."""
+    monkeypatch.setattr(logit_tiles, "TILE", 200)
+    for spread in (3.0, 0.1):
+        fresh = learnt(512, classes, spread)
+        for scale in (1.0, 30.0, 100.0):
+            for bias in (0.0, -15.0, -30.0):
+                numbers = torch.tensor(scale), torch.tensor(bias)
+                share = sigmoid(fresh, None, *numbers, slice(0, 512), pos_weight=pos_weight)
+                exact = (number.double() for number in numbers)
+                twin = sigmoid(doubled(fresh), None, *exact, slice(0, 512), pos_weight=pos_weight)
+                for name in ("loss", "image_embeds", "text_embeds", "logit_scale", "logit_bias"):
+                    ours, expected = getattr(share, name), getattr(twin, name)
+                    largest = expected.abs().max().clamp(min=1e-30)  # below, float32 itself runs out of digits
+                    assert (ours - expected).abs().max() <= 1e-5 * largest, (name, spread, scale, bias)
+
+
+def test_negative_control_softplus_as_a_difference_loses_its_digits():
+    """softplus(-S) as softplus(S) - S, which the sum over a class allows, in tiles that add up in float32."""
+    scale, bias, count = 30.0, -15.0, 2048
+    fresh = learnt(count, 10, 0.2)
+    share = sigmoid(fresh, None, torch.tensor(scale), torch.tensor(bias), slice(0, count), tile=512)
+    exact = doubled(fresh)
+    numbers = (torch.tensor(number, dtype=torch.float64) for number in (scale, bias))
+    twin = sigmoid(exact, None, *numbers, slice(0, count), tile=512)
+    images, texts, group = fresh.image_embeds, fresh.text_embeds, fresh.group
+    logits = scale * images @ texts.T + bias
+    sums = torch.zeros(10, 32).index_add_(0, group, texts)[group]
+    positives = torch.bincount(group)[group].float()
+    linear = (sums * images).sum() * scale + positives.sum() * bias
+    softplus = torch.logaddexp(logits, torch.zeros(())).sum()
+    slope = logits.sigmoid() @ texts - sums
+    apart = LossShare((softplus - linear) / count, slope * scale / count, *[torch.zeros(())] * 3)
+    for name in ("loss", "image_embeds"):
+        errors = [(getattr(each, name) - getattr(twin, name)).abs().max() for each in (share, apart)]
+        ours, old = (error / getattr(twin, name).abs().max() for error in errors)
+        assert ours <= 1e-5 and old > 1e-2, name
+
+
+def test_two_pairs_of_ids_are_not_mixed_up():
+    """Ids whose group * -7046029254386353131 + sample is one number: an other of neither is no stale copy."""
+    factor = -7046029254386353131
+    fresh = random_pairs(6, DIM, seed=1, groups=2)
+    old = random_pairs(6, DIM, seed=2, first_id=100)
+    sample = (fresh.sample_id - factor).long()
+    assert torch.equal(fresh.group * factor + fresh.sample_id, (fresh.group + 1) * factor + sample)
+    for offset in (1, 0):  # the group of another anchor or of none, and such a sample
+        remembered = replace(old, group=fresh.group + offset, sample_id=sample)
+        for loss, naive in ((infonce, naive_infonce), (sigmoid, naive_sigmoid)):
+            for way in ("exclude", "positive"):
+                twin = autograd(naive, fresh, remembered, SCALE, BIAS, same_text=way)
+                assert_same(loss(fresh, remembered, SCALE, BIAS, slice(0, 6), same_text=way), twin)
+
+
 @pytest.mark.parametrize("loss", [infonce, sigmoid])
 def test_large_groups_in_float32_stay_near_float64(loss):
-    """Positives are subtracted as sums over their group: with 150 of them, nearly fitted, little is lost."""
+    """With 150 positives, nearly fitted, little is lost."""
     fresh = random_pairs(300, DIM, seed=1, groups=2)
     centre = torch.eye(DIM, dtype=torch.float64)[fresh.group]
     near = lambda embeds: torch.nn.functional.normalize(centre + 0.3 * embeds, dim=1)  # noqa: E731
@@ -246,7 +347,7 @@ def test_one_visit_gives_log_sum_exp_and_mean_by_softmax_at_any_range_of_logits(
     others = (others if order == "drawn" else others[by_cosine]).repeat_interleave(3, dim=0)
     left_out = torch.rand(9, len(others), generator=generator) < 0.3
     left_out[4] = True
-    buffers, mask = logit_tiles.TileBuffers(), lambda r, c: left_out[r, c]
+    buffers, mask = logit_tiles.TileBuffers(7), lambda r, c: left_out[r, c]
     lse, mean = logit_tiles.LogitTiles(anchors, others, torch.tensor(100.0), None, buffers, mask).softmax_mean()
     logits = (100 * anchors.double() @ others.double().T).masked_fill(left_out, -torch.inf)
     torch.testing.assert_close(lse.double(), logits.logsumexp(1), rtol=1e-5, atol=1e-5)

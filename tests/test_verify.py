@@ -1,15 +1,22 @@
-"""--verify-gradients on two ranks of every kind: it passes, changes nothing, and stops a broken build."""
+"""--verify-gradients: it passes, changes nothing, and stops a build with a fault in any part that the run uses."""
 
 import os
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
+import small_runs
+import torch
 from accelerate.state import AcceleratorState
 from ranks import on_ranks
 from test_backends import KINDS
 
 import train_siglip
+from lib import cached_step, logit_tiles
+from lib.backends import Backend
 from lib.errors import RunError
+from lib.pairs import SoftmaxPart
 from lib.report import read_metrics
 from lib.surrogate import Surrogate
 
@@ -17,6 +24,103 @@ FLAGS = [
     "--effective-batch=32", "--chunk-size=8", "--xbm-size=0", "--steps=2", "--warmup-steps=0", "--dropout=0.2",
     "--eval-every=0", "--save-every=0", "--workers=0", "--optimizer=sgd", "--lr=0.1",
 ]  # fmt: skip
+
+
+def all_parts(folder: Path) -> list[str]:
+    """Flags of a run with everything that is verified: memory, negative prompts, and two of four graphs kept."""
+    (folder / "negatives.yaml").write_text("- a letter\n- no digit at all\n")
+    return [
+        "--chunk-size=4", "--xbm-size=16", f"--negative-prompts={folder / 'negatives.yaml'}", "--keep-graphs=2",
+        "--verify-gradients", "--steps=1", "--save-every=0",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--xbm-gradients=anchors", "--dropout=0.2"),
+        ("--remembered-positives=ignore", "--same-text=exclude", "--label-smoothing=0.1"),
+        ("--positives=pair", "--same-text=positive", "--keep-graphs=4"),
+    ],
+)
+def test_it_passes_with_all_that_a_run_uses(flags, tmp_path, capsys):
+    small_runs.train(tmp_path / "run", *all_parts(tmp_path), *flags)
+    assert "verify-gradients: largest relative difference image tower" in capsys.readouterr().out
+
+
+def broken_memory(patch):
+    patch.setattr(SoftmaxPart, "add_gradient", lambda self, lse: None)
+
+
+def broken_negatives(patch):
+    made = Surrogate.__init__
+
+    def without(self, passes, gradients):
+        gone = None if gradients.negative_texts is None else torch.zeros_like(gradients.negative_texts)
+        made(self, passes, replace(gradients, negative_texts=gone))
+
+    patch.setattr(Surrogate, "__init__", without)
+
+
+def broken_tiles(patch):
+    slices = logit_tiles._slices
+    patch.setattr(logit_tiles, "_slices", lambda length, side: list(slices(length, side))[-1:])
+
+
+def broken_kept_graphs(patch):
+    embed = cached_step.embed_chunks
+
+    def one_graph_lost(*given, keep_graphs, **options):
+        embedded = embed(*given, keep_graphs=keep_graphs, **options)
+        if keep_graphs and keep_graphs > 1:
+            output = embedded.passes[1].output
+            embedded.passes[1].output = output._replace(image_embeds=output.image_embeds.detach())
+        return embedded
+
+    patch.setattr(cached_step, "embed_chunks", one_graph_lost)
+
+
+def changed_gradients(way: int, change, patch) -> None:
+    """Change the gradients of the cached step (0) or of plain autograd (1) by `change(gradients)`."""
+    found, calls = Backend.gradients, []
+
+    def changed(self):
+        gradients = found(self)
+        calls.append(gradients)
+        if len(calls) % 2 == (way + 1) % 2:
+            change(gradients)
+        return gradients
+
+    patch.setattr(Backend, "gradients", changed)
+
+
+def nan(gradients) -> None:
+    name = list(gradients)[-1]
+    gradients[name] = gradients[name] * torch.nan
+
+
+def missing(gradients) -> None:
+    gradients.popitem()
+
+
+@pytest.mark.parametrize(
+    ("sabotage", "message"),
+    [
+        (broken_memory, "with a memory, and not without: "),
+        (broken_negatives, "with negative prompts, and not without: "),
+        (broken_tiles, "with more than one tile of logits, and not without: "),
+        (broken_kept_graphs, "with kept graphs, and not without: "),
+        (partial(changed_gradients, 0, nan), "autograd's: the gradient of .* is not finite in the cached step"),
+        (partial(changed_gradients, 1, nan), "autograd's: the gradient of .* is not finite in plain autograd"),
+        (partial(changed_gradients, 0, missing), "autograd's: .* has no gradient in the cached step"),
+        (partial(changed_gradients, 1, missing), "autograd's: .* has no gradient in plain autograd"),
+    ],
+    ids=["memory", "negatives", "tiles", "kept", "nan", "nan_of_twin", "missing", "missing_of_twin"],
+)
+def test_it_names_the_part_with_a_fault(sabotage, message, tmp_path, monkeypatch):
+    sabotage(monkeypatch)
+    with pytest.raises(RunError, match=f"--verify-gradients: .*{message}"):
+        small_runs.train(tmp_path / "run", *all_parts(tmp_path))
 
 
 def losses(folder: Path, kind: str, *flags: str) -> list[float]:

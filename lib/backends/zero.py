@@ -118,7 +118,9 @@ class ZeroBackend(Backend):
         from deepspeed.utils import safe_get_full_grad
 
         scale = self.loss_scale.value if self.loss_scale else 1.0
-        return {n: safe_get_full_grad(p) / scale for n, p in self.towers.named_parameters() if p.requires_grad}
+        trained = ((name, p) for name, p in self.towers.named_parameters() if p.requires_grad)
+        found = {name: safe_get_full_grad(p) for name, p in trained}
+        return {name: gradient / scale for name, gradient in found.items() if gradient is not None}
 
     @contextmanager
     def editing(self, *parameters: nn.Parameter) -> Iterator[None]:
