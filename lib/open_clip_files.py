@@ -9,11 +9,12 @@ import torch
 from tokenizers import Regex, normalizers
 from transformers import AutoTokenizer, CLIPTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
+from lib.data.resize import MODES, Resize, Way
 from lib.errors import InputError, raised_as
-from lib.image_form import DEFAULT_FORMS, ImageForm, Resize
+from lib.image_form import DEFAULT_FORMS, ImageForm
 from lib.model_files import NO_CODE, OPEN_CLIP_CONFIG, ModelFolder, find_model
 
-_RESIZE: dict[str, Resize] = {"shortest": "crop", "squash": "squash", "longest": "pad"}
+_RESIZE: dict[str, Way] = {"shortest": "crop", "squash": "squash", "longest": "pad"}
 _SPACES = [normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()]
 _PUNCTUATION = normalizers.Replace(Regex(r"[!-/:-@\[-`{-~]"), "")
 # What open_clip does to texts before the tokenizer, where that is more than to collapse white space.
@@ -193,7 +194,11 @@ def _image_form(model: ModelFolder, given: dict, side: int) -> ImageForm:
     how = given.get("resize_mode") or "shortest"
     if how not in _RESIZE:
         raise model.fault(f"{OPEN_CLIP_CONFIG}: resize_mode {how!r} is none of {', '.join(_RESIZE)}")
-    return ImageForm(side, tuple(given.get("mean") or usual.mean), tuple(given.get("std") or usual.std), _RESIZE[how])
+    interpolation = given.get("interpolation") or "bicubic"
+    if interpolation not in MODES:
+        raise model.fault(f"{OPEN_CLIP_CONFIG}: interpolation {interpolation!r} is none of {', '.join(MODES)}")
+    resize = Resize(_RESIZE[how], interpolation=interpolation)
+    return ImageForm(side, tuple(given.get("mean") or usual.mean), tuple(given.get("std") or usual.std), resize)
 
 
 def _side(model: ModelFolder, size: int | list[int] | tuple[int, int]) -> int:

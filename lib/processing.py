@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from PIL import Image
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor
 from transformers import (
@@ -16,6 +17,7 @@ from transformers import (
     ChineseCLIPProcessor,
     CLIPImageProcessor,
     CLIPProcessor,
+    MobileViTImageProcessor,
     PretrainedConfig,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
@@ -25,7 +27,8 @@ from transformers import (
     SiglipProcessor,
 )
 
-from lib.image_form import DEFAULT_FORMS, ImageForm, Resize, model_image_form, read_image_form
+from lib.data.resize import Resize, ResizeFlag
+from lib.image_form import DEFAULT_FORMS, ImageForm, model_image_form, read_image_form
 from lib.model_files import ModelFolder, find_model, is_open_clip, reading
 from lib.open_clip_files import open_clip_settings
 from lib.text_form import is_canonical, load_tokenizer, text_length
@@ -55,7 +58,7 @@ class Processing:
     max_length, padding: texts are cut at max_length tokens, and padded to the longest of a chunk
         or to max_length.
     canonical: SigLIP's text form, lower-case without punctuation (Zhai et al. 2023, arXiv:2303.15343).
-    image_mean, image_std: of pixels in [0, 1], one number a channel.
+    image_mean, image_std: of pixels in [0, 1], one number a channel, in the order that `resize` puts them in.
     model_type: decides on the files that `save_pretrained` writes.
     patch_size: side of a patch, for a model that takes images in patches (SigLIP 2 of any resolution), else None.
     """
@@ -120,23 +123,37 @@ class Processing:
     def _text_form(self) -> tuple:
         return self.max_length, self.padding, self.canonical, self.tokenizer.pad_token_id
 
-    def image_processor(self) -> CLIPImageProcessor | SiglipImageProcessor | Siglip2ImageProcessor:
+    @property
+    def image_form(self) -> ImageForm:
+        """What images of any shape are made to."""
+        return ImageForm(self.image_size, self.image_mean, self.image_std, self.resize)
+
+    def image_processor(
+        self,
+    ) -> CLIPImageProcessor | MobileViTImageProcessor | SiglipImageProcessor | Siglip2ImageProcessor:
         """The transformers image processor that does to a PIL image what our own pipeline does.
 
         SigLIP 2's own keeps an image's proportions; it does the same to square ones alone.
         """
-        square = {"height": self.image_size, "width": self.image_size}
-        normalization = {"image_mean": list(self.image_mean), "image_std": list(self.image_std)}
+        square, side = {"height": self.image_size, "width": self.image_size}, self.resize.side or self.image_size
+        form = {
+            "image_mean": list(self.image_mean),
+            "image_std": list(self.image_std),
+            "resample": Image.Resampling[self.resize.interpolation.upper()],
+        }
         if self.patch_size:
             patches = (self.image_size // self.patch_size) ** 2
-            return Siglip2ImageProcessor(patch_size=self.patch_size, max_num_patches=patches, **normalization)
-        if self.resize == "squash":
-            return SiglipImageProcessor(size=square, **normalization)
-        if self.resize == "crop":
-            size = {"shortest_edge": self.image_size}
-        else:  # a centre crop that is larger than the picture pads it with black
-            size = {"max_height": self.image_size, "max_width": self.image_size}
-        return CLIPImageProcessor(size=size, crop_size=square, **normalization)
+            return Siglip2ImageProcessor(patch_size=self.patch_size, max_num_patches=patches, **form)
+        if self.resize.way == "squash" and side == self.image_size and self.resize.channels == "rgb":
+            return SiglipImageProcessor(size=square, **form)
+        # a centre crop that is larger than the picture pads it with black
+        size = {
+            "crop": {"shortest_edge": side},
+            "squash": {"height": side, "width": side},
+            "pad": {"max_height": side, "max_width": side},
+        }[self.resize.way]
+        kind = MobileViTImageProcessor if self.resize.channels == "bgr" else CLIPImageProcessor
+        return kind(size=size, crop_size=square, **form)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write tokenizer and image processor; a CLIP-like or SigLIP folder then loads with `AutoProcessor`."""
@@ -147,8 +164,11 @@ class Processing:
         PROCESSORS[self.model_type](self.image_processor(), self.tokenizer).save_pretrained(folder)
 
     @classmethod
-    def from_pretrained(cls, name: str | Path | ModelFolder) -> "Processing":
-        """Read what `save_pretrained` wrote, or the files of a CLIP or SigLIP model by folder or hub id."""
+    def from_pretrained(cls, name: str | Path | ModelFolder, resize: ResizeFlag = "auto") -> "Processing":
+        """Read what `save_pretrained` wrote, or the files of a CLIP or SigLIP model by folder or hub id.
+
+        resize: as in `lib.measured_form.measured_form`.
+        """
         model = find_model("--model", name, weights=False)
         with reading(model.flag, model.name):
             settings = read_settings(model)
@@ -159,7 +179,7 @@ class Processing:
             # transformers knows no configuration for a composed pair's folder as a whole
             tokenizer = load_tokenizer(model, text_config, own_config=not composed)
             patch_size = config.vision_config.patch_size if model_type == "siglip2" else None
-            form = read_image_form(model.path, model_image_form(settings))
+            form = read_image_form(model.path, model_image_form(settings), f"{model.flag} {model.name}", resize)
             return make_processing(tokenizer, text_config, form, model_type, patch_size)
 
 

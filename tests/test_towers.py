@@ -22,9 +22,12 @@ from transformers import (
     ResNetModel,
     SiglipModel,
     ViTConfig,
+    ViTMAEConfig,
+    ViTMAEModel,
     ViTModel,
 )
 
+from lib.data.resize import Resize
 from lib.errors import InputError
 from lib.image_form import CLIP_MEAN, CLIP_STD
 from lib.processing import build_tokenizer
@@ -484,7 +487,7 @@ def test_image_form_comes_from_the_encoders_files(encoders):
     _, processing = load_towers(
         family="clip", image_tower=str(encoders / "mobilenet"), text_tower=str(encoders / "bert")
     )
-    assert (processing.image_size, processing.resize) == (32, "crop")
+    assert (processing.image_size, processing.resize) == (32, Resize("crop", None, "bilinear"))
     assert processing.image_mean == processing.image_std == (0.5, 0.5, 0.5)
     assert processing.max_length == 32 and processing.padding == "longest"
 
@@ -532,6 +535,28 @@ def test_files_that_lack_weights_are_refused(encoders, tmp_path):
         compose(encoders, "resnet", tmp_path / "bert")
 
 
+def test_an_encoder_that_masks_at_random_is_refused(encoders, tmp_path):
+    """Negative control: the same weights with nothing masked are taken, and come back."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    ViTMAEModel(ViTMAEConfig(image_size=32, patch_size=8, **sizes)).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=f"^--image-tower {tmp_path}: .*same input each time .*mask_ratio") as refused:
+        compose(encoders, tmp_path, "bert")
+    assert "\n" not in str(refused.value)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"mask_ratio": 0.0}))
+    towers, _ = compose(encoders, tmp_path, "bert")
+    towers.save_pretrained(tmp_path / "pair")
+    loaded = TwoTowers.from_pretrained(tmp_path / "pair")
+    torch.testing.assert_close(loaded(random_pixels()).image_embeds, towers(random_pixels()).image_embeds)
+    assert trainable(loaded) == trainable(towers)  # the position embeddings, which transformers itself keeps fixed
+
+
+def test_a_text_encoder_with_dropout_in_eval_mode_is_refused(encoders, monkeypatch):
+    monkeypatch.setattr(nn.Dropout, "forward", lambda self, values: F.dropout(values, 0.1))
+    with pytest.raises(InputError, match="^--text-tower .*bert: it gives another output for the same input each time"):
+        compose(encoders, "resnet", "bert")
+
+
 def test_a_damaged_file_is_refused(encoders, tmp_path):
     towers, _ = any_kind(encoders, "linear")
     towers.save_pretrained(tmp_path)
@@ -553,7 +578,8 @@ def test_mobilenet_and_minilm_compose(shared, tmp_path):
     towers, processing = load_towers(
         family="clip", image_tower=str(shared / "weights" / "mobilenet_v1_0.25_224"), text_tower=minilm
     )
-    assert (processing.image_size, processing.resize, processing.image_mean) == (224, "crop", (0.5, 0.5, 0.5))
+    assert (processing.image_size, processing.image_mean) == (224, (0.5, 0.5, 0.5))
+    assert processing.resize == Resize("crop", None, "bilinear")
     texts = ["A dog runs over the grass.", "A puppy is running on a lawn.", "The stock market fell today."]
     output = towers(random_pixels(1, 224), *processing.tokenize(texts))
     assert output.image_pooled.shape == (1, 256) and output.text_pooled.shape == (3, 384)

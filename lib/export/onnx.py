@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoImageProcessor
 
 from lib.errors import InputError, RunError, raised_as
-from lib.export.sample import TEXTS, Sample
+from lib.export.sample import TEXTS, Sample, normalized
 from lib.model_files import NO_CODE
 from lib.processing import Processing
 from lib.towers import TwoTowers
@@ -124,7 +124,7 @@ def logits(towers: TwoTowers, processing: Processing, folder: Path, sample: Samp
         onnxruntime.InferenceSession(folder / name, providers=["CPUExecutionProvider"])
         for name in ("image.onnx", "text.onnx")
     )
-    images = AutoImageProcessor.from_pretrained(folder, **NO_CODE)(list(sample.pixel_values.cpu()), return_tensors="np")
+    images = normalized(AutoImageProcessor.from_pretrained(folder, **NO_CODE), processing, sample, "np")
     image_embeds, text_embeds = [], []
     for rows in np.split(np.arange(len(sample.input_ids)), np.cumsum(BATCHES)):
         if not len(rows):

@@ -65,6 +65,12 @@ def write(towers: TwoTowers, processing: Processing, folder: Path, repository: s
 
     repository: the hub id that the folder will have; of a local folder open_clip takes the tokenizer in it.
     """
+    resize = processing.resize
+    if resize.side or resize.interpolation not in ("bicubic", "bilinear"):
+        raise InputError(
+            f"--format open_clip: open_clip cannot make images of {processing.image_size} pixels by {resize}; "
+            "use --format hf or onnx"
+        )
     model_settings = _siglip_settings if _is_siglip(towers) else _clip_settings
     settings = {
         "model_cfg": model_settings(towers, processing, repository),
@@ -73,8 +79,8 @@ def write(towers: TwoTowers, processing: Processing, folder: Path, repository: s
             "mode": "RGB",
             "mean": list(processing.image_mean),
             "std": list(processing.image_std),
-            "interpolation": "bicubic",
-            "resize_mode": RESIZE[processing.resize],
+            "interpolation": processing.resize.interpolation,
+            "resize_mode": RESIZE[processing.resize.way],
         },
     }
     _write_json(folder / "open_clip_config.json", settings)

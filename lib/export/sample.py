@@ -6,6 +6,8 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from transformers import BatchFeature
+from transformers.image_processing_utils import BaseImageProcessor
 
 from lib.errors import RunError
 from lib.processing import Processing
@@ -63,6 +65,17 @@ def check_tokens(tokenize: Callable[[list[str]], Tensor], processing: Processing
     expected = processing.tokenize(list(TEXTS))[0]
     if not torch.equal(tokenize(list(TEXTS)).cpu()[:, : expected.shape[1]], expected):
         raise RunError("the exported tokenizer gives other tokens than the model was trained with; nothing was written")
+
+
+def normalized(processor: BaseImageProcessor, processing: Processing, sample: Sample, tensors: str) -> BatchFeature:
+    """The sample's pixels as an exported image processor normalizes them: they have the model's size already.
+
+    tensors: pt or np.
+    """
+    pixels = sample.pixel_values.cpu()
+    if processing.resize.channels == "bgr":  # the order that the processor turns them to
+        pixels = pixels.flip(1)
+    return processor(list(pixels), do_resize=False, do_center_crop=False, return_tensors=tensors)
 
 
 @torch.no_grad()

@@ -9,12 +9,20 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from lib.data.resize import ResizeFlag
 from lib.errors import InputError, raised_as
 from lib.image_form import DEFAULT_FORMS, ImageForm, read_image_form
 from lib.model_files import ModelFolder, is_open_clip, reading
 from lib.processing import read_settings
-from lib.towers.classifiers import SOURCES, is_classifier, load_classifier, new_classifier
-from lib.towers.encoders import check_and_settle, find_half, load_image_encoder, load_text_encoder, new_encoder
+from lib.towers.classifiers import SOURCES, is_classifier, is_timm, load_classifier, new_classifier
+from lib.towers.encoders import (
+    check_and_settle,
+    check_repeatable,
+    find_half,
+    load_image_encoder,
+    load_text_encoder,
+    new_encoder,
+)
 from lib.towers.heads import Head
 from lib.towers.pooling import image_pooling, needs_interpolation, patch_size_of, text_pooling
 from lib.towers.tower import ImageTower, Parts, Pooling, TextTower
@@ -27,20 +35,21 @@ def new_pair(
     text_head: Head,
     *,
     image_size: int | None,
+    resize: ResizeFlag,
     scale: float,
     bias: float | None,
     seed: int,
 ) -> Parts:
     """Take two pretrained encoders and put fresh heads on them.
 
-    image_name: a folder or hub id, the image half of a dual encoder as `NAME#image` with its own projection, or a
-        model of `lib.towers.classifiers`.
+    image_name: a folder or hub id, also of timm's, the image half of a dual encoder as `NAME#image` with its own
+        projection, or a model of `lib.towers.classifiers`.
     text_name: a folder or hub id, or `NAME#text`.
-    image_size: another side than the encoder's own files name.
+    image_size: another side than the encoder's own files name. resize: as in `lib.measured_form.measured_form`.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        image, form, image_settings, image_head = _load_image_tower(image_name, image_head, image_size)
+        image, form, image_settings, image_head = _load_image_tower(image_name, image_head, image_size, resize)
         text, text_head = _load_text_tower(text_name, text_head)
     description = {
         "architectures": ["TwoTowers"],
@@ -58,16 +67,17 @@ def new_pair(
 
 def saved_pair(settings: dict, weights: dict[str, Tensor], model: ModelFolder, image_size: int | None) -> Parts:
     """Build the pair that config.json describes and fill in its weights."""
-    form = ImageForm(**settings["image_form"])
+    form = ImageForm.of(settings["image_form"])
     image_head = Head(**settings["projection"])
     text_head = Head(**settings.get("text_projection", settings["projection"]))  # left out where both are alike
     if settings["image_config"]["model_type"] in SOURCES:
         image_trunk = new_classifier(settings["image_config"], form.size)
     else:
-        image_trunk = new_encoder(settings["image_config"])
-    form = replace(form, size=image_size or form.size)
+        image_trunk = _all_training(new_encoder(settings["image_config"]))
+    form = form.at(image_size)
     image = _image_tower(image_trunk, image_head, form.size, settings["image_pooling"], set(), model)
-    text = _text_tower(new_encoder(settings["text_config"]), text_head, settings["text_pooling"], set(), model)
+    text_trunk = _all_training(new_encoder(settings["text_config"]))
+    text = _text_tower(text_trunk, text_head, settings["text_pooling"], set(), model)
     for part, tower in (("image.", image), ("text.", text)):
         own = {key.removeprefix(part): value for key, value in weights.items() if key.startswith(part)}
         tower.load_state_dict(own)
@@ -78,25 +88,38 @@ def saved_pair(settings: dict, weights: dict[str, Tensor], model: ModelFolder, i
     return Parts(image, text, description, image_head.dim, form, log_scale, bias, pretrained_bias=bool(bias))
 
 
-def _load_image_tower(name: str, head: Head, image_size: int | None) -> tuple[ImageTower, ImageForm, dict, Head]:
+def _all_training(trunk: PreTrainedModel) -> PreTrainedModel:
+    """As transformers leaves an encoder that it loads, fixed embeddings too: a resumed run trains what it trained."""
+    return trunk.requires_grad_(True)
+
+
+def _load_image_tower(
+    name: str, head: Head, image_size: int | None, resize: ResizeFlag
+) -> tuple[ImageTower, ImageForm, dict, Head]:
     """The tower, the form of its images, what config.json says of its trunk, and the form of its head."""
     flag = "--image-tower"
     if is_classifier(name):
-        with reading(flag, name):
-            trunk, form, settings = load_classifier(name, image_size)
-            model = ModelFolder(flag, name, Path())
-            return _image_tower(trunk, head, form.size, "ready", set(), model), form, settings, head
+        return _load_classifier(name, ModelFolder(flag, name, Path()), head, image_size, resize)
     model, half = find_half(flag, name)
+    if not half and not is_open_clip(model.path) and is_timm(model.path):
+        return _load_classifier(f"timm:local-dir:{model.path}", model, head, image_size, resize)
     with reading(flag, name):
         trunk, missing, projection = load_image_encoder(model, half)
-        form = _encoder_form(model, trunk.config)
-        form = replace(form, size=image_size or form.size)
+        form = _encoder_form(model, trunk.config, resize).at(image_size)
         if projection is not None:
             head = head.of(projection, name)
         tower = _image_tower(trunk, head, form.size, None, missing, model)
     if projection is not None:
         tower.head = projection
     return tower, form, _encoder_settings(trunk.config), head
+
+
+def _load_classifier(
+    value: str, model: ModelFolder, head: Head, image_size: int | None, resize: ResizeFlag
+) -> tuple[ImageTower, ImageForm, dict, Head]:
+    with reading(model.flag, model.name):
+        trunk, form, settings = load_classifier(value, image_size, resize)
+        return _image_tower(trunk, head, form.size, "ready", set(), model), form, settings, head
 
 
 def _load_text_tower(name: str, head: Head) -> tuple[TextTower, Head]:
@@ -120,8 +143,8 @@ def _image_tower(
     missing: set[str],
     model: ModelFolder,
 ) -> ImageTower:
-    trunk.eval()  # one blank image is no batch to take statistics of
-    blank = torch.zeros(1, 3, size, size)
+    trunk.eval()  # one image is no batch to take statistics of
+    noise = torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(0))
     interpolate, patch_size = needs_interpolation(trunk, size), patch_size_of(trunk)
     own = getattr(getattr(trunk, "config", None), "image_size", "its own size")
 
@@ -129,8 +152,10 @@ def _image_tower(
         return InputError(f"--image-size {size}: {model.name} does not take it ({fault}); use {own}")
 
     with raised_as(refused, RuntimeError, ValueError, AssertionError):
-        pooling = pooling or image_pooling(trunk, blank, interpolate)
-        pooled = ImageTower(trunk, nn.Identity(), pooling, interpolate, patch_size).pooled(blank)
+        pooling = pooling or image_pooling(trunk, noise, interpolate)
+        tower = ImageTower(trunk, nn.Identity(), pooling, interpolate, patch_size)
+        pooled, again = tower.pooled(noise), tower.pooled(noise.expand(2, -1, -1, -1))
+    check_repeatable(pooled, again, model)
     check_and_settle(trunk, pooled, missing, model)
     return ImageTower(trunk, head.build(pooled.shape[1]), pooling, interpolate, patch_size)
 
@@ -142,16 +167,18 @@ def _text_tower(
     trunk.eval()
     masked = not trunk.config.model_type.startswith("siglip")
     tokens = torch.arange(4)[None]
-    pooled = TextTower(trunk, nn.Identity(), pooling, masked).pooled(tokens, torch.ones_like(tokens))
+    tower = TextTower(trunk, nn.Identity(), pooling, masked)
+    pooled, again = (tower.pooled(each, torch.ones_like(each)) for each in (tokens, tokens.expand(2, -1)))
+    check_repeatable(pooled, again, model)
     check_and_settle(trunk, pooled, missing, model)
     return TextTower(trunk, head.build(pooled.shape[1]), pooling, masked)
 
 
-def _encoder_form(model: ModelFolder, config: PretrainedConfig) -> ImageForm:
-    """What the folder's files ask for, or what encoders of the kind usually do."""
+def _encoder_form(model: ModelFolder, config: PretrainedConfig, resize: ResizeFlag) -> ImageForm:
+    """The form that the folder's files ask for, or the usual one of encoders of the kind."""
     if is_open_clip(model.path):
-        return ImageForm(**read_settings(model)["image_form"])
-    return read_image_form(model.path, _default_form(config))
+        return ImageForm.of(read_settings(model)["image_form"])
+    return read_image_form(model.path, _default_form(config), f"{model.flag} {model.name}", resize)
 
 
 def _default_form(config: PretrainedConfig) -> ImageForm:

@@ -1,12 +1,13 @@
 """Dual encoders of transformers (CLIP, SigLIP and their kin), taken apart into two towers."""
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import asdict
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from lib.data.resize import ResizeFlag
 from lib.errors import InputError
 from lib.image_form import ImageForm, model_image_form, read_image_form
 from lib.model_files import ModelFolder
@@ -38,7 +39,7 @@ def dual_parts(
     return Parts(image, text, description, embed_dim, image_form, log_scale, bias, pretrained_bias)
 
 
-def load_dual(model: ModelFolder, settings: dict, image_size: int | None) -> Parts:
+def load_dual(model: ModelFolder, settings: dict, image_size: int | None, resize: ResizeFlag = "auto") -> Parts:
     """Load a dual encoder; for another image size its position embeddings are resized.
 
     settings: as `read_settings` gives them.
@@ -47,7 +48,7 @@ def load_dual(model: ModelFolder, settings: dict, image_size: int | None) -> Par
     dual, missing, bias = load_dual_model(model, settings)
     check_complete(missing, model)
     own = model_image_form(settings)
-    form = own if "image_form" in settings else read_image_form(model.path, own)
+    form = own if "image_form" in settings else read_image_form(model.path, own, f"{model.flag} {model.name}", resize)
     vision = dual.config.vision_config
     if not getattr(vision, "vision_use_head", True):
         raise model.fault("its image encoder has no pooling head (vision_use_head is false), so it gives no embeddings")
@@ -57,7 +58,7 @@ def load_dual(model: ModelFolder, settings: dict, image_size: int | None) -> Par
     else:
         size = image_size or vision.image_size
         dual = dual if size == vision.image_size else _resized(dual, size)
-    form = replace(form, size=size)
+    form = form.at(size)
     if not settings.get("use_bias", True):
         bias = None
     # A bias of exactly 0 is where transformers starts one: it was never trained.

@@ -111,8 +111,9 @@ def check_and_settle(trunk: nn.Module, pooled: Tensor, missing: set[str], model:
     wait for their gradients.
     """
     reached = _reached(pooled)
-    used = {key for key, parameter in trunk.named_parameters() if parameter in reached}
-    for key, parameter in trunk.named_parameters():
+    trained = {key: each for key, each in trunk.named_parameters() if each.requires_grad}  # not a fixed embedding
+    used = {key for key, parameter in trained.items() if parameter in reached}
+    for key, parameter in trained.items():
         parameter.requires_grad_(key in used)
     check_complete(missing & used, model)
 
@@ -130,3 +131,17 @@ def _reached(output: Tensor) -> set[Tensor]:
             found.add(node.variable)
         waiting += [following for following, _ in node.next_functions]
     return found
+
+
+def check_repeatable(pooled: Tensor, again: Tensor, model: ModelFolder) -> None:
+    """Refuse an encoder in eval mode whose output for the same input changes: it can be neither cached nor evaluated.
+
+    pooled: (1, H); again: (2, H), of a batch of the same input twice. Sums in another order change a part of 1e-6.
+    """
+    apart = ((again - pooled).norm(dim=1) / pooled.norm()).max().item()
+    if apart > 1e-3:
+        raise model.fault(
+            f"it gives another output for the same input each time (they differ by {apart:.0%} of their norm), as "
+            "encoders that mask at random do; use another encoder, or set what masks to 0 in its config.json, such as "
+            "mask_ratio"
+        )

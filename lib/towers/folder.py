@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from lib.data.resize import ResizeFlag
 from lib.durable import check_model, save_tensors
 from lib.model_files import ModelFolder, find_model, reading
 from lib.processing import read_settings
@@ -30,10 +31,10 @@ def save_folder(folder: Path, description: dict, weights: dict[str, Tensor]) -> 
     write_text(folder / "config.json", json.dumps(description, indent=2, sort_keys=True) + "\n")
 
 
-def load_parts(name: str | Path | ModelFolder, image_size: int | None = None) -> Parts:
+def load_parts(name: str | Path | ModelFolder, image_size: int | None = None, resize: ResizeFlag = "auto") -> Parts:
     """Read a model of any of our kinds, by folder or hub id; config.json says which.
 
-    image_size: another side than the model's own.
+    image_size: another side than the model's own. resize: as in `lib.measured_form.measured_form`.
     """
     model = find_model("--model", name)
     # Weights are drawn before they are read: a caller's random state is not to feel it.
@@ -42,4 +43,4 @@ def load_parts(name: str | Path | ModelFolder, image_size: int | None = None) ->
         settings = read_settings(model)
         if settings["model_type"] == "two_towers":
             return saved_pair(settings, load_file(model.path / "model.safetensors"), model, image_size)
-        return load_dual(model, settings, image_size)
+        return load_dual(model, settings, image_size, resize)

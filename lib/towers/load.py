@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Literal
 
+from lib.data.resize import ResizeFlag
 from lib.errors import InputError
 from lib.model_files import find_model, reading
 from lib.processing import Processing, make_processing
@@ -28,6 +29,7 @@ def load_towers(
     projection_hidden: int | None = None,
     projection_dropout: float = 0.0,
     image_size: int | None = None,
+    resize: ResizeFlag = "auto",
     texts: Callable[[], list[str]] | None = None,
     use_bias: bool | None = None,
     dropout: float = 0.0,
@@ -42,6 +44,7 @@ def load_towers(
     image_tower, text_tower: instead of a model, two encoders as `lib.towers.composed.new_pair` takes them;
         `projection*` shape their heads (see `lib.towers.heads.Head`), `text_projection` that of the text tower.
     image_size: another side of the images than the model's own.
+    resize: auto refuses a model whose own image processor does what our pipeline cannot do.
     texts: gives texts of the training data; called only where a tokenizer has to be built.
     use_bias: whether logit_bias trains; by default in the SigLIP family. A model's own bias is its start.
     dropout: of the attention weights of a preset; other models come with their own.
@@ -56,7 +59,7 @@ def load_towers(
         image_head = Head(projection, projection_dim, projection_hidden, projection_dropout)
         text_head = image_head if text_projection == "same" else replace(image_head, kind=text_projection)
         heads = image_head, text_head
-        return _compose(image_tower, text_tower, heads, image_size, START_SCALE[family], use_bias, seed)
+        return _compose(image_tower, text_tower, heads, image_size, resize, START_SCALE[family], use_bias, seed)
     if model is None:
         raise InputError(f"--model is missing: give a folder, a hub id or one of {', '.join(SIZES)}")
     if name in PRESETS:
@@ -69,7 +72,7 @@ def load_towers(
             dropout=dropout,
             seed=seed,
         )
-    return _load(model, image_size, use_bias)
+    return _load(model, image_size, resize, use_bias)
 
 
 def _checked_pair(model: str | None, image_tower: str | None, text_tower: str | None) -> tuple[str, str]:
@@ -95,12 +98,15 @@ def _compose(
     text_tower: str,
     heads: tuple[Head, Head],
     image_size: int | None,
+    resize: ResizeFlag,
     scale: float,
     use_bias: bool,
     seed: int,
 ) -> tuple[TwoTowers, Processing]:
     bias = 0.0 if use_bias else None
-    parts = new_pair(image_tower, text_tower, *heads, image_size=image_size, scale=scale, bias=bias, seed=seed)
+    parts = new_pair(
+        image_tower, text_tower, *heads, image_size=image_size, resize=resize, scale=scale, bias=bias, seed=seed
+    )
     text_config = parts.text.trunk.config
     with reading("--text-tower", text_tower):
         tokenizer = load_tokenizer(find_half("--text-tower", text_tower, weights=False)[0], text_config)
@@ -108,9 +114,11 @@ def _compose(
     return TwoTowers(parts), processing
 
 
-def _load(name: str, image_size: int | None, use_bias: bool) -> tuple[TwoTowers, Processing]:
+def _load(name: str, image_size: int | None, resize: ResizeFlag, use_bias: bool) -> tuple[TwoTowers, Processing]:
     model = find_model("--model", name)
-    parts = load_parts(model, image_size)
+    parts = load_parts(model, image_size, resize)
     bias = (parts.bias or 0.0) if use_bias else None
     parts = replace(parts, bias=bias, pretrained_bias=parts.pretrained_bias and use_bias)
-    return TwoTowers(parts), replace(Processing.from_pretrained(model), image_size=parts.image_form.size)
+    processing = Processing.from_pretrained(model, resize)
+    form = processing.image_form.at(parts.image_form.size)
+    return TwoTowers(parts), replace(processing, image_size=form.size, resize=form.resize)
