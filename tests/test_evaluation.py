@@ -1,5 +1,7 @@
 """Evaluation: figures equal naive twins, any number of ranks gives the same, and nothing broken hides."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -16,7 +18,7 @@ from small_evaluation import (
 )
 from torch import Tensor
 
-from lib.collectives import gather_objects
+from lib.collectives import gather_objects, logsumexp_over_ranks
 from lib.data.prepare import text_key
 from lib.errors import InputError
 from lib.evaluation import validation
@@ -27,6 +29,8 @@ from lib.evaluation.retrieval.metrics import retrieval_metrics
 from lib.evaluation.subset import limited
 from lib.evaluation.validation import validate
 from lib.evaluation.zeroshot.metrics import class_embeddings, zeroshot_metrics
+from lib.losses import infonce, sigmoid
+from lib.train import _validation_loss
 
 # Faults
 
@@ -135,6 +139,20 @@ def test_two_ranks_give_what_one_process_gives():
                 torch.testing.assert_close(found[name], value, rtol=0, atol=1e-6)
             else:
                 assert found[name] == value
+
+
+def _validated(count: int) -> list[float]:
+    """The loss of a validation on so many pairs, by both losses, as training has it."""
+    towers = SmallTowers().eval()
+    towers.logit_scale, towers.logit_bias = torch.tensor(2.0), torch.tensor(-1.0)
+    losses = (partial(infonce, merge_logsumexp=logsumexp_over_ranks), sigmoid)
+    of_pairs = (partial(_validation_loss, towers, loss) for loss in losses)
+    return [validate(towers, captioned(count), small_processing(), each, device="cpu")["loss"] for each in of_pairs]
+
+
+@pytest.mark.slow
+def test_more_ranks_than_validation_pairs_give_what_one_process_gives():
+    assert on_ranks(4, _validated, 3) == pytest.approx(_validated(3), rel=1e-5)
 
 
 # Validation

@@ -21,16 +21,23 @@ from lib.report import read_metrics
 from lib.surrogate import Surrogate
 
 FLAGS = [
-    "--effective-batch=32", "--chunk-size=8", "--xbm-size=0", "--steps=2", "--warmup-steps=0", "--dropout=0.2",
-    "--eval-every=0", "--save-every=0", "--workers=0", "--optimizer=sgd", "--lr=0.1",
+    "--effective-batch=32", "--chunk-size=8", "--xbm-size=16", "--xbm-start=0", "--steps=2", "--warmup-steps=0",
+    "--dropout=0.2", "--eval-every=0", "--save-every=0", "--workers=0", "--optimizer=sgd", "--lr=0.1",
 ]  # fmt: skip
+
+
+NEGATIVES = "negatives.yaml"
+
+
+@pytest.fixture(autouse=True)
+def negative_prompts(tmp_path):
+    (tmp_path / NEGATIVES).write_text("- a letter\n- no digit at all\n")
 
 
 def all_parts(folder: Path) -> list[str]:
     """Flags of a run with everything that is verified: memory, negative prompts, and two of four graphs kept."""
-    (folder / "negatives.yaml").write_text("- a letter\n- no digit at all\n")
     return [
-        "--chunk-size=4", "--xbm-size=16", f"--negative-prompts={folder / 'negatives.yaml'}", "--keep-graphs=2",
+        "--chunk-size=4", "--xbm-size=16", f"--negative-prompts={folder / NEGATIVES}", "--keep-graphs=2",
         "--verify-gradients", "--steps=1", "--save-every=0",
     ]  # fmt: skip
 
@@ -126,7 +133,7 @@ def test_it_names_the_part_with_a_fault(sabotage, message, tmp_path, monkeypatch
 def losses(folder: Path, kind: str, *flags: str) -> list[float]:
     AcceleratorState._reset_state(reset_partial_state=True)
     os.environ.update(KINDS[kind])
-    train_siglip.main([*FLAGS, f"--output-dir={folder}", *flags])
+    train_siglip.main([*FLAGS, f"--output-dir={folder}", f"--negative-prompts={folder.parent / NEGATIVES}", *flags])
     return [line["loss"] for line in read_metrics(folder)]
 
 
