@@ -123,7 +123,7 @@ def test_a_clip_embeds_as_in_open_clip(quick_gelu, pickled, tmp_path):
     folder = clip(tmp_path / "model", quick_gelu=quick_gelu, pickled=pickled)
     towers, processing = load_towers(family="clip", model=str(folder))
     agree(folder, towers, processing)
-    assert processing.max_length == 16 and processing.image_mean == (0.4, 0.5, 0.6) and processing.resize == "crop"
+    assert processing.max_length == 16 and processing.image_mean == (0.4, 0.5, 0.6) and processing.resize.way == "crop"
     settings = json.loads((folder / "open_clip_config.json").read_text())
     settings["model_cfg"]["quick_gelu"] = not quick_gelu  # the control: the activation matters
     (folder / "open_clip_config.json").write_text(json.dumps(settings))

@@ -130,7 +130,7 @@ WRONG = [
     ("train_clip --model ./none", "--model ./none: there is no such folder", 2),
     (
         "train_clip --image-tower torchvision:resnet18:random --text-tower runs/none#text",
-        "--text-tower runs/none#text: there is no such folder",
+        "--text-tower runs/none: there is no such folder",
         2,
     ),
     ("train_clip --image-tower a/b/c --text-tower x", "--image-tower a/b/c: there is no such folder", 2),
@@ -169,7 +169,7 @@ WRONG = [
     # Evaluation
     ("evaluate", "retrieval, zeroshot, probe", 2),
     ("evaluate retreival", "retreival|retrieval, zeroshot", 2),
-    ("evaluate zeroshot --model empty", "--model empty|holds no model|name a finished run", 2),
+    ("evaluate zeroshot --model empty", "--model empty|holds no model|name a run", 2),
     ("evaluate zeroshot --model no_weights", "--model no_weights|no file named model.safetensors", 2),
     ("evaluate zeroshot --model ''", "--model '' is empty|leave it out", 2),
     ("evaluate zeroshot --model runs/none", "--model runs/none: there is no such folder|runs/ is a folder here", 2),
