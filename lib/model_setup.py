@@ -8,6 +8,7 @@ from torch.optim import Optimizer
 from lib.checkpoint import TrainingState
 from lib.config import TrainConfig
 from lib.data import Source
+from lib.data.resize import Resize
 from lib.errors import InputError
 from lib.lora import add_adapters
 from lib.optim import Rates, build_optimizer
@@ -24,7 +25,8 @@ def make_towers(
     """The towers with what trains of them, what they want of their inputs, and whether they are pretrained."""
     towers, processing = _load(config, family, source, resume_from)
     if config.resize != "auto":
-        processing = replace(processing, resize=config.resize)
+        own_form = Resize(config.resize, channels=processing.resize.channels)
+        processing = replace(processing, resize=own_form)
     scheduled = ("scale",) if config.scale_schedule else ()
     set_trainable(towers, (*config.freeze, *scheduled), config.unfreeze)
     if config.lora:
@@ -63,6 +65,7 @@ def _load(
         projection_hidden=config.projection_hidden,
         projection_dropout=config.projection_dropout,
         image_size=config.image_size,
+        resize=config.resize,
         texts=source.sample_texts,
         use_bias=family == "siglip",
         dropout=config.dropout,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from PIL import Image
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor
 from transformers import (
@@ -17,6 +18,7 @@ from transformers import (
     ChineseCLIPProcessor,
     CLIPImageProcessor,
     CLIPProcessor,
+    MobileViTImageProcessor,
     PretrainedConfig,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
@@ -26,8 +28,9 @@ from transformers import (
     SiglipProcessor,
 )
 
+from lib.data.resize import Resize, ResizeFlag
 from lib.errors import InputError
-from lib.image_form import DEFAULT_FORMS, ImageForm, Resize, model_image_form, read_image_form
+from lib.image_form import DEFAULT_FORMS, ImageForm, model_image_form, read_image_form
 
 ModelType = Literal["clip", "chinese_clip", "altclip", "siglip", "siglip2", "two_towers"]
 
@@ -58,7 +61,7 @@ class Processing:
     max_length, padding: texts are cut at max_length tokens, and padded to the longest of a chunk
         or to max_length.
     canonical: SigLIP's text form, lower-case without punctuation (Zhai et al. 2023, arXiv:2303.15343).
-    image_mean, image_std: of pixels in [0, 1], one number a channel.
+    image_mean, image_std: of pixels in [0, 1], one number a channel, in the order that `resize` puts them in.
     model_type: decides on the files that `save_pretrained` writes.
     patch_size: side of a patch, for a model that takes images in patches (SigLIP 2 of any resolution), else None.
     """
@@ -123,23 +126,37 @@ class Processing:
     def _text_form(self) -> tuple:
         return self.max_length, self.padding, self.canonical, self.tokenizer.pad_token_id
 
-    def image_processor(self) -> CLIPImageProcessor | SiglipImageProcessor | Siglip2ImageProcessor:
+    @property
+    def image_form(self) -> ImageForm:
+        """What images of any shape are made to."""
+        return ImageForm(self.image_size, self.image_mean, self.image_std, self.resize)
+
+    def image_processor(
+        self,
+    ) -> CLIPImageProcessor | MobileViTImageProcessor | SiglipImageProcessor | Siglip2ImageProcessor:
         """The transformers image processor that does to a PIL image what our own pipeline does.
 
         SigLIP 2's own keeps an image's proportions; it does the same to square ones alone.
         """
-        square = {"height": self.image_size, "width": self.image_size}
-        normalization = {"image_mean": list(self.image_mean), "image_std": list(self.image_std)}
+        square, side = {"height": self.image_size, "width": self.image_size}, self.resize.side or self.image_size
+        form = {
+            "image_mean": list(self.image_mean),
+            "image_std": list(self.image_std),
+            "resample": Image.Resampling[self.resize.interpolation.upper()],
+        }
         if self.patch_size:
             patches = (self.image_size // self.patch_size) ** 2
-            return Siglip2ImageProcessor(patch_size=self.patch_size, max_num_patches=patches, **normalization)
-        if self.resize == "squash":
-            return SiglipImageProcessor(size=square, **normalization)
-        if self.resize == "crop":
-            size = {"shortest_edge": self.image_size}
-        else:  # a centre crop that is larger than the picture pads it with black
-            size = {"max_height": self.image_size, "max_width": self.image_size}
-        return CLIPImageProcessor(size=size, crop_size=square, **normalization)
+            return Siglip2ImageProcessor(patch_size=self.patch_size, max_num_patches=patches, **form)
+        if self.resize.way == "squash" and side == self.image_size and self.resize.channels == "rgb":
+            return SiglipImageProcessor(size=square, **form)
+        # a centre crop that is larger than the picture pads it with black
+        size = {
+            "crop": {"shortest_edge": side},
+            "squash": {"height": side, "width": side},
+            "pad": {"max_height": side, "max_width": side},
+        }[self.resize.way]
+        kind = MobileViTImageProcessor if self.resize.channels == "bgr" else CLIPImageProcessor
+        return kind(size=size, crop_size=square, **form)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write tokenizer and image processor; a CLIP-like or SigLIP folder then loads with `AutoProcessor`."""
@@ -150,8 +167,11 @@ class Processing:
         PROCESSORS[self.model_type](self.image_processor(), self.tokenizer).save_pretrained(folder)
 
     @classmethod
-    def from_pretrained(cls, folder_or_id: str | Path) -> "Processing":
-        """Read what `save_pretrained` wrote, or the processor of a CLIP or SigLIP model of the hub."""
+    def from_pretrained(cls, folder_or_id: str | Path, resize: ResizeFlag = "auto") -> "Processing":
+        """Read what `save_pretrained` wrote, or the processor of a CLIP or SigLIP model of the hub.
+
+        resize: as in `lib.measured_form.measured_form`.
+        """
         settings, _ = PretrainedConfig.get_config_dict(folder_or_id)
         model_type = check_model_type(folder_or_id, settings)
         patch_size = None
@@ -163,7 +183,7 @@ class Processing:
             config = AutoConfig.from_pretrained(folder_or_id)
             text_config, tokenizer = config.text_config, load_tokenizer(folder_or_id)
             patch_size = config.vision_config.patch_size if model_type == "siglip2" else None
-        form = read_image_form(folder_or_id, model_image_form(settings))
+        form = read_image_form(folder_or_id, model_image_form(settings), resize=resize)
         return make_processing(tokenizer, text_config, form, model_type, patch_size)
 
 

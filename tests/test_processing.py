@@ -12,6 +12,7 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer, BertConfig, ByT5Tokenizer
 
 from lib import processing as processing_module
+from lib.data.resize import Resize
 from lib.errors import InputError
 from lib.image_form import DEFAULT_FORMS
 from lib.processing import MAX_CHARACTERS, Processing, build_tokenizer, canonical_form, make_processing
@@ -185,14 +186,14 @@ def test_auto_processor_tokenizes_as_training_does(saved):
 def test_the_way_of_resizing_is_kept_in_the_files(saved, resize, tmp_path):
     processing, folder = saved
     (tmp_path / "config.json").write_text((folder / "config.json").read_text())
-    processing = replace(processing, resize=resize, image_mean=(0.1, 0.2, 0.3))
+    processing = replace(processing, resize=Resize(resize), image_mean=(0.1, 0.2, 0.3))
     processing.save_pretrained(tmp_path)
     assert settings(Processing.from_pretrained(tmp_path)) == settings(processing)
 
 
 @pytest.mark.parametrize("resize", ["crop", "squash", "pad"])
 def test_an_image_of_the_models_size_is_only_normalized(saved, resize):
-    processing = replace(saved[0], resize=resize)
+    processing = replace(saved[0], resize=Resize(resize))
     pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
     found = processing.image_processor()(Image.fromarray(pixels), return_tensors="pt")["pixel_values"][0]
     for channel in range(3):
@@ -207,7 +208,7 @@ def test_crop_squash_and_pad_show_what_their_names_say(saved):
     picture.paste("red", (96, 0, 128, 64))
     blue = {}
     for resize in ("crop", "squash", "pad"):
-        processing = replace(saved[0], resize=resize, image_mean=(0.0,) * 3, image_std=(1.0,) * 3)
+        processing = replace(saved[0], resize=Resize(resize), image_mean=(0.0,) * 3, image_std=(1.0,) * 3)
         blue[resize] = processing.image_processor()(picture, return_tensors="pt")["pixel_values"][0, 2]
         assert blue[resize].shape == (32, 32)
     assert blue["crop"].min() > 0.9  # all white but for the edges of the resampling

@@ -25,6 +25,7 @@ from transformers import (
     ViTModel,
 )
 
+from lib.data.resize import Resize
 from lib.errors import InputError
 from lib.image_form import CLIP_MEAN, CLIP_STD
 from lib.processing import build_tokenizer
@@ -484,7 +485,7 @@ def test_image_form_comes_from_the_encoders_files(encoders):
     _, processing = load_towers(
         family="clip", image_tower=str(encoders / "mobilenet"), text_tower=str(encoders / "bert")
     )
-    assert (processing.image_size, processing.resize) == (32, "crop")
+    assert (processing.image_size, processing.resize) == (32, Resize("crop", None, "bilinear"))
     assert processing.image_mean == processing.image_std == (0.5, 0.5, 0.5)
     assert processing.max_length == 32 and processing.padding == "longest"
 
@@ -553,7 +554,8 @@ def test_mobilenet_and_minilm_compose(shared, tmp_path):
     towers, processing = load_towers(
         family="clip", image_tower=str(shared / "weights" / "mobilenet_v1_0.25_224"), text_tower=minilm
     )
-    assert (processing.image_size, processing.resize, processing.image_mean) == (224, "crop", (0.5, 0.5, 0.5))
+    assert (processing.image_size, processing.image_mean) == (224, (0.5, 0.5, 0.5))
+    assert processing.resize == Resize("crop", None, "bilinear")
     texts = ["A dog runs over the grass.", "A puppy is running on a lawn.", "The stock market fell today."]
     output = towers(random_pixels(1, 224), *processing.tokenize(texts))
     assert output.image_pooled.shape == (1, 256) and output.text_pooled.shape == (3, 384)

@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, CLIPConfig, CLIPModel, CLIPTextConfig, C
 
 import train_clip
 from lib.config import parse_config
+from lib.data.resize import Resize
 from lib.errors import InputError
 from lib.image_form import IMAGENET_MEAN, IMAGENET_STD
 from lib.processing import Processing, build_tokenizer
@@ -109,7 +110,7 @@ def test_pretrained_weights_come_from_the_cache(clip, tmp_path, monkeypatch):
     for value in ("torchvision:mobilenet_v3_small", "torchvision:mobilenet_v3_small:IMAGENET1K_V1"):
         towers, processing = compose(value, clip, image_size=None)
         assert torch.equal(towers.image.trunk.features[12][0].weight, source.features[12][0].weight)
-        assert (processing.image_size, processing.resize) == (224, "crop")
+        assert (processing.image_size, processing.resize) == (224, Resize("crop", 256, "bilinear"))
         assert (processing.image_mean, processing.image_std) == (IMAGENET_MEAN, IMAGENET_STD)
     (folder / name).write_bytes(b"nothing")
     with pytest.raises(InputError, match=f"{name} cannot be read"):

@@ -13,12 +13,12 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
 
 from lib.data.images import BadImage, Extent
+from lib.data.resize import MODES, Resize, Way
 from lib.errors import InputError, RunError
 
 OpenImage = Callable[[Extent], Image.Image]
 """Decodes an image, RGB and upright, at the extent or larger; raises BadImage."""
 
-Resize = Literal["crop", "pad", "squash"]
 Augment = Literal["none", "light", "jitter", "strong"]
 
 
@@ -28,8 +28,8 @@ class ImagePipeline:
 
     size: int
     """Pixels on a side."""
-    resize: Resize = "crop"
-    """crop: shorter side to `size`, middle kept; pad: longer side to `size`, black bars; squash: both."""
+    resize: Resize | Way = "crop"
+    """How the image becomes square; a way alone resizes to `size`, bicubic."""
     augment: Augment = "none"
     """light: flip and mild random crop; jitter: colours; strong: both, small rotations and RandAugment."""
     crop_scale: tuple[float, float] = (0.7, 1.0)
@@ -46,8 +46,7 @@ class ImagePipeline:
     def __post_init__(self) -> None:
         if self.size < 1:
             raise InputError(f"--image-size {self.size} must be at least 1 pixel")
-        if self.resize not in get_args(Resize):
-            raise InputError(f"--resize {self.resize} is not one of {', '.join(get_args(Resize))}")
+        self._square  # noqa: B018  (raises for an unknown way)
         if self.augment not in get_args(Augment):
             raise InputError(f"--augment {self.augment} is not one of {', '.join(get_args(Augment))}")
         self._check_augmentation()
@@ -76,12 +75,21 @@ class ImagePipeline:
         decoded ones by 0.4 of 255, on average over pixels and images (0.3 squashed or padded; 2.1 at once the size).
         With random crops, enough that the smallest square one is not enlarged: such crops differ by 1.9.
         """
-        side = self.size
+        side = self._square.side or self.size
         if self.augment == "none":
             side *= 2
-        elif self.augment != "jitter" and self.resize == "crop":
-            side = int(side / sqrt(self.crop_scale[0]))
-        return Extent(side, "longer" if self.resize == "pad" else "shorter")
+        elif self._crops_whole_image:
+            side = int(self.size / sqrt(self.crop_scale[0]))
+        return Extent(side, "longer" if self._square.way == "pad" else "shorter")
+
+    @cached_property
+    def _square(self) -> Resize:
+        return Resize(self.resize) if isinstance(self.resize, str) else self.resize
+
+    @property
+    def _crops_whole_image(self) -> bool:
+        """A random crop of the whole image has the middle crop's place."""
+        return self.augment in ("light", "strong") and self._square.way == "crop"
 
     def read(self, open_image: OpenImage, seed: int) -> Tensor:
         """Pixels of the image that `open_image` decodes; raises BadImage.
@@ -100,48 +108,32 @@ class ImagePipeline:
         """Pixels of one image, uint8 (3, size, size); `seed`, 0 to 2**63 - 1, decides the augmentation."""
         # torch resizes uint8 pixels in a third of Pillow's time, and in integers: the same bits with any number of
         # threads, with AVX2 or without it, and in transformers' image processor.
-        pixels = functional.pil_to_tensor(image)
+        pixels = self._augmented(functional.pil_to_tensor(image), seed)
+        return (pixels.flip(0) if self._square.channels == "bgr" else pixels).contiguous()
+
+    def _augmented(self, pixels: Tensor, seed: int) -> Tensor:
         if self.augment == "none":
-            return self._resized(pixels).contiguous()
+            return self._square(pixels, self.size)
         # torchvision draws from torch's global generator: it is put back afterwards, and only the CPU's is
         # seeded, because torch.manual_seed would also reseed the GPU's, from which dropout draws.
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
-            return self._augmented(pixels).contiguous()
+            if self.augment == "jitter":
+                return _on_pillow(self._colours, self._square(pixels, self.size))
+            framed = self._framed(pixels)
+            return framed if self.augment == "light" else _on_pillow(self._strong, framed)
 
-    def _augmented(self, pixels: Tensor) -> Tensor:
-        if self.augment == "jitter":
-            return _on_pillow(self._colours, self._resized(pixels))
-        # A random crop of the whole image has the middle crop's place.
-        framed = self._frame(pixels if self.resize == "crop" else self._resized(pixels))
-        return framed if self.augment == "light" else _on_pillow(self._strong, framed)
-
-    def _resized(self, pixels: Tensor) -> Tensor:
-        if pixels.shape[1:] == (self.size, self.size):
-            return pixels
-        if self.resize == "squash":
-            return _to_size(pixels, self.size, self.size)
-        return self._cropped(pixels) if self.resize == "crop" else self._padded(pixels)
-
-    def _cropped(self, pixels: Tensor) -> Tensor:
-        """The middle of the image with its shorter side resized."""
-        pixels = _middle(pixels)
-        height, width = pixels.shape[1:]
-        shorter = min(height, width)
-        height, width = (int(self.size * side / shorter) for side in (height, width))
-        top, left = (height - self.size) // 2, (width - self.size) // 2
-        return functional.crop(_to_size(pixels, height, width), top, left, self.size, self.size)
-
-    def _padded(self, pixels: Tensor) -> Tensor:
-        scale = self.size / max(pixels.shape[1:])
-        height, width = (max(1, round(side * scale)) for side in pixels.shape[1:])
-        top, left = (self.size - height) // 2, (self.size - width) // 2
-        bars = [left, top, self.size - width - left, self.size - height - top]
-        return functional.pad(_to_size(pixels, height, width), bars)
+    def _framed(self, pixels: Tensor) -> Tensor:
+        """A random crop, flipped or not, of all that a middle crop could show."""
+        if not self._crops_whole_image:
+            pixels = self._square(pixels, max(self.size, self._square.side or 0))
+        on_tensors = self._square.interpolation != "lanczos"
+        return self._frame(pixels) if on_tensors else _on_pillow(self._frame, pixels)
 
     @cached_property
     def _frame(self) -> v2.Transform:
-        crop = v2.RandomResizedCrop(self.size, scale=self.crop_scale, ratio=(0.8, 1.25), interpolation=_BICUBIC)
+        mode = MODES[self._square.interpolation]
+        crop = v2.RandomResizedCrop(self.size, scale=self.crop_scale, ratio=(0.8, 1.25), interpolation=mode)
         return v2.Compose([crop, v2.RandomHorizontalFlip(self.flip)])
 
     @cached_property
@@ -151,29 +143,9 @@ class ImagePipeline:
     @cached_property
     def _strong(self) -> v2.Transform:
         """Colours, small rotations and RandAugment (Cubuk et al., 2020)."""
-        rotate = v2.RandomRotation(self.rotation, interpolation=_BILINEAR)
+        rotate = v2.RandomRotation(self.rotation, interpolation=MODES["bilinear"])
         operations, magnitude = self.randaugment
         return v2.Compose([self._colours, rotate, v2.RandAugment(operations, magnitude)])
-
-
-_BICUBIC = v2.InterpolationMode.BICUBIC
-_BILINEAR = v2.InterpolationMode.BILINEAR
-
-
-def _to_size(pixels: Tensor, height: int, width: int) -> Tensor:
-    return functional.resize(pixels, [height, width], interpolation=_BICUBIC, antialias=True)
-
-
-def _middle(pixels: Tensor) -> Tensor:
-    """The image without what a middle crop drops of a very long one.
-
-    Resized as a whole, a line of 1 x 10,000 pixels would be 2.2 million pixels wide.
-    """
-    longer, shorter = sorted(pixels.shape[1:], reverse=True)
-    if longer <= 8 * shorter:
-        return pixels
-    kept = 8 * shorter + (longer % 2)  # as odd or even as the image: the middle stays the middle
-    return functional.center_crop(pixels, [min(side, kept) for side in pixels.shape[1:]])
 
 
 def _on_pillow(transform: v2.Transform, pixels: Tensor) -> Tensor:

@@ -8,6 +8,8 @@ from pathlib import Path
 from lib.errors import RunError
 from lib.export.formats import HUGGING_FACE, Format
 from lib.export.sample import Sample, expected_logits
+from lib.image_form import difference_of_files
+from lib.measured_form import TOLERANCE as PIXEL_TOLERANCE
 from lib.processing import Processing
 from lib.towers import TwoTowers
 from lib.towers.encoders import quiet
@@ -28,8 +30,8 @@ def export(
     """Write the folder whole or not at all; returns the largest difference in a logit after loading it.
 
     card: text of README.md.
-    Above a difference of 1e-4 it raises RunError, and InputError where the form is not for this model; an older
-    folder stays then.
+    Above a difference of 1e-4 it raises RunError, as where the written image processor, loaded again, prepares a probe
+    image otherwise than the run; and InputError where the form is not for this model. An older folder stays then.
     """
     form.check(towers)
     folder = Path(folder)
@@ -40,7 +42,13 @@ def export(
         expected = expected_logits(towers, sample)
         with quiet():
             form.write(towers, processing, unfinished)
+            apart = difference_of_files(processing.image_form, unfinished)
             found = form.logits(towers, processing, unfinished, sample)
+        if apart is not None and not apart <= PIXEL_TOLERANCE:
+            raise RunError(
+                f"the image processor of the export to {folder} gives pixels that differ by {apart:.1f} of 255 levels "
+                "on average from those of the run; nothing was written there"
+            )
         difference = (found.cpu() - expected).abs().max().item()
         if not difference <= TOLERANCE:  # a NaN is a failure too
             raise RunError(

@@ -80,6 +80,11 @@ def write(towers: TwoTowers, processing: Processing, folder: Path, tokenizer_nam
 
     tokenizer_name: the hub id that the folder will have; of a local folder open_clip takes the files in it.
     """
+    if processing.resize.side:
+        raise InputError(
+            f"--format open_clip: open_clip cannot resize to {processing.resize.side} pixels and cut out "
+            f"{processing.image_size}; use --format hf or onnx"
+        )
     settings = {
         "model_cfg": _model_settings(towers, tokenizer_name),
         "preprocess_cfg": {
@@ -87,8 +92,8 @@ def write(towers: TwoTowers, processing: Processing, folder: Path, tokenizer_nam
             "mode": "RGB",
             "mean": list(processing.image_mean),
             "std": list(processing.image_std),
-            "interpolation": "bicubic",
-            "resize_mode": RESIZE[processing.resize],
+            "interpolation": processing.resize.interpolation,
+            "resize_mode": RESIZE[processing.resize.way],
         },
     }
     (folder / "open_clip_config.json").write_text(json.dumps(settings, indent=2) + "\n")

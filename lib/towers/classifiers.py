@@ -1,11 +1,12 @@
 """Image classifiers of torchvision and timm without their classifier: `torchvision:resnet50`, `timm:NAME`.
 
-A third part names the weights: `torchvision:resnet50:IMAGENET1K_V1`, or `:random` to start from scratch.
+A third part names the weights: `torchvision:resnet50:IMAGENET1K_V1`, or `:random` to start from scratch. A NAME of
+timm is one of its models, or `local-dir:FOLDER` or `hf-hub:ID` for files in timm's format.
 """
 
 import difflib
 from collections.abc import Sequence
-from dataclasses import replace
+from math import floor
 from pathlib import Path
 from pickle import UnpicklingError
 from types import ModuleType
@@ -13,11 +14,16 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 import torchvision
+from safetensors import SafetensorError
 from torch import nn
 from torchvision.models import get_model, get_model_weights, list_models
+from transformers import PretrainedConfig
 
-from lib.errors import InputError
-from lib.image_form import ImageForm, Resize
+from lib.data.resize import ResizeFlag
+from lib.errors import InputError, raised_as
+from lib.image_form import DEFAULT_FORMS
+from lib.measured_form import ImageForm, Preparation, measured_form
+from lib.towers.encoders import split_half
 
 SOURCES = ("torchvision", "timm")
 RANDOM = "random"
@@ -31,33 +37,42 @@ class Classifier(NamedTuple):
     settings: dict
 
 
-def is_classifier(name: str) -> bool:
-    """Whether a value of --image-tower names a model of torchvision or timm."""
-    return name.partition(":")[0] in SOURCES and ":" in name
+def classifier_name(name: str) -> str | None:
+    """A value of --image-tower that names a model of torchvision or timm, as `load_classifier` takes it; else None.
+
+    A folder or hub id in timm's format becomes `timm:local-dir:FOLDER` or `timm:hf-hub:ID`.
+    """
+    if name.partition(":")[0] in SOURCES and ":" in name:
+        return name
+    folder_or_id, half = split_half(name)
+    settings, _ = PretrainedConfig.get_config_dict(folder_or_id)
+    # transformers calls files in timm's newer format a model of that type
+    if half or "architecture" not in settings or settings.get("model_type", "timm_wrapper") != "timm_wrapper":
+        return None
+    return f"timm:{'local-dir' if Path(name).is_dir() else 'hf-hub'}:{name}"
 
 
-def load_classifier(value: str, image_size: int | None) -> Classifier:
+def load_classifier(value: str, image_size: int | None, resize: ResizeFlag = "auto") -> Classifier:
     """A classifier with its pretrained weights, or with drawn ones if the name ends with `:random`.
 
-    image_size: another side than the weights were made for. Raises InputError for an unknown name, for a package
-    or weights that are not here, and for a size that the model does not take.
+    image_size: another side than the weights were made for. resize: as in `measured_form`. Raises InputError for an
+    unknown name, for a package or weights that are not here, and for a size that the model does not take.
     """
     source, _, rest = value.partition(":")
-    name, _, weights = rest.partition(":")
-    load = _load_torchvision if source == "torchvision" else _load_timm
-    trunk, form = load(name, weights, value, image_size)
-    return Classifier(trunk, form, {"model_type": source, "name": name})
+    return (_load_torchvision if source == "torchvision" else _load_timm)(rest, value, image_size, resize)
 
 
 def new_classifier(settings: dict, image_size: int) -> nn.Module:
     """The layers of a classifier with drawn weights, from what config.json says of it."""
-    name = settings["name"]
+    name, options = settings["name"], settings.get("options", {})
     if settings["model_type"] == "torchvision":
         return _without_classifier(get_model(name, weights=None, **_sized(name, image_size)))
-    return _fitted(_timm(f"timm:{name}").create_model(name, pretrained=False, num_classes=0), image_size)
+    model = _timm(f"timm:{name}").create_model(name, pretrained=False, num_classes=0, **options)
+    return _fitted(model, image_size)
 
 
-def _load_torchvision(name: str, weights: str, value: str, image_size: int | None) -> tuple[nn.Module, ImageForm]:
+def _load_torchvision(rest: str, value: str, image_size: int | None, resize: ResizeFlag) -> Classifier:
+    name, _, weights = rest.partition(":")
     _check_known(value, name, list_models(module=torchvision.models))
     known = get_model_weights(name)
     if weights not in ("", RANDOM, *known.__members__):
@@ -65,54 +80,72 @@ def _load_torchvision(name: str, weights: str, value: str, image_size: int | Non
         raise InputError(f"--image-tower {value}: {name} has the weights {names} and {RANDOM}")
     chosen = known[weights] if weights in known.__members__ else known.DEFAULT
     transform = chosen.transforms()
-    form = ImageForm(transform.crop_size[0], tuple(transform.mean), tuple(transform.std), "crop")
-    form = replace(form, size=image_size or form.size)
+    sides = transform.crop_size[0], transform.resize_size[0]
+    own = Preparation(transform, sides, transform.interpolation.value, (tuple(transform.mean), tuple(transform.std)))
+    form = measured_form(own, DEFAULT_FORMS["two_towers"], f"--image-tower {value}", resize).at(image_size)
     if weights != RANDOM and _sized(name, form.size) and form.size != transform.crop_size[0]:
         raise InputError(
             f"--image-size {image_size}: {value} takes {transform.crop_size[0]}, its weights have no other"
         )
-    url = chosen.url
-    file = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
-    try:
-        model = get_model(name, weights=None if weights == RANDOM else chosen, **_sized(name, form.size))
-    except (OSError, RuntimeError, EOFError, UnpicklingError) as error:
-        state = "cannot be read" if file.exists() else f"is not in {file.parent} and cannot be fetched"
-        raise InputError(
-            f"--image-tower {value}: its file of weights {file.name} {state} ({error}). Put {url} into "
+    file = Path(torch.hub.get_dir()) / "checkpoints" / chosen.url.rpartition("/")[2]
+    state = "cannot be read" if file.exists() else f"is not in {file.parent} and cannot be fetched"
+    with raised_as(
+        lambda fault: InputError(
+            f"--image-tower {value}: its file of weights {file.name} {state} ({fault}). Put {chosen.url} into "
             f"{file.parent}, or start from drawn weights with torchvision:{name}:{RANDOM}"
-        ) from error
+        ),
+        *(OSError, RuntimeError, EOFError, UnpicklingError),
+    ):
+        model = get_model(name, weights=None if weights == RANDOM else chosen, **_sized(name, form.size))
     if hasattr(model, "transform_input"):  # Inception: further outputs while it trains
         raise InputError(f"--image-tower {value}: it has more than one classifier; use another model")
-    return _without_classifier(model), form
+    return Classifier(_without_classifier(model), form, {"model_type": "torchvision", "name": name})
 
 
-def _load_timm(name: str, weights: str, value: str, image_size: int | None) -> tuple[nn.Module, ImageForm]:
+def _load_timm(rest: str, value: str, image_size: int | None, resize: ResizeFlag) -> Classifier:
     timm = _timm(value)
-    if weights not in ("", RANDOM):
+    name = rest.removesuffix(f":{RANDOM}")
+    source, colon, place = name.partition(":")
+    if colon and source not in ("local-dir", "hf-hub"):
         raise InputError(
             f"--image-tower {value}: timm's names carry their weights (resnet50.a1_in1k), or end on :random"
         )
-    if not timm.is_model(name):
+    if not colon and not timm.is_model(name):
         _check_known(value, name, timm.list_models())
-    try:
-        model = timm.create_model(name, pretrained=weights != RANDOM, num_classes=0)
-    except (OSError, RuntimeError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise InputError(
-            f"--image-tower {value}: its weights cannot be loaded ({reason}). Without a network they must be in the "
-            f"cache of the Hugging Face hub (HF_HOME says where that is); timm:{name}:{RANDOM} starts from drawn ones"
-        ) from error
+    with raised_as(
+        lambda fault: _not_loaded(value, fault),
+        *(OSError, RuntimeError, ValueError, KeyError, SafetensorError, UnpicklingError),
+    ):
+        model = timm.create_model(name, pretrained=name == rest, num_classes=0)
     data = timm.data.resolve_data_config({}, model=model)
-    resize: Resize = "squash" if data["crop_mode"] == "squash" else "crop"
-    form = ImageForm(image_size or data["input_size"][-1], tuple(data["mean"]), tuple(data["std"]), resize)
-    return _fitted(model, form.size), form
+    sides = data["input_size"][-1], floor(data["input_size"][-1] / data["crop_pct"])
+    transform = timm.data.create_transform(**data, is_training=False)
+    own = Preparation(transform, sides, data["interpolation"], (tuple(data["mean"]), tuple(data["std"])))
+    form = measured_form(own, DEFAULT_FORMS["two_towers"], f"--image-tower {value}", resize).at(image_size)
+    settings = _architecture(place) if colon else {"name": name}
+    return Classifier(_fitted(model, form.size), form, {"model_type": "timm"} | settings)
+
+
+def _architecture(place: str) -> dict:
+    """What builds the model again without the folder or hub id (with its revision as `ID@REVISION`) of its files."""
+    folder_or_id, _, revision = (place, "", "") if Path(place).is_dir() else place.partition("@")
+    settings, _ = PretrainedConfig.get_config_dict(folder_or_id, revision=revision or None)
+    return {"name": settings["architecture"], "options": settings.get("model_args") or {}}
+
+
+def _not_loaded(value: str, fault: Exception) -> InputError:
+    reason = str(fault).strip().split("\n")[0]
+    return InputError(
+        f"--image-tower {value}: its weights cannot be loaded ({reason}). Without a network they must be in the "
+        f"cache of the Hugging Face hub (HF_HOME says where that is); {value}:{RANDOM} starts from drawn ones"
+    )
 
 
 def _timm(value: str) -> ModuleType:
-    try:
+    with raised_as(
+        lambda fault: InputError(f"--image-tower {value}: timm is not installed; pip install timm"), ImportError
+    ):
         import timm
-    except ImportError as error:
-        raise InputError(f"--image-tower {value}: timm is not installed; pip install timm") from error
     return timm
 
 

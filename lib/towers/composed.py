@@ -9,11 +9,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from lib.errors import InputError
+from lib.data.resize import ResizeFlag
+from lib.errors import InputError, raised_as
 from lib.image_form import DEFAULT_FORMS, ImageForm, read_image_form
-from lib.towers.classifiers import SOURCES, is_classifier, load_classifier, new_classifier
+from lib.towers.classifiers import SOURCES, classifier_name, load_classifier, new_classifier
 from lib.towers.encoders import (
     check_and_settle,
+    check_repeatable,
     load_image_encoder,
     load_text_encoder,
     new_encoder,
@@ -32,21 +34,22 @@ def new_pair(
     text_head: Head,
     *,
     image_size: int | None,
+    resize: ResizeFlag,
     scale: float,
     bias: float | None,
     seed: int,
 ) -> Parts:
     """Take two pretrained encoders and put fresh heads on them.
 
-    image_name: a folder or hub id, the image half of a dual encoder as `NAME#image` with its own projection, or a
-        model of `lib.towers.classifiers`.
+    image_name: a folder or hub id, also of timm's, the image half of a dual encoder as `NAME#image` with its own
+        projection, or a model of `lib.towers.classifiers`.
     text_name: a folder or hub id, or `NAME#text`.
-    image_size: another side than the encoder's own files name.
+    image_size: another side than the encoder's own files name. resize: as in `lib.measured_form.measured_form`.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         with reading("--image-tower", image_name):
-            image, form, image_settings, image_head = _load_image_tower(image_name, image_head, image_size)
+            image, form, image_settings, image_head = _load_image_tower(image_name, image_head, image_size, resize)
         with reading("--text-tower", text_name):
             text, text_head = _load_text_tower(text_name, text_head)
     description = {
@@ -65,14 +68,14 @@ def new_pair(
 
 def saved_pair(settings: dict, weights: dict[str, Tensor], name: str | Path, image_size: int | None) -> Parts:
     """Build the pair that config.json describes and fill in its weights."""
-    form = ImageForm(**settings["image_form"])
+    form = ImageForm.of(settings["image_form"])
     image_head = Head(**settings["projection"])
     text_head = Head(**settings.get("text_projection", settings["projection"]))  # left out where both are alike
     if settings["image_config"]["model_type"] in SOURCES:
         image_trunk = new_classifier(settings["image_config"], form.size)
     else:
         image_trunk = new_encoder(settings["image_config"])
-    form = replace(form, size=image_size or form.size)
+    form = form.at(image_size)
     image = _image_tower(image_trunk, image_head, form.size, settings["image_pooling"], set(), name)
     text = _text_tower(new_encoder(settings["text_config"]), text_head, settings["text_pooling"], set(), name)
     for part, tower in (("image.", image), ("text.", text)):
@@ -85,14 +88,16 @@ def saved_pair(settings: dict, weights: dict[str, Tensor], name: str | Path, ima
     return Parts(image, text, description, image_head.dim, form, log_scale, bias, pretrained_bias=bool(bias))
 
 
-def _load_image_tower(name: str, head: Head, image_size: int | None) -> tuple[ImageTower, ImageForm, dict, Head]:
+def _load_image_tower(
+    name: str, head: Head, image_size: int | None, resize: ResizeFlag
+) -> tuple[ImageTower, ImageForm, dict, Head]:
     """The tower, the form of its images, what config.json says of its trunk, and the form of its head."""
-    if is_classifier(name):
-        trunk, form, settings = load_classifier(name, image_size)
+    if classifier := classifier_name(name):
+        trunk, form, settings = load_classifier(classifier, image_size, resize)
         return _image_tower(trunk, head, form.size, "ready", set(), name), form, settings, head
     trunk, missing, projection = load_image_encoder(name)
-    form = read_image_form(split_half(name)[0], _default_form(trunk.config))
-    form = replace(form, size=image_size or form.size)
+    default = _default_form(trunk.config)
+    form = read_image_form(split_half(name)[0], default, f"--image-tower {name}", resize).at(image_size)
     if projection is not None:
         head = head.of(projection, name)
     tower = _image_tower(trunk, head, form.size, None, missing, name)
@@ -120,15 +125,18 @@ def _image_tower(
     missing: set[str],
     name: str | Path,
 ) -> ImageTower:
-    trunk.eval()  # one blank image is no batch to take statistics of
-    blank = torch.zeros(1, 3, size, size)
+    trunk.eval()  # one image is no batch to take statistics of
+    noise = torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(0))
     interpolate, patch_size = needs_interpolation(trunk, size), patch_size_of(trunk)
-    try:
-        pooling = pooling or image_pooling(trunk, blank, interpolate)
-        pooled = ImageTower(trunk, nn.Identity(), pooling, interpolate, patch_size).pooled(blank)
-    except (RuntimeError, ValueError, AssertionError) as error:
-        own = getattr(getattr(trunk, "config", None), "image_size", "its own size")
-        raise InputError(f"--image-size {size}: {name} does not take it ({error}); use {own}") from error
+    own = getattr(getattr(trunk, "config", None), "image_size", "its own size")
+    with raised_as(
+        lambda fault: InputError(f"--image-size {size}: {name} does not take it ({fault}); use {own}"),
+        *(RuntimeError, ValueError, AssertionError),
+    ):
+        pooling = pooling or image_pooling(trunk, noise, interpolate)
+        tower = ImageTower(trunk, nn.Identity(), pooling, interpolate, patch_size)
+        pooled, again = tower.pooled(noise), tower.pooled(noise)
+    check_repeatable(pooled, again, "--image-tower", name)
     check_and_settle(trunk, pooled, missing, "--image-tower", name)
     return ImageTower(trunk, head.build(pooled.shape[1]), pooling, interpolate, patch_size)
 
@@ -138,7 +146,9 @@ def _text_tower(trunk: PreTrainedModel, head: Head, pooling: Pooling, missing: s
     trunk.eval()
     masked = not trunk.config.model_type.startswith("siglip")
     tokens = torch.arange(4)[None]
-    pooled = TextTower(trunk, nn.Identity(), pooling, masked).pooled(tokens, torch.ones_like(tokens))
+    tower = TextTower(trunk, nn.Identity(), pooling, masked)
+    pooled, again = (tower.pooled(tokens, torch.ones_like(tokens)) for _ in range(2))
+    check_repeatable(pooled, again, "--text-tower", name)
     check_and_settle(trunk, pooled, missing, "--text-tower", name)
     return TextTower(trunk, head.build(pooled.shape[1]), pooling, masked)
 

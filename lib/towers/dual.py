@@ -1,7 +1,7 @@
 """Dual encoders of transformers (CLIP, SigLIP and their kin), taken apart into two towers and named again for files."""
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -9,6 +9,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lib.data.resize import ResizeFlag
 from lib.errors import InputError
 from lib.image_form import ImageForm, model_image_form, read_image_form
 from lib.towers.encoders import DUAL_MODELS, check_complete, load_model
@@ -52,13 +53,13 @@ def dual_parts(
     return Parts(image, text, description, embed_dim, image_form, log_scale, bias, pretrained_bias)
 
 
-def load_dual(folder_or_id: str | Path, settings: dict, image_size: int | None) -> Parts:
+def load_dual(folder_or_id: str | Path, settings: dict, image_size: int | None, resize: ResizeFlag = "auto") -> Parts:
     """Load a dual encoder; for another image size its position embeddings are resized."""
     model_type = settings["model_type"]
     model, missing = load_model(DUAL_MODELS[model_type], folder_or_id)
     check_complete(missing, "--model", folder_or_id)
     own = model_image_form(settings)
-    form = own if "image_form" in settings else read_image_form(folder_or_id, own)
+    form = own if "image_form" in settings else read_image_form(folder_or_id, own, resize=resize)
     vision = model.config.vision_config
     if model_type == "siglip2":  # it fits its position embeddings to every image
         size = image_size or form.size
@@ -66,7 +67,7 @@ def load_dual(folder_or_id: str | Path, settings: dict, image_size: int | None) 
     else:
         size = image_size or vision.image_size
         model = model if size == vision.image_size else _resized(model, size)
-    form = replace(form, size=size)
+    form = form.at(size)
     if model_type.startswith("siglip"):
         bias = model.logit_bias.item() if settings.get("use_bias", True) else None
     else:

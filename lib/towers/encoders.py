@@ -168,6 +168,20 @@ def check_and_settle(trunk: nn.Module, pooled: Tensor, missing: set[str], flag: 
     check_complete(missing & used, flag, name)
 
 
+def check_repeatable(pooled: Tensor, again: Tensor, flag: str, name: str | Path) -> None:
+    """Refuse an encoder in eval mode whose output for the same input changes: it can be neither cached nor evaluated.
+
+    pooled, again: (1, H), of the same input. Sums in another order change a part of 1e-6, other masks half of it.
+    """
+    apart = ((again - pooled).norm() / pooled.norm()).item()
+    if apart > 1e-3:
+        raise InputError(
+            f"{flag} {name}: it gives another output for the same input each time (they differ by {apart:.0%} of "
+            "their norm), as encoders that mask at random do; use another encoder, or set what masks to 0 in its "
+            "config.json, such as mask_ratio"
+        )
+
+
 def check_complete(missing: set[str], flag: str, name: str | Path) -> None:
     """Refuse a model whose files lack weights: they would be random numbers."""
     if missing:

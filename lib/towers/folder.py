@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from lib.data.resize import ResizeFlag
 from lib.processing import check_model_type
 from lib.towers.composed import saved_pair
 from lib.towers.dual import file_weights, load_dual
@@ -28,10 +29,10 @@ def save_folder(folder: Path, description: dict, weights: dict[str, Tensor]) -> 
     (folder / "config.json").write_text(json.dumps(description, indent=2, sort_keys=True) + "\n")
 
 
-def load_parts(folder_or_id: str | Path, image_size: int | None = None) -> Parts:
+def load_parts(folder_or_id: str | Path, image_size: int | None = None, resize: ResizeFlag = "auto") -> Parts:
     """Read a model of any of our kinds; config.json says which.
 
-    image_size: another side than the model's own.
+    image_size: another side than the model's own. resize: as in `lib.measured_form.measured_form`.
     """
     # Weights are drawn before they are read: a caller's random state is not to feel it.
     with reading("--model", folder_or_id), torch.random.fork_rng(devices=[]):
@@ -40,4 +41,4 @@ def load_parts(folder_or_id: str | Path, image_size: int | None = None) -> Parts
         if settings["model_type"] == "two_towers":
             weights = load_file(Path(folder_or_id) / "model.safetensors")
             return saved_pair(settings, weights, folder_or_id, image_size)
-        return load_dual(folder_or_id, settings, image_size)
+        return load_dual(folder_or_id, settings, image_size, resize)

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
+from lib.data.resize import ResizeFlag
 from lib.errors import InputError
 from lib.processing import Processing, load_tokenizer, make_processing
 from lib.towers.composed import new_pair
@@ -27,6 +28,7 @@ def load_towers(
     projection_hidden: int | None = None,
     projection_dropout: float = 0.0,
     image_size: int | None = None,
+    resize: ResizeFlag = "auto",
     texts: Callable[[], list[str]] | None = None,
     use_bias: bool | None = None,
     dropout: float = 0.0,
@@ -41,6 +43,7 @@ def load_towers(
     image_tower, text_tower: instead of a model, two encoders as `lib.towers.composed.new_pair` takes them;
         `projection*` shape their heads (see `lib.towers.heads.Head`), `text_projection` that of the text tower.
     image_size: another side of the images than the model's own.
+    resize: auto refuses a model whose own image processor does what our pipeline cannot do.
     texts: gives texts of the training data; called only where a tokenizer has to be built.
     use_bias: whether logit_bias trains; by default in the SigLIP family. A model's own bias is its start.
     dropout: of the attention weights of a preset; other models come with their own.
@@ -55,7 +58,7 @@ def load_towers(
         image_head = Head(projection, projection_dim, projection_hidden, projection_dropout)
         text_head = image_head if text_projection == "same" else replace(image_head, kind=text_projection)
         heads = image_head, text_head
-        return _compose(image_tower, text_tower, heads, image_size, START_SCALE[family], use_bias, seed)
+        return _compose(image_tower, text_tower, heads, image_size, resize, START_SCALE[family], use_bias, seed)
     if model is None:
         raise InputError(f"--model is missing: give a folder, a hub id or one of {', '.join(SIZES)}")
     if name in PRESETS:
@@ -68,7 +71,7 @@ def load_towers(
             dropout=dropout,
             seed=seed,
         )
-    return _load(model, image_size, use_bias)
+    return _load(model, image_size, resize, use_bias)
 
 
 def _checked_pair(model: str | None, image_tower: str | None, text_tower: str | None) -> tuple[str, str]:
@@ -94,22 +97,26 @@ def _compose(
     text_tower: str,
     heads: tuple[Head, Head],
     image_size: int | None,
+    resize: ResizeFlag,
     scale: float,
     use_bias: bool,
     seed: int,
 ) -> tuple[TwoTowers, Processing]:
     bias = 0.0 if use_bias else None
-    parts = new_pair(image_tower, text_tower, *heads, image_size=image_size, scale=scale, bias=bias, seed=seed)
+    parts = new_pair(
+        image_tower, text_tower, *heads, image_size=image_size, resize=resize, scale=scale, bias=bias, seed=seed
+    )
     with reading("--text-tower", text_tower):
         tokenizer = load_tokenizer(split_half(text_tower)[0])
     processing = make_processing(tokenizer, parts.text.trunk.config, parts.image_form, "two_towers")
     return TwoTowers(parts), processing
 
 
-def _load(model: str, image_size: int | None, use_bias: bool) -> tuple[TwoTowers, Processing]:
-    parts = load_parts(model, image_size)
+def _load(model: str, image_size: int | None, resize: ResizeFlag, use_bias: bool) -> tuple[TwoTowers, Processing]:
+    parts = load_parts(model, image_size, resize)
     bias = (parts.bias or 0.0) if use_bias else None
     parts = replace(parts, bias=bias, pretrained_bias=parts.pretrained_bias and use_bias)
     with reading("--model", Path(model)):
-        processing = Processing.from_pretrained(model)
-    return TwoTowers(parts), replace(processing, image_size=parts.image_form.size)
+        processing = Processing.from_pretrained(model, resize)
+    form = processing.image_form.at(parts.image_form.size)
+    return TwoTowers(parts), replace(processing, image_size=form.size, resize=form.resize)
