@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lib.data.evaluation_set import EvaluationSet
 from lib.data.images import BadImage
 from lib.data.pipeline import ImagePipeline
+from lib.data.resize import Resize
 from lib.processing import Processing
 
 PIPELINE = ImagePipeline(4)
@@ -70,7 +71,7 @@ def small_processing() -> Processing:
         def tokenize(self, texts):
             return small_tokenize(texts)
 
-    return Small(None, 64, "longest", False, 4, (0.0,) * 3, (1.0,) * 3, "crop")
+    return Small(None, 64, "longest", False, 4, (0.0,) * 3, (1.0,) * 3, Resize("crop"))
 
 
 def captioned(count: int = 7, bad: dict[int, str] | None = None) -> EvaluationSet:

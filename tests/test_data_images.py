@@ -13,6 +13,7 @@ from PIL import Image, ImageOps
 from lib.data import BadImage, ImagePipeline, decode_image
 from lib.data.files import READABLE
 from lib.data.images import MAX_PIXELS, Extent
+from lib.data.resize import Resize
 from lib.errors import InputError
 
 AUGMENT = ("none", "light", "jitter", "strong")
@@ -283,6 +284,14 @@ def test_an_image_for_training_may_be_as_small_as_its_smallest_crop_allows():
     assert ImagePipeline(100, "pad", "strong", crop_scale=(0.25, 1)).extent == Extent(100, "longer")
 
 
+def test_an_image_of_a_larger_side_than_the_square_is_decoded_for_that_side():
+    assert ImagePipeline(224, Resize("crop", 256)).extent == Extent(512, "shorter")
+    assert ImagePipeline(224, Resize("squash", 256), "light").extent == Extent(256, "shorter")
+    assert ImagePipeline(224, Resize("crop", 256), "light", crop_scale=(0.25, 1)).extent == Extent(448, "shorter")
+    nearest = ImagePipeline(8, Resize(interpolation="nearest"))  # a reduced image has other pixels to choose from
+    assert reduced_sizes(encode(picture(400, 304), "JPEG"), nearest.extent) == [(400, 304)]
+
+
 def test_the_files_made_to_break_readers(shared):
     reasons = {
         "bomb_196_megapixels.png": "oversized",
@@ -318,6 +327,39 @@ def test_crop_is_resize_and_then_crop(size):
     if shorter != longer:
         squashed = ImagePipeline(24, "squash")(image, 0).permute(1, 2, 0).numpy()
         assert difference(Image.fromarray(squashed), naive) > 1
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear", "lanczos", "nearest"])
+@pytest.mark.parametrize(("way", "resized"), [("crop", (53, 40)), ("squash", (40, 40)), ("pad", (40, 30))])
+def test_the_middle_is_cut_out_of_a_larger_side_and_bars_fill_what_is_missing(way, resized, interpolation):
+    image, mode = Image.effect_noise((120, 90), 60).convert("RGB"), Image.Resampling[interpolation.upper()]
+    left, top = ((side - 32) // 2 if side > 32 else -((32 - side) // 2) for side in resized)
+    naive = image.resize(resized, mode).crop((left, top, left + 32, top + 32))  # Pillow fills with black
+    pixels = ImagePipeline(32, Resize(way, 40, interpolation))(image, 0).permute(1, 2, 0).numpy()
+    assert difference(Image.fromarray(pixels), naive) < 0.1
+    for other in {"bicubic", "bilinear", "lanczos", "nearest"} - {interpolation}:
+        pixels = ImagePipeline(32, Resize(way, 40, other))(image, 0).permute(1, 2, 0).numpy()
+        assert difference(Image.fromarray(pixels), naive) > 0.4
+
+
+@pytest.mark.parametrize("augment", AUGMENT)
+@pytest.mark.parametrize("interpolation", ["bicubic", "lanczos", "nearest"])
+def test_the_order_of_the_channels_is_turned_behind_all_else(augment, interpolation):
+    rgb, bgr = (
+        ImagePipeline(24, Resize("squash", 30, interpolation, channels), augment)(picture(60, 40), 5)
+        for channels in ("rgb", "bgr")
+    )
+    assert torch.equal(rgb.flip(0), bgr) and not torch.equal(rgb, bgr)
+
+
+def test_random_crops_see_what_the_middle_cuts_off():
+    framed = Image.new("RGB", (80, 80), "red")
+    framed.paste("white", (6, 6, 74, 74))
+    for way in ("crop", "squash", "pad"):
+        middle = ImagePipeline(32, Resize(way, 40))(framed, 0)
+        assert middle[1].min() > 200  # no red
+        light = ImagePipeline(32, Resize(way, 40), "light", crop_scale=(0.9, 1.0))
+        assert min(light(framed, seed)[1].min() for seed in range(5)) < 50
 
 
 @pytest.mark.parametrize("size", [(300, 225), (225, 300), (333, 250), (97, 320)])

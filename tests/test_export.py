@@ -9,6 +9,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoProcessor
 
+from lib.data.resize import Resize
 from lib.errors import InputError, RunError
 from lib.export import export, noise_and_texts
 from lib.export.card import model_card
@@ -92,6 +93,34 @@ def test_files_that_say_something_else_are_no_export(clip, tmp_path):
         export(towers, wrong, tmp_path / "export", noise_and_texts(processing))
     assert (tmp_path / "export" / "processor_config.json").read_text() == before
     assert [path.name for path in tmp_path.iterdir()] == ["export"]
+
+
+@pytest.mark.parametrize("trained", ["clip", "siglip2", COMPOSED], indirect=True)
+def test_an_image_processor_that_gives_other_pixels_is_no_export(trained, tmp_path):
+    """Negative control: the logits of the sample, which has the model's size already, do not show it."""
+    towers, processing = trained
+    other = "bilinear" if processing.resize.interpolation == "bicubic" else "bicubic"
+
+    def write(towers, processing, folder):
+        resize = replace(processing.resize, interpolation=other)
+        HUGGING_FACE.write(towers, replace(processing, resize=resize), folder)
+
+    form = replace(HUGGING_FACE, write=write)
+    with pytest.raises(RunError, match=r"image processor of the export .* differ by [1-9]\.\d of 255 levels"):
+        export(towers, processing, tmp_path / "export", noise_and_texts(processing), form=form)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_models_own_preparation_is_that_of_the_export(clip, tmp_path):
+    towers, processing = clip
+    processing = replace(processing, resize=Resize("crop", 36, "bilinear"))
+    export(towers, processing, tmp_path / "export", noise_and_texts(processing))
+    processor = AutoProcessor.from_pretrained(tmp_path / "export").image_processor
+    image = Image.effect_noise((90, 60), 50).convert("RGB").resize((900, 600))
+    theirs = processor(image, return_tensors="pt")["pixel_values"][0]
+    torch.testing.assert_close(theirs, processing.image_form.normalized(image), rtol=0, atol=1e-5)
+    assert (theirs - replace(processing, resize=Resize("crop")).image_form.normalized(image)).abs().mean() > 0.05
+    assert Processing.from_pretrained(tmp_path / "export").resize == processing.resize
 
 
 @pytest.mark.parametrize("change", [1e-3, 0.0])

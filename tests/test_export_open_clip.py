@@ -10,6 +10,7 @@ from made_exports import logits_of, made_towers, picture, run_example
 from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPModel, CLIPProcessor, CLIPTokenizer
 
+from lib.data.resize import Resize
 from lib.errors import InputError, RunError
 from lib.export import export, noise_and_texts
 from lib.export import open_clip as layout
@@ -34,18 +35,32 @@ def test_open_clip_gets_the_same_logits_by_the_example_of_the_card(kind, tmp_pat
     assert (model.logit_bias is not None) == towers.use_bias
 
 
-@pytest.mark.parametrize("resize", ["crop", "squash", "pad"])
-def test_pictures_become_square_in_the_same_way(resize, tmp_path):
-    towers, processing = made_towers("clip", tmp_path / "start")
-    export(towers, replace(processing, resize=resize), tmp_path / "export", noise_and_texts(processing), form=OPEN_CLIP)
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+@pytest.mark.parametrize("way", ["crop", "squash", "pad"])
+def test_pictures_become_square_in_the_same_way(way, interpolation, tmp_path):
+    towers, start = made_towers("clip", tmp_path / "start")
+    processing = replace(start, resize=Resize(way, None, interpolation))
+    export(towers, processing, tmp_path / "export", noise_and_texts(processing), form=OPEN_CLIP)
     _, prepare = open_clip.create_model_from_pretrained(f"local-dir:{tmp_path / 'export'}")
     wide = picture(tmp_path).resize((96, 64))
     found = prepare(wide)
-    ours = replace(processing, resize=resize).image_processor()(wide, return_tensors="pt")["pixel_values"][0]
-    assert (found - ours).abs().mean() < 0.02  # two libraries interpolate
-    others = {"crop": "squash", "squash": "pad", "pad": "crop"}
-    other = replace(processing, resize=others[resize]).image_processor()(wide, return_tensors="pt")["pixel_values"][0]
-    assert (found - other).abs().mean() > 0.2
+
+    def apart(**changes: str) -> float:
+        other = replace(processing, resize=replace(processing.resize, **changes)).image_processor()
+        return (found - other(wide, return_tensors="pt")["pixel_values"][0]).abs().mean()
+
+    assert apart() < 0.02  # two libraries interpolate
+    assert apart(way={"crop": "squash", "squash": "pad", "pad": "crop"}[way]) > 0.2
+    assert apart(interpolation={"bicubic": "bilinear", "bilinear": "bicubic"}[interpolation]) > 0.02
+
+
+@pytest.mark.parametrize("resize", [Resize("crop", 36), Resize(interpolation="lanczos")])
+def test_what_open_clip_does_not_do_to_images_is_refused(resize, tmp_path):
+    towers, processing = made_towers("clip", tmp_path / "start")
+    processing = replace(processing, resize=resize)
+    with pytest.raises(InputError, match=f"open_clip cannot make images of 32 pixels by {resize}; use --format hf"):
+        export(towers, processing, tmp_path / "export", noise_and_texts(processing), form=OPEN_CLIP)
+    assert not (tmp_path / "export").exists()
 
 
 def test_openais_own_form_with_its_tokenizer_agrees_with_open_clips(shared, tmp_path):
@@ -57,7 +72,8 @@ def test_openais_own_form_with_its_tokenizer_agrees_with_open_clips(shared, tmp_
     vision = sizes | {"image_size": 32, "patch_size": 8}
     CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=24)).save_pretrained(tmp_path / "start")
     form = replace(DEFAULT_FORMS["clip"], size=32)
-    processor = Processing(tokenizer, 77, "longest", False, 32, form.mean, form.std, "crop", "clip").image_processor()
+    processing = Processing(tokenizer, 77, "longest", False, 32, form.mean, form.std, Resize("crop"), "clip")
+    processor = processing.image_processor()
     CLIPProcessor(processor, tokenizer).save_pretrained(tmp_path / "start")
     towers, processing = TwoTowers.from_pretrained(tmp_path / "start"), Processing.from_pretrained(tmp_path / "start")
     export(towers, processing, tmp_path / "export", noise_and_texts(processing), form=OPEN_CLIP)

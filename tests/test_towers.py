@@ -22,6 +22,8 @@ from transformers import (
     ResNetModel,
     SiglipModel,
     ViTConfig,
+    ViTMAEConfig,
+    ViTMAEModel,
     ViTModel,
 )
 
@@ -531,6 +533,28 @@ def test_files_that_lack_weights_are_refused(encoders, tmp_path):
         load_towers(family="clip", model=str(tmp_path / "clip"))
     with pytest.raises(InputError, match="--text-tower .*lack 1 of the model's weights, embeddings.LayerNorm"):
         compose(encoders, "resnet", tmp_path / "bert")
+
+
+def test_an_encoder_that_masks_at_random_is_refused(encoders, tmp_path):
+    """Negative control: the same weights with nothing masked are taken, and come back."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    ViTMAEModel(ViTMAEConfig(image_size=32, patch_size=8, **sizes)).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=f"^--image-tower {tmp_path}: .*same input each time .*mask_ratio") as refused:
+        compose(encoders, tmp_path, "bert")
+    assert "\n" not in str(refused.value)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"mask_ratio": 0.0}))
+    towers, _ = compose(encoders, tmp_path, "bert")
+    towers.save_pretrained(tmp_path / "pair")
+    loaded = TwoTowers.from_pretrained(tmp_path / "pair")
+    torch.testing.assert_close(loaded(random_pixels()).image_embeds, towers(random_pixels()).image_embeds)
+    assert trainable(loaded) == trainable(towers)  # the position embeddings, which transformers itself keeps fixed
+
+
+def test_a_text_encoder_with_dropout_in_eval_mode_is_refused(encoders, monkeypatch):
+    monkeypatch.setattr(nn.Dropout, "forward", lambda self, values: F.dropout(values, 0.1))
+    with pytest.raises(InputError, match="^--text-tower .*bert: it gives another output for the same input each time"):
+        compose(encoders, "resnet", "bert")
 
 
 def test_a_damaged_file_is_refused(encoders, tmp_path):

@@ -1,5 +1,7 @@
 """Image towers of torchvision and timm, halves of a CLIP, and heads that differ from tower to tower."""
 
+import json
+import shutil
 import socket
 import sys
 import urllib.error
@@ -9,15 +11,28 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from made_models import save_family
+from PIL import Image
+from safetensors.torch import load_file
 from torch import nn
 from torchvision.models import MobileNet_V3_Small_Weights, get_model
-from transformers import AutoTokenizer, CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
+from transformers import (
+    AutoTokenizer,
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPVisionConfig,
+    GLPNImageProcessor,
+    ResNetConfig,
+    ResNetModel,
+)
 
 import train_clip
 from lib.config import parse_config
+from lib.data import ImagePipeline
 from lib.data.resize import Resize
 from lib.errors import InputError
 from lib.image_form import IMAGENET_MEAN, IMAGENET_STD
+from lib.measured_form import ImageForm
 from lib.processing import Processing, build_tokenizer
 from lib.towers import TwoTowers, load_towers
 
@@ -154,6 +169,82 @@ def test_models_of_timm_pool_and_come_back(name, clip, tmp_path):
     assert processing.image_mean == tuple(data["mean"]) and processing.image_std == tuple(data["std"])
 
 
+@pytest.fixture(scope="module")
+def timm_folder(tmp_path_factory):
+    """A tiny ResNet in the format that timm pushes to the hub; its images are cut out of 44 resized pixels."""
+    timm = pytest.importorskip("timm")
+    folder = tmp_path_factory.mktemp("timm")
+    torch.manual_seed(3)
+    model = timm.create_model("test_resnet", num_classes=7)
+    timm.models.save_for_hf(model, folder, safe_serialization=True)
+    config = json.loads((folder / "config.json").read_text())
+    config["pretrained_cfg"] |= {"input_size": [3, 40, 40], "crop_pct": 0.9, "mean": [0.1, 0.2, 0.3]}
+    config["pretrained_cfg"] |= {"interpolation": "bilinear", "std": [0.5, 0.6, 0.7]}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("prefix", ["", "timm:local-dir:"])
+def test_a_folder_in_timms_format_is_an_image_tower(prefix, timm_folder, clip, tmp_path):
+    import timm
+
+    towers, processing = compose(f"{prefix}{timm_folder}", clip, image_size=None)
+    model = timm.create_model(f"local-dir:{timm_folder}", pretrained=True, num_classes=0).eval()
+    torch.testing.assert_close(towers(pixels(40)).image_pooled, model(pixels(40)))
+    assert (processing.image_size, processing.resize) == (40, Resize("crop", 44, "bilinear"))
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
+    picture = Image.effect_noise((61, 47), 60).convert("RGB").resize((183, 141))
+    torch.testing.assert_close(processing.image_form.normalized(picture), transform(picture), rtol=0, atol=0.02)
+    towers.save_pretrained(tmp_path)
+    processing.save_pretrained(tmp_path)
+    loaded, again = TwoTowers.from_pretrained(tmp_path), Processing.from_pretrained(tmp_path)
+    assert torch.equal(loaded(pixels(40)).image_embeds, towers(pixels(40)).image_embeds)
+    assert again.image_form == processing.image_form
+
+
+def test_a_transformer_in_timms_format_is_built_again_as_it_was(clip, tmp_path):
+    timm = pytest.importorskip("timm")
+    model = timm.create_model("test_vit", num_classes=3, img_size=64, global_pool="avg")
+    timm.models.save_for_hf(model, tmp_path / "vit", safe_serialization=True)
+    towers, processing = compose(str(tmp_path / "vit"), clip, image_size=96)
+    assert processing.resize == Resize("crop", round(168 * 96 / 160))
+    towers.save_pretrained(tmp_path / "pair")
+    processing.save_pretrained(tmp_path / "pair")
+    loaded = TwoTowers.from_pretrained(tmp_path / "pair")
+    assert torch.equal(loaded(pixels(96)).image_embeds, towers(pixels(96)).image_embeds)
+    assert Processing.from_pretrained(tmp_path / "pair").image_form == processing.image_form
+    mean = towers.image.trunk.forward_features(pixels(96))[:, 1:].mean(1)
+    torch.testing.assert_close(towers(pixels(96)).image_pooled, towers.image.trunk.fc_norm(mean))
+
+
+def test_what_is_wrong_with_files_of_timm_is_told_in_one_line(timm_folder, clip, tmp_path):
+    for name, content in (("model.safetensors", b"nothing"), ("config.json", b'{"architecture": "resnet5O"}')):
+        folder = tmp_path / name
+        shutil.copytree(timm_folder, folder)
+        (folder / name).write_bytes(content)
+        with pytest.raises(
+            InputError, match=f"--image-tower timm:local-dir:{folder}: its weights .*timm's format"
+        ) as no:
+            compose(str(folder), clip)
+        assert "\n" not in str(no.value)
+    with pytest.raises(InputError, match="--image-tower .*nowhere: its weights cannot be loaded .*nowhere/config.json"):
+        compose(f"timm:local-dir:{tmp_path}/nowhere", clip)
+
+
+def test_real_weights_in_timms_format_see_their_own_pixels(shared, clip):
+    timm = pytest.importorskip("timm")
+    folder = shared / "weights" / "efficientnet_lite0"
+    towers, processing = compose(str(folder), clip, image_size=None)
+    assert (processing.image_size, processing.resize) == (224, Resize("crop", 256))
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0).eval()
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
+    image = Image.open(sorted((shared / "data" / "coco" / "val2017").iterdir())[0]).convert("RGB")
+    theirs = model(transform(image)[None])
+    ours = towers(ImagePipeline(224, processing.resize)(image, 0)[None]).image_pooled
+    own_form = towers(ImagePipeline(224, "crop")(image, 0)[None]).image_pooled
+    assert torch.cosine_similarity(ours, theirs) > 0.999 > 0.99 > torch.cosine_similarity(own_form, theirs)
+
+
 def test_timm_refuses_what_it_does_not_have(clip, monkeypatch):
     timm = pytest.importorskip("timm")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -245,6 +336,40 @@ def test_the_script_trains_the_head_alone_over_a_frozen_resnet_and_clips_texts(c
     moved = {name for name, value in start.state_dict().items() if not torch.equal(value, trained[name])}
     assert moved and all(name.startswith(("image.head.", "logit_scale")) for name in moved)
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_the_script_trains_resumes_and_exports_a_tower_in_timms_format(timm_folder, clip, tmp_path):
+    flags = [
+        f"--image-tower={timm_folder}", f"--text-tower={clip}", "--projection-dim=8", "--effective-batch=16",
+        "--chunk-size=8", "--xbm-size=0", "--workers=0", "--eval-every=0", "--save-every=1", f"--output-dir={tmp_path}",
+    ]  # fmt: skip
+    for steps in (1, 2):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        train_clip.main([*flags, f"--steps={steps}", "--resume=auto"])
+    AcceleratorState._reset_state(reset_partial_state=True)
+    form = ImageForm(40, (0.1, 0.2, 0.3), (0.5, 0.6, 0.7), Resize("crop", 44, "bilinear"))
+    for folder in (tmp_path / "checkpoints" / "step_000001", tmp_path / "export"):
+        assert Processing.from_pretrained(folder).image_form == form
+    first, last = (load_file(tmp_path / "checkpoints" / f"step_00000{n}" / "model.safetensors") for n in (1, 2))
+    exported = TwoTowers.from_pretrained(tmp_path / "export").state_dict()
+    assert exported.keys() == last.keys() and all(torch.equal(exported[name], last[name]) for name in last)
+    assert any(name.startswith("image.trunk.") and not torch.equal(first[name], last[name]) for name in last)
+
+
+def test_the_script_refuses_images_that_it_cannot_prepare_as_the_model_does(clip, tmp_path):
+    image = tmp_path / "image"
+    ResNetModel(ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1])).save_pretrained(image)
+    GLPNImageProcessor().save_pretrained(image)
+    flags = [
+        f"--image-tower={image}", f"--text-tower={clip}", "--image-size=32", "--effective-batch=8", "--chunk-size=8",
+        "--xbm-size=0", "--workers=0", "--eval-every=0", "--save-every=0", "--steps=1", f"--output-dir={tmp_path}/run",
+    ]  # fmt: skip
+    with pytest.raises(InputError, match=f"--image-tower {image}: its image processor makes 480 x 992 .*--resize crop"):
+        train_clip.main(flags)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    train_clip.main([*flags, "--resize=pad"])
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert Processing.from_pretrained(tmp_path / "run" / "export").resize == Resize("pad")
 
 
 # ---- the published experiment ----

@@ -13,9 +13,11 @@ class Images(Settings):
     """What is done to images before the model sees them."""
 
     image_size: int | None = None
-    """Side of the images in pixels, where the model leaves a choice; None: the model's own."""
+    """Side of the images in pixels, where the model leaves a choice; None: the model's own. A larger side that
+    images are resized to before their middle is cut out grows or shrinks with it."""
     resize: Literal["auto", "crop", "pad", "squash"] = "auto"
-    """How images become square; auto: as the model's own image processor does."""
+    """How images become square; auto: as the model's own image processor does it, interpolation included, or an error;
+    crop, pad, squash: to --image-size or the model's size at once, bicubic."""
     augment: Literal["none", "light", "jitter", "strong"] = "none"
     """Image augmentation; light: flip and mild crop, jitter: colour, strong: both with rotation and RandAugment."""
     crop_scale: tuple[float, float] = (0.7, 1.0)

@@ -15,7 +15,7 @@ class Model(Settings):
     model: str = "tiny"
     """A CLIP, SigLIP, SigLIP 2, ChineseCLIP or AltCLIP model: preset `tiny`, a local folder, or a hub id."""
     image_tower: str | None = None
-    """A transformers vision encoder (folder or hub id), or torchvision:NAME or timm:NAME,
+    """A vision encoder of transformers or timm (folder or hub id), or torchvision:NAME or timm:NAME,
     with NAME:random for no pretrained weights, or CLIP#image, the half of a dual encoder with its projection.
     With --text-tower it replaces --model."""
     text_tower: str | None = None

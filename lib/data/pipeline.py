@@ -12,7 +12,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
 
-from lib.data.images import BadImage, Extent
+from lib.data.images import MAX_PIXELS, BadImage, Extent
 from lib.data.resize import MODES, Resize, Way
 from lib.errors import InputError, RunError
 
@@ -74,9 +74,12 @@ class ImagePipeline:
         Without augmentation twice the size: at 224, COCO photographs enlarged to 1,600 pixels then differ from fully
         decoded ones by 0.4 of 255, on average over pixels and images (0.3 squashed or padded; 2.1 at once the size).
         With random crops, enough that the smallest square one is not enlarged: such crops differ by 1.9.
+        The nearest pixel is one of the full image.
         """
         side = self._square.side or self.size
-        if self.augment == "none":
+        if self._square.interpolation == "nearest":
+            side = MAX_PIXELS
+        elif self.augment == "none":
             side *= 2
         elif self._crops_whole_image:
             side = int(self.size / sqrt(self.crop_scale[0]))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModel, AutoProcessor
 
-from lib.export.sample import PROBABILITIES, Sample, expected_logits
+from lib.export.sample import PROBABILITIES, Sample, expected_logits, normalized
 from lib.processing import Processing
 from lib.towers import TwoTowers
 
@@ -32,7 +32,7 @@ def logits(towers: TwoTowers, processing: Processing, folder: Path, sample: Samp
     if processing.model_type == COMPOSED:
         loaded = TwoTowers.from_pretrained(folder).to(towers.logit_scale.device, towers.logit_scale.dtype)
         return expected_logits(loaded, sample)
-    return _of_transformers(folder, sample, towers.logit_scale, towers.text.masked) + added_bias(towers, processing)
+    return _of_transformers(towers, processing, folder, sample) + added_bias(towers, processing)
 
 
 def added_bias(towers: TwoTowers, processing: Processing) -> float:
@@ -42,15 +42,16 @@ def added_bias(towers: TwoTowers, processing: Processing) -> float:
 
 
 @torch.no_grad()
-def _of_transformers(folder: Path, sample: Sample, like: Tensor, masked: bool) -> Tensor:
-    """As a user of the folder would; like: gives device and dtype; masked: padding is told to the text encoder."""
+def _of_transformers(towers: TwoTowers, processing: Processing, folder: Path, sample: Sample) -> Tensor:
+    """As a user of the folder would, on the towers' device and in their dtype."""
+    like = towers.logit_scale
     model = AutoModel.from_pretrained(folder, dtype=like.dtype).to(like.device).eval()
     processor = AutoProcessor.from_pretrained(folder)
-    images = processor.image_processor(list(sample.pixel_values.cpu()), return_tensors="pt")
+    images = normalized(processor.image_processor, processing, sample, "pt")
     output = model(
         **images.to(like.device, like.dtype),  # pixels; for SigLIP 2 patches, their mask and shape
         input_ids=sample.input_ids.to(like.device),
-        attention_mask=sample.attention_mask.to(like.device) if masked else None,
+        attention_mask=sample.attention_mask.to(like.device) if towers.text.masked else None,
     )
     return output.logits_per_image
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoImageProcessor
 
 from lib.errors import InputError, RunError
-from lib.export.sample import TEXTS, Sample
+from lib.export.sample import TEXTS, Sample, normalized
 from lib.processing import Processing
 from lib.towers import TwoTowers
 
@@ -122,7 +122,7 @@ def logits(towers: TwoTowers, processing: Processing, folder: Path, sample: Samp
         onnxruntime.InferenceSession(folder / name, providers=["CPUExecutionProvider"])
         for name in ("image.onnx", "text.onnx")
     )
-    images = AutoImageProcessor.from_pretrained(folder)(list(sample.pixel_values.cpu()), return_tensors="np")
+    images = normalized(AutoImageProcessor.from_pretrained(folder), processing, sample, "np")
     image_embeds, text_embeds = [], []
     for rows in np.split(np.arange(len(sample.input_ids)), np.cumsum(BATCHES)):
         if not len(rows):

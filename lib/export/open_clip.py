@@ -80,10 +80,11 @@ def write(towers: TwoTowers, processing: Processing, folder: Path, tokenizer_nam
 
     tokenizer_name: the hub id that the folder will have; of a local folder open_clip takes the files in it.
     """
-    if processing.resize.side:
+    resize = processing.resize
+    if resize.side or resize.interpolation not in ("bicubic", "bilinear"):
         raise InputError(
-            f"--format open_clip: open_clip cannot resize to {processing.resize.side} pixels and cut out "
-            f"{processing.image_size}; use --format hf or onnx"
+            f"--format open_clip: open_clip cannot make images of {processing.image_size} pixels by {resize}; "
+            "use --format hf or onnx"
         )
     settings = {
         "model_cfg": _model_settings(towers, tokenizer_name),

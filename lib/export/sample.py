@@ -6,6 +6,8 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from transformers import BatchFeature
+from transformers.image_processing_utils import BaseImageProcessor
 
 from lib.processing import Processing
 from lib.towers import TwoTowers
@@ -52,6 +54,17 @@ def noise_and_texts(processing: Processing, texts: Sequence[str] = TEXTS, seed: 
     shape = (len(texts), 3, processing.image_size, processing.image_size)
     pixels = torch.randint(256, shape, generator=generator, dtype=torch.uint8)
     return Pairs(pixels, *processing.tokenize(list(texts)))
+
+
+def normalized(processor: BaseImageProcessor, processing: Processing, sample: Sample, tensors: str) -> BatchFeature:
+    """The sample's pixels as an exported image processor normalizes them: they have the model's size already.
+
+    tensors: pt or np.
+    """
+    pixels = sample.pixel_values.cpu()
+    if processing.resize.channels == "bgr":  # the order that the processor turns them to
+        pixels = pixels.flip(1)
+    return processor(list(pixels), do_resize=False, do_center_crop=False, return_tensors=tensors)
 
 
 @torch.no_grad()

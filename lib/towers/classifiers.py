@@ -67,7 +67,7 @@ def new_classifier(settings: dict, image_size: int) -> nn.Module:
     name, options = settings["name"], settings.get("options", {})
     if settings["model_type"] == "torchvision":
         return _without_classifier(get_model(name, weights=None, **_sized(name, image_size)))
-    model = _timm(f"timm:{name}").create_model(name, pretrained=False, num_classes=0, **options)
+    model = _timm(f"timm:{name}").create_model(name, pretrained=False, **(options | {"num_classes": 0}))
     return _fitted(model, image_size)
 
 
@@ -114,7 +114,8 @@ def _load_timm(rest: str, value: str, image_size: int | None, resize: ResizeFlag
         _check_known(value, name, timm.list_models())
     with raised_as(
         lambda fault: _not_loaded(value, fault),
-        *(OSError, RuntimeError, ValueError, KeyError, SafetensorError, UnpicklingError),
+        # also what timm makes of a config.json that lacks something
+        *(OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, SafetensorError, UnpicklingError),
     ):
         model = timm.create_model(name, pretrained=name == rest, num_classes=0)
     data = timm.data.resolve_data_config({}, model=model)
@@ -135,9 +136,12 @@ def _architecture(place: str) -> dict:
 
 def _not_loaded(value: str, fault: Exception) -> InputError:
     reason = str(fault).strip().split("\n")[0]
+    where = "Without a network they must be in the cache of the Hugging Face hub (HF_HOME says where that is)"
+    if value.startswith("timm:local-dir:"):
+        where = "Give a folder in timm's format: config.json with architecture and pretrained_cfg, model.safetensors"
     return InputError(
-        f"--image-tower {value}: its weights cannot be loaded ({reason}). Without a network they must be in the "
-        f"cache of the Hugging Face hub (HF_HOME says where that is); {value}:{RANDOM} starts from drawn ones"
+        f"--image-tower {value}: its weights cannot be loaded ({reason}). {where}; {value}:{RANDOM} starts from drawn "
+        "ones"
     )
 
 

@@ -74,10 +74,11 @@ def saved_pair(settings: dict, weights: dict[str, Tensor], name: str | Path, ima
     if settings["image_config"]["model_type"] in SOURCES:
         image_trunk = new_classifier(settings["image_config"], form.size)
     else:
-        image_trunk = new_encoder(settings["image_config"])
+        image_trunk = _all_training(new_encoder(settings["image_config"]))
     form = form.at(image_size)
     image = _image_tower(image_trunk, image_head, form.size, settings["image_pooling"], set(), name)
-    text = _text_tower(new_encoder(settings["text_config"]), text_head, settings["text_pooling"], set(), name)
+    text_trunk = _all_training(new_encoder(settings["text_config"]))
+    text = _text_tower(text_trunk, text_head, settings["text_pooling"], set(), name)
     for part, tower in (("image.", image), ("text.", text)):
         own = {key.removeprefix(part): value for key, value in weights.items() if key.startswith(part)}
         tower.load_state_dict(own)
@@ -86,6 +87,11 @@ def saved_pair(settings: dict, weights: dict[str, Tensor], name: str | Path, ima
     description = {key: value for key, value in description.items() if not key.startswith("_")}
     log_scale = weights["logit_scale"].item()
     return Parts(image, text, description, image_head.dim, form, log_scale, bias, pretrained_bias=bool(bias))
+
+
+def _all_training(trunk: PreTrainedModel) -> PreTrainedModel:
+    """As transformers leaves an encoder that it loads, fixed embeddings too: a resumed run trains what it trained."""
+    return trunk.requires_grad_(True)
 
 
 def _load_image_tower(
@@ -135,7 +141,7 @@ def _image_tower(
     ):
         pooling = pooling or image_pooling(trunk, noise, interpolate)
         tower = ImageTower(trunk, nn.Identity(), pooling, interpolate, patch_size)
-        pooled, again = tower.pooled(noise), tower.pooled(noise)
+        pooled, again = tower.pooled(noise), tower.pooled(noise.expand(2, -1, -1, -1))
     check_repeatable(pooled, again, "--image-tower", name)
     check_and_settle(trunk, pooled, missing, "--image-tower", name)
     return ImageTower(trunk, head.build(pooled.shape[1]), pooling, interpolate, patch_size)
@@ -147,7 +153,7 @@ def _text_tower(trunk: PreTrainedModel, head: Head, pooling: Pooling, missing: s
     masked = not trunk.config.model_type.startswith("siglip")
     tokens = torch.arange(4)[None]
     tower = TextTower(trunk, nn.Identity(), pooling, masked)
-    pooled, again = (tower.pooled(tokens, torch.ones_like(tokens)) for _ in range(2))
+    pooled, again = (tower.pooled(each, torch.ones_like(each)) for each in (tokens, tokens.expand(2, -1)))
     check_repeatable(pooled, again, "--text-tower", name)
     check_and_settle(trunk, pooled, missing, "--text-tower", name)
     return TextTower(trunk, head.build(pooled.shape[1]), pooling, masked)

@@ -160,7 +160,7 @@ def check_and_settle(trunk: nn.Module, pooled: Tensor, missing: set[str], flag: 
     pooled: (1, H), with its graph. Unused parts are poolers and mask tokens; DistributedDataParallel would
     wait for their gradients.
     """
-    parameters = dict(trunk.named_parameters())
+    parameters = {key: each for key, each in trunk.named_parameters() if each.requires_grad}  # not a fixed embedding
     gradients = torch.autograd.grad(pooled.sum(), list(parameters.values()), allow_unused=True)
     used = {key for key, gradient in zip(parameters, gradients, strict=True) if gradient is not None}
     for key, parameter in parameters.items():
@@ -171,9 +171,9 @@ def check_and_settle(trunk: nn.Module, pooled: Tensor, missing: set[str], flag: 
 def check_repeatable(pooled: Tensor, again: Tensor, flag: str, name: str | Path) -> None:
     """Refuse an encoder in eval mode whose output for the same input changes: it can be neither cached nor evaluated.
 
-    pooled, again: (1, H), of the same input. Sums in another order change a part of 1e-6, other masks half of it.
+    pooled: (1, H); again: (2, H), of a batch of the same input twice. Sums in another order change a part of 1e-6.
     """
-    apart = ((again - pooled).norm() / pooled.norm()).item()
+    apart = ((again - pooled).norm(dim=1) / pooled.norm()).max().item()
     if apart > 1e-3:
         raise InputError(
             f"{flag} {name}: it gives another output for the same input each time (they differ by {apart:.0%} of "
