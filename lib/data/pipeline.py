@@ -46,7 +46,8 @@ class ImagePipeline:
     def __post_init__(self) -> None:
         if self.size < 1:
             raise InputError(f"--image-size {self.size} must be at least 1 pixel")
-        self._square  # noqa: B018  (raises for an unknown way)
+        if isinstance(self.resize, str):
+            Resize(self.resize)  # refuses an unknown way
         if self.augment not in get_args(Augment):
             raise InputError(f"--augment {self.augment} is not one of {', '.join(get_args(Augment))}")
         self._check_augmentation()
