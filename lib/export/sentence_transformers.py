@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from torchvision.transforms.functional import to_pil_image
 from transformers import CLIPProcessor, PretrainedConfig, PreTrainedModel, TimmWrapperConfig, TimmWrapperModel
 
@@ -192,12 +193,21 @@ def logits(towers: TwoTowers, processing: Processing, folder: Path, sample: Samp
 
     model = SentenceTransformer(str(folder), device="cpu")
     check_tokens(lambda texts: model.preprocess(texts)["input_ids"], processing)
-    pictures = [to_pil_image(pixels) for pixels in sample.pixel_values.cpu()]
+    pictures = [to_pil_image(_framed(pixels, processing)) for pixels in sample.pixel_values.cpu()]
     image_embeds = model.encode(pictures, convert_to_tensor=True, show_progress_bar=False)
     tokens = {"input_ids": sample.input_ids.cpu(), "modality": "text"}
     tokens |= {"attention_mask": sample.attention_mask.cpu()} if towers.text.masked else {}
     text_embeds = model(tokens)["sentence_embedding"]
     return towers.logit_scale.exp().item() * image_embeds @ text_embeds.T + towers.logit_bias.item()
+
+
+def _framed(pixels: Tensor, processing: Processing) -> Tensor:
+    """A picture of which the image processor makes these pixels: it resizes nothing, and cuts the frame off."""
+    if processing.resize.channels == "bgr":
+        pixels = pixels.flip(0)
+    frame = (processing.resize.side or processing.image_size) - processing.image_size
+    before, after = frame // 2, frame - frame // 2
+    return pad(pixels, (before, after, before, after))
 
 
 def usage(towers: TwoTowers, processing: Processing, name: str, on_hub: bool) -> str:
