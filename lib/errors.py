@@ -26,6 +26,9 @@ _RUST = re.compile(r"^(.*)\(os error (\d+)\)", re.DOTALL)
 _TORCH = re.compile(r"PytorchStreamWriter failed|inline_container")
 _WORKER = "DataLoader worker (pid"
 
+received: list[int] = []
+"""The stop signal that came outside the training loop: Python prints and drops what is raised in a destructor."""
+
 
 class InputError(ValueError):
     """A fault in a flag, a file or a data set: names the value and the remedy. Exit code 2."""
@@ -129,7 +132,7 @@ def told_in_one_line() -> Iterator[None]:
                 print(f"{word}: {error}", file=sys.stderr)
             else:
                 time.sleep(SECONDS_FOR_RANK_0)
-            sys.exit({InputError: 2, RunError: 1, StoppedEarly: 75}[type(error)])
+            sys.exit(75 if isinstance(error, StoppedEarly) else 2 if isinstance(error, InputError) else 1)
         except SystemExit as ended:  # tyro's, of a command line that it cannot read
             if ended.code and not on_rank_0():
                 time.sleep(SECONDS_FOR_RANK_0)
@@ -148,20 +151,20 @@ def _stopped_by_signals(undone: ExitStack) -> Iterator[None]:
 
     undone: puts the handlers back at the end of the script. Until then more signals are ignored once one was obeyed.
     """
-    stopped: list[int] = []
 
     def stop(number: int, _: FrameType | None) -> None:
-        if not stopped:
-            stopped.append(number)
+        if not received:
+            received.append(number)
             raise StoppedEarly(f"by {signal.Signals(number).name}")
 
+    undone.callback(received.clear)
     for number in heard_signals():
         undone.callback(signal.signal, number, signal.signal(number, stop) or signal.SIG_DFL)
     try:
         yield
     except Exception as error:
-        if stopped and not isinstance(error, InputError):  # the end of another rank, or what stopping has broken
-            raise StoppedEarly(f"by {signal.Signals(stopped[0]).name}") from error
+        if received and not isinstance(error, InputError):  # the end of another rank, or what stopping has broken
+            raise StoppedEarly(f"by {signal.Signals(received[0]).name}") from error
         raise
 
 

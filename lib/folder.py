@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from accelerate import Accelerator
 from filelock import FileLock, Timeout
 
 from lib.collectives import decided_by_rank_0
@@ -23,7 +22,7 @@ _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # of file systems witho
 
 
 @contextmanager
-def claimed_folder(config: TrainConfig, family: str, accelerator: Accelerator) -> Iterator[Path]:
+def claimed_folder(config: TrainConfig, family: str) -> Iterator[Path]:
     """The folder of this run, which no other job can claim meanwhile; refuses to write over another run.
 
     The operating system lets go of the lock when the process ends, however it ends.

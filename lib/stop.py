@@ -9,7 +9,7 @@ from math import ceil
 import torch
 
 from lib.collectives import sum_counts
-from lib.errors import StoppedEarly, heard_signals
+from lib.errors import StoppedEarly, heard_signals, received
 
 SECONDS_BETWEEN_LOOKS = 2.0  # a look is one small reduction: often enough for a 30-second grace, too rare to cost
 SECONDS_UNTIL_TOLD = 25.0  # torchrun kills 30 s after SIGTERM, Kubernetes too
@@ -26,7 +26,7 @@ class StopSignal:
     """
 
     def __init__(self, device: torch.device, standing: Callable[[], str]) -> None:
-        self.received = False
+        self.received = bool(received)
         """A signal came to this rank."""
         self.obeyed = False
         """All ranks have left the loop for it."""

@@ -49,7 +49,7 @@ def train(config: TrainConfig, objective: Objective) -> None:
         return
     backend = backends.start(config.tracker, config.precision, config.deterministic)
     with (
-        claimed_folder(config, objective.family, backend.accelerator) as folder,
+        claimed_folder(config, objective.family) as folder,
         Watchdog(),
         machine_faults_told(partial(_standing, folder)),
     ):

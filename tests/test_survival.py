@@ -217,9 +217,43 @@ def test_a_failed_run_leaves_no_data_workers(broken_from, tmp_path):
 def test_a_folder_in_use_is_refused_with_its_holder(monkeypatch, tmp_path):
     monkeypatch.setattr(run_folder, "SECONDS_FOR_THE_LAST_JOB", 0)
     (tmp_path / run_folder.HOLDER).write_text(json.dumps({"host": "node7", "process": 42}))
-    with FileLock(tmp_path / run_folder.LOCK), pytest.raises(InputError, match="in use by .*process 42 on node7"):
-        train(tmp_path)
+    with FileLock(tmp_path / run_folder.LOCK):
+        with pytest.raises(InputError, match="in use by .*process 42 on node7"):
+            train(tmp_path)
+        with pytest.raises(SystemExit, match="2"), told_in_one_line():
+            train(tmp_path)
     train(tmp_path, "--steps=1")  # free again
+
+
+def claim(output_dir: Path | None, start, held, claims) -> None:
+    start.wait()
+    try:
+        with run_folder.claimed_folder(replace(train_clip.DEFAULTS, output_dir=output_dir), "clip") as folder:
+            (folder / run_folder.METRICS).touch()
+            claims.put(str(folder))
+            held.wait()  # nobody lets go before all have tried
+    except InputError as refused:
+        claims.put(f"refused: {refused}")
+        held.wait()
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_jobs_that_start_at_one_moment_never_share_a_folder(named, tmp_path, monkeypatch):
+    monkeypatch.setattr(run_folder, "SECONDS_FOR_THE_LAST_JOB", 0)
+    monkeypatch.chdir(tmp_path)
+    forking = multiprocessing.get_context("fork")
+    start, held, claims = forking.Barrier(4), forking.Barrier(4), forking.Queue()
+    output_dir = tmp_path / "run" if named else None
+    jobs = [forking.Process(target=claim, args=(output_dir, start, held, claims)) for _ in range(4)]
+    for job in jobs:
+        job.start()
+    told = sorted(claims.get(timeout=60) for _ in jobs)
+    for job in jobs:
+        job.join(timeout=60)
+    if named:
+        assert told[0] == str(output_dir) and all("is in use by another job" in each for each in told[1:])
+    else:
+        assert told == ["runs/clip", "runs/clip-2", "runs/clip-3", "runs/clip-4"]
 
 
 def test_a_full_disk_names_the_checkpoint_that_stands(tmp_path, full_beyond):
