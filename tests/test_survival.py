@@ -21,9 +21,9 @@ import train_clip
 from lib import folder as run_folder
 from lib import losses
 from lib import stop as stopping
-from lib.errors import InputError, RunError, StoppedEarly, told_in_one_line
+from lib.errors import InputError, RunError, StoppedEarly, heard_signals, told_in_one_line
 from lib.replay import batch_norm_statistics, restore_statistics
-from lib.report import read_metrics
+from lib.report import Reporter, read_metrics
 from lib.stop import StopSignal
 
 FLAGS = [
@@ -223,6 +223,41 @@ def test_a_folder_in_use_is_refused_with_its_holder(monkeypatch, tmp_path):
         with pytest.raises(SystemExit, match="2"), told_in_one_line():
             train(tmp_path)
     train(tmp_path, "--steps=1")  # free again
+
+
+def test_a_data_worker_that_is_killed_ends_the_run_in_one_line_that_says_what_to_resume_from(tmp_path, monkeypatch):
+    record = Reporter.step
+
+    def killing(reporter, metrics: dict) -> None:
+        record(reporter, metrics)
+        if metrics["step"] == 3:
+            for worker in multiprocessing.active_children():
+                worker.kill()
+            time.sleep(0.5)
+
+    monkeypatch.setattr(Reporter, "step", killing)
+    with pytest.raises(RunError, match=r"a data worker was killed.*; --resume auto resumes from .*step_000002"):
+        train(tmp_path / "run", "--workers=1", "--steps=40", "--save-every=2")
+
+
+def test_files_of_a_run_have_the_permissions_that_the_umask_gives(tmp_path):
+    before = os.umask(0o022)
+    try:
+        run = train(tmp_path / "run", "--steps=1", "--save-every=1")
+    finally:
+        os.umask(before)
+    found = {
+        file: oct(file.stat().st_mode & 0o777) for file in run.rglob("*") if file.is_file() and file.name != ".lock"
+    }
+    assert run / "export" / "model.safetensors" in found and set(found.values()) == {"0o644"}, found
+
+
+def test_a_hidden_hangup_is_not_heard():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        assert signal.SIGHUP not in heard_signals() and signal.SIGTERM in heard_signals()
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def claim(output_dir: Path | None, start, held, claims) -> None:

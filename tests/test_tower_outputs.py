@@ -151,6 +151,21 @@ def test_an_interrupted_pass_goes_on_where_it_stopped(tmp_path, monkeypatch):
     assert found.image_outputs.unreadable == whole.image_outputs.unreadable != {}
 
 
+@pytest.mark.parametrize("how", ["cut", "one flipped bit", "zeros"])
+def test_a_damaged_block_is_computed_again(how, tmp_path, capsys):
+    cache, data = tmp_path / "cache", captions_table(tmp_path / "data")
+    whole, *_ = fill(cache, data)
+    (block,) = (cache / "outputs").glob("image-*/block_00001.safetensors")
+    content = bytearray(block.read_bytes())
+    content[-5] ^= 0x40
+    block.write_bytes({"cut": content[:100], "one flipped bit": content, "zeros": bytes(len(content))}[how])
+    assert rows_run(cache, data) == 4  # of that block alone
+    again, *_ = fill(cache, data)
+    assert f"{block} is damaged: its outputs are computed again" in "".join(capsys.readouterr())
+    for key in whole.image_outputs._sorted:
+        assert torch.equal(whole.image_outputs.row(key), again.image_outputs.row(key))
+
+
 def test_outputs_for_packed_shards_are_those_for_the_table(tmp_path):
     """The same rows under the same keys, and training from them opens no image."""
     data = captions_table(tmp_path / "data")
