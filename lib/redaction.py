@@ -70,7 +70,7 @@ def write_text(path: Path, text: str, *, private: bool = False) -> None:
     unfinished.unlink(missing_ok=True)
     try:
         descriptor = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600 if private else 0o666)
-        with open(descriptor, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
+        with open(descriptor, "w", encoding="utf-8", errors="backslashreplace") as file:
             file.write(text if private else without_secrets(text))
             file.flush()
             os.fsync(descriptor)

@@ -154,9 +154,12 @@ class Caching:
         """Compute and write a block that is not there whole; returns why which keys have no row."""
         if file.is_file():
             with suppress(Damaged):
-                found = json.loads(load_checked(file)[1]["unreadable"])
-                bar.update(len(rows))
-                return {int(key): reason for key, reason in found.items()}
+                stored, metadata = load_checked(file)
+                unreadable = {int(key): reason for key, reason in json.loads(metadata["unreadable"]).items()}
+                own = keys[rows.start : rows.stop]
+                if np.array_equal(stored["keys"].numpy(), own[~np.isin(own, list(unreadable))]):
+                    bar.update(len(rows))
+                    return unreadable
             bar.write(f"{file} is damaged: its outputs are computed again")
         pooled: list[Tensor] = []
         reasons: list[str] = []
@@ -167,10 +170,10 @@ class Caching:
             reasons += reasons_of_batch
             bar.update(len(reasons_of_batch))
         good = torch.tensor([not reason for reason in reasons])
-        own = torch.from_numpy(keys[rows.start : rows.stop])
-        unreadable = {int(key): reason for key, reason in zip(own, reasons, strict=True) if reason}
-        stored = {"keys": own[good].contiguous(), "pooled": torch.cat(pooled)[good].contiguous()}
-        save_checked(stored, file, {"unreadable": json.dumps(unreadable)})
+        own_keys = torch.from_numpy(keys[rows.start : rows.stop])
+        unreadable = {int(key): reason for key, reason in zip(own_keys, reasons, strict=True) if reason}
+        computed = {"keys": own_keys[good].contiguous(), "pooled": torch.cat(pooled)[good].contiguous()}
+        save_checked(computed, file, {"unreadable": json.dumps(unreadable)})
         return unreadable
 
 
