@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, CLIPTokenizer, PretrainedConfig, PreTrai
 from lib.data.resize import MODES, Resize, Way
 from lib.errors import InputError, raised_as
 from lib.image_form import DEFAULT_FORMS, ImageForm
-from lib.model_files import NO_CODE, OPEN_CLIP_CONFIG, ModelFolder, find_model
+from lib.model_files import CONFIG, NO_CODE, OPEN_CLIP_CONFIG, ModelFolder, find_model
 
 _RESIZE: dict[str, Way] = {"shortest": "crop", "squash": "squash", "longest": "pad"}
 _SPACES = [normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()]
@@ -164,9 +164,11 @@ def _timm_config(model: ModelFolder, vision: dict) -> dict:
         import timm
         from timm.layers import AttentionPoolLatent
         from timm.models import VisionTransformer
+    # A shape without a name lies beside the weights, in timm's own form; the settings say where that was written.
+    own = name.startswith(("local-dir:", "hf-hub:")) and (model.path / CONFIG).is_file()
     # Structure alone: no memory, no weights.
     with torch.device("meta"), raised_as(lambda fault: _unknown_to_timm(model, name, fault), RuntimeError):
-        trunk = timm.create_model(name, num_classes=0, global_pool="map")
+        trunk = timm.create_model(f"local-dir:{model.path}" if own else name, num_classes=0, global_pool="map")
     if not isinstance(trunk, VisionTransformer) or not isinstance(trunk.attn_pool, AttentionPoolLatent):
         raise model.fault(
             f"its image tower {name} is no vision transformer of SigLIP, the only one of timm's read here"
