@@ -29,7 +29,8 @@ def save_tensors(tensors: Mapping[str, Tensor], file: Path, metadata: Mapping[st
     """Write a safetensors file, with the permissions that the umask gives."""
     file.touch()  # safetensors makes a file that its owner alone can read, and puts it in the place of this one
     mode = file.stat().st_mode & 0o777
-    save_file(dict(tensors), file, dict(metadata or {}))
+    with raised_as(lambda fault: OSError(f"{file}: {fault}"), SafetensorError):
+        save_file(dict(tensors), file, dict(metadata or {}))
     file.chmod(mode)
 
 

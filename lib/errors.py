@@ -87,7 +87,7 @@ def machine_faults_told(standing: Callable[[], str] | None = None) -> Iterator[N
         yield
     except (Exception, StoppedEarly) as error:
         fault = error if isinstance(error, RunError | StoppedEarly) else _machine_fault(error)
-        if fault is None or (fault is error and standing is None):
+        if fault is None or isinstance(error, InputError) or (fault is error and standing is None):
             raise
         if standing is not None:
             fault.args = (f"{fault}; {standing()}",)
@@ -98,7 +98,7 @@ def _machine_fault(error: BaseException) -> RunError | None:
     """The error as one of a disk or of a data worker; None for any other."""
     words = str(error)
     in_rust = _RUST.search(words)
-    number = error.errno if isinstance(error, OSError) else int(in_rust[2]) if in_rust else None
+    number = getattr(error, "errno", None) or (int(in_rust[2]) if in_rust else None)
     if number in _REMEDY or _TORCH.search(words):
         reason = in_rust[1].strip() if in_rust else words.strip().split("\n")[0]
         return RunError(f"the disk refuses a file ({reason}): {_REMEDY.get(number or 0, _ROOM)}", of_one_rank=True)

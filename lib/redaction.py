@@ -4,7 +4,8 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -69,17 +70,29 @@ def write_text(path: Path, text: str, *, private: bool = False) -> None:
     unfinished = path.with_name(f".{path.name}.unfinished")
     unfinished.unlink(missing_ok=True)
     try:
-        descriptor = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600 if private else 0o666)
-        with open(descriptor, "w", encoding="utf-8", errors="backslashreplace") as file:
-            file.write(text if private else without_secrets(text))
-            file.flush()
-            os.fsync(descriptor)
-        unfinished.replace(path)
+        with _named(path):
+            descriptor = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600 if private else 0o666)
+            with open(descriptor, "w", encoding="utf-8", errors="backslashreplace") as file:
+                file.write(text if private else without_secrets(text))
+                file.flush()
+                os.fsync(descriptor)
+            unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
 
 
 def append_text(path: Path, text: str) -> None:
     """Add to the end of a file, as UTF-8, without the secrets of addresses."""
-    with open(path, "a", encoding="utf-8") as file:
+    with _named(path), open(path, "a", encoding="utf-8") as file:
         file.write(without_secrets(text))
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Give faults of writing the file's name, which the operating system leaves out where a disk is full."""
+    try:
+        yield
+    except OSError as fault:
+        if fault.errno and fault.filename is None:
+            fault.filename = str(path)
+        raise

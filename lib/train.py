@@ -60,7 +60,7 @@ def _standing(folder: Path) -> str:
     """What to say at a run's early end."""
     newest = newest_whole(folder / "checkpoints")
     if newest is None:
-        return "there is no checkpoint yet: --resume auto starts anew"
+        return f"there is no checkpoint yet in {folder}: --resume auto starts anew"
     return f"--resume auto resumes from {newest}"
 
 

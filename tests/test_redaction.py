@@ -93,7 +93,7 @@ def test_every_text_file_of_lib_is_written_in_one_place():
     }
     assert found == {
         'lib/redaction.py: with open(descriptor, "w", encoding="utf-8", errors="backslashreplace") as file:',
-        'lib/redaction.py: with open(path, "a", encoding="utf-8") as file:',
+        'lib/redaction.py: with _named(path), open(path, "a", encoding="utf-8") as file:',
         "lib/safe_yaml.py: return yaml.dump(values, Dumper=_Dumper, sort_keys=False, width=10_000, **style)",
     }
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from lib.collectives import gather_objects, rank_and_world_size
@@ -39,7 +38,7 @@ class StoredEmbeddings:
             self.folder.mkdir(parents=True, exist_ok=True)
             tensors = {"embeds": embedded.embeds.contiguous(), "valid": embedded.valid}
             save_checked(tensors, self._file(name), {"skipped": without_secrets(json.dumps(embedded.skipped))})
-        except (OSError, SafetensorError) as fault:
+        except OSError as fault:
             _tell(f"embeddings are not kept for a next time: {fault}; name another place with --cache-dir")
 
     def _file(self, name: str) -> Path:
