@@ -12,6 +12,7 @@ from filelock import FileLock, Timeout
 
 from lib.collectives import decided_by_rank_0
 from lib.config import TrainConfig
+from lib.data.files import fault_of
 from lib.errors import InputError, raised_as
 from lib.redaction import write_text
 from lib.report import METRICS
@@ -74,7 +75,7 @@ class _InUse(InputError):
 def _lock(folder: Path, seconds: float, locks: list[FileLock]) -> None:
     """Make the folder and hold its lock, if its file system has locks."""
     with raised_as(
-        lambda fault: InputError(f"--output-dir {folder} cannot be written ({_reason(fault)}); name another folder"),
+        lambda fault: InputError(f"--output-dir {folder} cannot be written ({fault_of(fault)}); name another folder"),
         OSError,
     ):
         folder.mkdir(parents=True, exist_ok=True)
@@ -91,10 +92,6 @@ def _lock(folder: Path, seconds: float, locks: list[FileLock]) -> None:
                 raise
             return
     locks.append(lock)
-
-
-def _reason(fault: Exception) -> str:
-    return getattr(fault, "strerror", None) or str(fault)
 
 
 def _holder(folder: Path) -> str:

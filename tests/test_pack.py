@@ -279,18 +279,18 @@ def test_killed_anywhere_and_gone_on_with_the_result_is_the_same(table, tmp_path
 
 
 @pytest.mark.parametrize(
-    ("good", "broken", "limit", "left"),
+    ("good", "broken", "limit", "left", "named"),
     [
-        (2, 0, 100, {"packing.jsonl"}),
-        (2, 0, 9_000, {"packing.jsonl"}),  # of a shard nothing is left
-        (2, 60, 11_000, {"packing.jsonl", "all-000000.tar"}),  # the record's line on a shard that has its name
-        (2, 30, 11_000, {"packing.jsonl", "all-000000.tar", "all-000001.tar"}),  # the list of what is skipped
-        (40, 1, 11_000, {"packing.jsonl", "skipped.jsonl", *(f"all-{number:06d}.tar" for number in range(40))}),
+        (2, 0, 100, {"packing.jsonl"}, ""),
+        (2, 0, 9_000, {"packing.jsonl"}, ""),  # of a shard nothing is left
+        (2, 60, 11_000, {"packing.jsonl", "all-000000.tar"}, ""),  # the record's line on a shard that has its name
+        (2, 30, 11_000, {"packing.jsonl", "all-000000.tar", "all-000001.tar"}, "skipped.jsonl"),
+        (40, 1, 11_000, {"packing.jsonl", "skipped.jsonl", *(f"all-{n:06d}.tar" for n in range(40))}, "index.json"),
     ],
     ids=["record", "shard", "line", "skipped", "index"],
 )
 def test_a_full_disk_leaves_no_half_file_and_the_same_command_goes_on(
-    good, broken, limit, left, tmp_path, full_beyond, capsys
+    good, broken, limit, left, named, tmp_path, full_beyond, capsys
 ):
     source, out = tmp_path / ("s" * 200) / ("s" * 200), tmp_path / "out"
     for number in range(good + broken):
@@ -299,7 +299,8 @@ def test_a_full_disk_leaves_no_half_file_and_the_same_command_goes_on(
         if number < broken:
             image.write_bytes(b"no image")
     flags = ("--shard-size", "1", "--verify", "--no-shuffle")
-    told = f"^--out {out}: .*File too large; finished shards are safe, the same command goes on$"
+    file = f": '{out / named}'" if named else ""
+    told = f"^--out {out}: .*File too large{file}; finished shards are safe, the same command goes on$"
     with full_beyond(limit), pytest.raises(RunError, match=told):
         pack(source, out, *flags)
     assert contents(out).keys() == left

@@ -5,7 +5,6 @@ import io
 import os
 import stat
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import BinaryIO, TextIO
 
 from lib.errors import InputError, raised_as
@@ -71,16 +70,6 @@ def open_text(path: str | os.PathLike) -> TextIO:
     if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return io.TextIOWrapper(file, encoding="utf-16", errors="replace", newline=newline)
     return io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline=newline)
-
-
-def rename_for_good(old: Path, new: Path) -> None:
-    """Rename a file that is on the disk, in its folder, so that no power cut takes the name back."""
-    os.replace(old, new)
-    descriptor = os.open(new.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def fault_of(error: Exception) -> str:

@@ -9,8 +9,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from lib.data.files import fault_of, rename_for_good
+from lib.data.files import fault_of
 from lib.data.shards.index import ShardEntry
+from lib.durable import flush
 from lib.errors import InputError, raised_as
 from lib.redaction import json_without_secrets
 
@@ -52,7 +53,8 @@ class ShardWriter:
         _sync(self._file)
         self._file.close()
         size = self._unfinished.stat().st_size
-        rename_for_good(self._unfinished, self.path)  # the record is not to know of a name that a power cut takes back
+        os.replace(self._unfinished, self.path)
+        flush(self.path.parent)  # the record is not to know of a name that a power cut takes back
         return ShardEntry(self.split, self.samples, self.pairs, size)
 
     def close(self) -> None:
