@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 import tyro
 
-from lib.arguments import parse
-from lib.errors import InputError, on_rank_0, told_in_one_line
+from lib.config.arguments import parse
+from lib.errors import InputError, on_rank_0, one_line_errors
 from lib.evaluation.tasks import Task
 
 FLAT = (tyro.conf.OmitArgPrefixes,)
@@ -33,5 +33,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    with told_in_one_line():
+    with one_line_errors():
         sys.exit(main())

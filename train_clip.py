@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from lib.config import TrainConfig, parse_config
-from lib.errors import told_in_one_line
+from lib.errors import one_line_errors
 
 # The published protocol: 4k fresh and 4k remembered pairs; scale clamped at 100, decay 0.2 (Radford et al., 2021).
 DEFAULTS = TrainConfig(effective_batch=4096, xbm_size=4096, beta2=0.98, weight_decay=0.2, scale_max=100.0)
@@ -14,9 +14,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Train as the command line (or `arguments`) says."""
     config = parse_config(DEFAULTS, __doc__, arguments, of_another_script={"pos_weight": "train_siglip.py"})
     # Only now: torch and transformers take seconds, and neither --help nor a wrong flag should wait for them.
-    from lib.collectives import logsumexp_over_ranks
+    from lib.distributed import logsumexp_over_ranks
     from lib.losses import infonce
-    from lib.objective import Objective, dense_infonce
+    from lib.losses.objective import Objective, dense_infonce
     from lib.train import train
 
     loss = partial(
@@ -36,5 +36,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    with told_in_one_line():
+    with one_line_errors():
         main()

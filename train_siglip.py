@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from lib.config import TrainConfig, parse_config
-from lib.errors import told_in_one_line
+from lib.errors import one_line_errors
 
 # The published protocol: 32k fresh and 32k remembered pairs, beta2 of 0.95 (Zhai et al., 2023, section 4).
 DEFAULTS = TrainConfig(effective_batch=32768, xbm_size=32768, beta2=0.95)
@@ -16,7 +16,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     config = parse_config(DEFAULTS, __doc__, arguments, of_another_script=of_clip)
     # Only now: torch and transformers take seconds, and neither --help nor a wrong flag should wait for them.
     from lib.losses import sigmoid
-    from lib.objective import Objective, dense_sigmoid
+    from lib.losses.objective import Objective, dense_sigmoid
     from lib.train import train
 
     loss = partial(sigmoid, pos_weight=config.pos_weight, remembered_positives=config.remembered_positives)
@@ -25,5 +25,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    with told_in_one_line():
+    with one_line_errors():
         main()

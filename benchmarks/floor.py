@@ -4,11 +4,11 @@ from collections.abc import Sequence
 
 from subjects import Autocast
 
-from lib.cached_step import cached_step
 from lib.data import Chunk
+from lib.gradcache.step import cached_step
 from lib.losses import Pairs, infonce
-from lib.objective import dense_infonce
-from lib.relation import Ids
+from lib.losses.objective import dense_infonce
+from lib.losses.positives import Ids
 
 
 def plain(towers: Autocast, chunks: Sequence[Chunk]) -> None:

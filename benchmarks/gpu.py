@@ -34,9 +34,9 @@ from lib.backends import auto_workers
 from lib.backends.device import free_memory, is_out_of_memory
 from lib.backends.precision import full_float32, set_up_kernels
 from lib.data import ImagePipeline, Prepare, TrainingData, open_sources
-from lib.fitting import MARGIN, even_chunk
 from lib.losses import infonce, sigmoid
-from lib.trunk_options import compile_trunks
+from lib.setup.fitting import MARGIN, even_chunk
+from lib.towers.trunk_options import compile_trunks
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,8 @@ import tyro
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from lib.checkpoint import is_whole  # noqa: E402
-from lib.report import read_metrics  # noqa: E402
+from lib.runs.checkpoint import is_whole  # noqa: E402
+from lib.runs.reporter import read_metrics  # noqa: E402
 
 Victim = Literal["all", "one rank", "launcher"]
 VICTIMS: tuple[Victim, ...] = ("all", "one rank", "launcher")

@@ -34,8 +34,8 @@ sys.path.insert(0, str(ROOT))
 
 from lib.backends import usable_cores  # noqa: E402
 from lib.data import ImagePipeline, decode_image  # noqa: E402
-from lib.data.files import is_image_name  # noqa: E402
-from lib.image_form import CLIP_MEAN, CLIP_STD  # noqa: E402
+from lib.data.image_names import is_image_name  # noqa: E402
+from lib.towers.image_form import CLIP_MEAN, CLIP_STD  # noqa: E402
 
 SIZE = 224
 Way = Callable[[bytes], torch.Tensor]

@@ -17,7 +17,7 @@ from open_clip import ClipLoss
 from open_clip.loss import SigLipLoss
 
 from lib.losses import Loss, Pairs, infonce, sigmoid
-from lib.objective import DenseLoss, dense_infonce, dense_sigmoid
+from lib.losses.objective import DenseLoss, dense_infonce, dense_sigmoid
 
 SCALE, BIAS = {"infonce": 14.3, "sigmoid": 10.0}, {"infonce": 0.0, "sigmoid": -9.0}
 

@@ -22,11 +22,11 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from lib.backends import usable_cores  # noqa: E402
-from lib.cached_step import cached_step  # noqa: E402
 from lib.data import Chunk  # noqa: E402
+from lib.gradcache.step import cached_step  # noqa: E402
 from lib.losses import Pairs, infonce  # noqa: E402
-from lib.objective import dense_infonce  # noqa: E402
-from lib.relation import Ids  # noqa: E402
+from lib.losses.objective import dense_infonce  # noqa: E402
+from lib.losses.positives import Ids  # noqa: E402
 from lib.towers import TwoTowers, load_towers  # noqa: E402
 
 matplotlib.use("Agg")

@@ -15,12 +15,12 @@ import tyro
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import CLIPConfig, CLIPModel, PretrainedConfig, PreTrainedModel, SiglipConfig, SiglipModel
 
-from lib.fitting import INPUT_COPIES, LARGEST_CHUNK, MARGIN, largest_chunk_below, measure_activations
-from lib.image_form import DEFAULT_FORMS
-from lib.logit_tiles import ACCELERATOR_TILE
-from lib.plan import BatchPlan, embedding_bytes
+from lib.losses.tiles import ACCELERATOR_TILE
+from lib.setup.fitting import INPUT_COPIES, LARGEST_CHUNK, MARGIN, largest_chunk_below, measure_activations
+from lib.setup.plan import BatchPlan, embedding_bytes
 from lib.towers import TwoTowers
 from lib.towers.dual import dual_parts
+from lib.towers.image_form import DEFAULT_FORMS
 
 CONTEXT = 0.6 * 2**30  # what CUDA itself takes
 

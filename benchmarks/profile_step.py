@@ -14,7 +14,7 @@ from subjects import Autocast, chunked, make_batch, make_towers
 from torch.optim import AdamW
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from lib.cached_step import cached_step
+from lib.gradcache.step import cached_step
 from lib.losses import LossShare, infonce
 
 PARTS = ("towers, pass 1", "towers, pass 2 forward", "towers, pass 2 backward", "loss", "optimizer")

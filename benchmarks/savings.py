@@ -14,8 +14,8 @@ from floor import plain
 from measured import RESULTS, take_turns, write
 from subjects import Autocast, chunked, make_batch, make_towers
 
-from lib.cached_step import cached_step
 from lib.data import Chunk
+from lib.gradcache.step import cached_step
 from lib.losses import Pairs, infonce
 
 

@@ -25,7 +25,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from lib.collectives import gather_rows, logsumexp_over_ranks, sum_over_ranks  # noqa: E402
+from lib.distributed import gather_rows, logsumexp_over_ranks, sum_over_ranks  # noqa: E402
 from lib.losses import Pairs, infonce, sigmoid  # noqa: E402
 
 

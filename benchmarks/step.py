@@ -19,11 +19,11 @@ from subjects import SUBJECTS, Autocast, chunked, flops_of_a_pair, make_batch, m
 from torch.optim import AdamW
 
 from lib.backends.device import free_memory
-from lib.fitting import graphs_that_fit, measure_activations
-from lib.logit_tiles import tile_side
-from lib.plan import BatchPlan
+from lib.losses.tiles import tile_side
+from lib.setup.fitting import graphs_that_fit, measure_activations
+from lib.setup.plan import BatchPlan
 from lib.towers import TwoTowers
-from lib.trunk_options import compile_trunks
+from lib.towers.trunk_options import compile_trunks
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPConfig, CLIPModel
 
 from lib.data import Chunk
-from lib.image_form import DEFAULT_FORMS
 from lib.towers import TwoTowers
 from lib.towers.dual import dual_parts
+from lib.towers.image_form import DEFAULT_FORMS
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import tyro
 from torch import Tensor
 
 from lib.losses import Loss, infonce, sigmoid
-from lib.pairs import LossShare, Pairs
+from lib.losses.blocks import LossShare, Pairs
 
 
 @dataclass(frozen=True)

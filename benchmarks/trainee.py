@@ -12,10 +12,10 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW
 
 from lib.backends.device import free_memory
-from lib.fitting import MARGIN, ChunkMemory, largest_that_fits, memory_of_chunk
-from lib.logit_tiles import tile_side
 from lib.losses import Pairs
-from lib.plan import embedding_bytes
+from lib.losses.tiles import tile_side
+from lib.setup.fitting import MARGIN, ChunkMemory, largest_that_fits, memory_of_chunk
+from lib.setup.plan import embedding_bytes
 
 
 class Trainee:

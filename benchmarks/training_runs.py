@@ -13,7 +13,7 @@ sys.path.insert(0, str(ROOT))
 
 import train_clip  # noqa: E402
 import train_siglip  # noqa: E402
-from lib.report import SUMMARY  # noqa: E402
+from lib.runs.reporter import SUMMARY  # noqa: E402
 
 SCRIPTS = {"clip": train_clip.main, "siglip": train_siglip.main}
 

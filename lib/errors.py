@@ -8,10 +8,10 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext, redirect_stderr
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, redirect_stderr
 from types import FrameType
 
-from lib.redaction import hide_secrets_in_output
+from lib.files import fault_of, hide_secrets_in_output
 
 SECONDS_FOR_RANK_0 = 5.0
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
@@ -65,6 +65,11 @@ def raised_as(make: Callable[[Exception], Exception], *faults: type[Exception]) 
         raise make(fault) from fault
 
 
+def readable(asked: str) -> AbstractContextManager[None]:
+    """A context whose faults of the file system are an InputError: `asked`, as "--data a.csv", cannot be read."""
+    return raised_as(lambda fault: InputError(f"{asked} cannot be read: {fault_of(fault)}"), OSError)
+
+
 def on_rank_0() -> bool:
     """Whether this process is the one that tells what all ranks have met."""
     return os.environ.get("RANK", "0") == "0"
@@ -78,7 +83,7 @@ def silenced(wanted: bool) -> Iterator[None]:
 
 
 @contextmanager
-def machine_faults_told(standing: Callable[[], str] | None = None) -> Iterator[None]:
+def machine_errors_reported(standing: Callable[[], str] | None = None) -> Iterator[None]:
     """Raise a full or failing disk and a lost data worker as RunError.
 
     standing: says what to resume from; it ends the line of every RunError and StoppedEarly that leaves.
@@ -112,7 +117,7 @@ def _machine_fault(error: BaseException) -> RunError | None:
 
 
 @contextmanager
-def told_in_one_line() -> Iterator[None]:
+def one_line_errors() -> Iterator[None]:
     """Around a script: faults of the input and of the machine, and stops, become one line on stderr and an exit code.
 
     Other errors keep their traceback. What all ranks have met is told by rank 0, whom the others leave the time for
@@ -124,7 +129,7 @@ def told_in_one_line() -> Iterator[None]:
     hide_secrets_in_output()
     with _ended_by_a_closed_pipe(), ExitStack() as undone:
         try:
-            with _stopped_by_signals(undone), machine_faults_told():
+            with _stopped_by_signals(undone), machine_errors_reported():
                 yield
         except (InputError, RunError, StoppedEarly) as error:
             word = "stopped" if isinstance(error, StoppedEarly) else "error"

@@ -4,20 +4,20 @@ import copy
 import dataclasses
 
 from lib.backends import peak_memory_bytes
-from lib.checkpoint import MANIFEST
-from lib.collectives import decided_by_rank_0, gather_objects
-from lib.curve import find_parting, parting_words
 from lib.data import IndexedSource
-from lib.durable import find_damage, read_manifest
+from lib.data.durable import find_damage, read_manifest
+from lib.distributed import decided_by_rank_0, gather_objects
 from lib.export import export, noise_and_texts
 from lib.export.card import model_card
 from lib.export.checked import RECORD
 from lib.export.formats import HUGGING_FACE
-from lib.lora import merge
-from lib.narration import compared, counts_at_the_end, next_command
-from lib.report import Reporter, read_metrics, read_summary
-from lib.run import Run
+from lib.runs.checkpoint import MANIFEST
+from lib.runs.curve import find_parting, parting_words
+from lib.runs.reporter import Reporter, read_metrics, read_summary
+from lib.setup.announce import compared, counts_at_the_end, next_command
+from lib.setup.run import Run
 from lib.towers import TwoTowers
+from lib.towers.lora import merge
 
 EXPORT = "export"
 """Folder in that of the run."""

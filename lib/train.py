@@ -12,32 +12,31 @@ from torch import Tensor
 
 from lib import backends
 from lib.backends.device import device_faults_reported
+from lib.backends.optim import scheduled_scale
 from lib.backends.precision import full_float32
-from lib.cached_step import cached_step
-from lib.checkpoint import newest_whole
-from lib.collectives import gather_objects, rank_and_world_size, sum_counts, sum_over_ranks
 from lib.config import TrainConfig
 from lib.data import Chunk, StepChunks
-from lib.data_setup import show_data
-from lib.errors import InputError, RunError, StoppedEarly, machine_faults_told
+from lib.distributed import gather_objects, rank_and_world_size, sum_counts, sum_over_ranks
+from lib.errors import InputError, RunError, StoppedEarly, machine_errors_reported
 from lib.evaluation.best import BestMetric
 from lib.evaluation.validation import validate
 from lib.finish import finish, is_finished
-from lib.first_step import prepare_first_step
-from lib.folder import claimed_folder
+from lib.gradcache.inputs import Chunks
+from lib.gradcache.step import cached_step
 from lib.losses import Loss, Pairs
-from lib.narration import all_counts, announce, step_metrics, step_timing
-from lib.objective import Objective
-from lib.optim import scheduled_scale
-from lib.report import SKIPPED, Reporter
-from lib.run import Run, Update
-from lib.setup import make_run
-from lib.step_inputs import Chunks
-from lib.stop import StepGivenUp, StopSignal
+from lib.losses.objective import Objective
+from lib.losses.xbm import Drift
+from lib.runs.checkpoint import newest_whole
+from lib.runs.folder import claimed_folder
+from lib.runs.reporter import SKIPPED, Reporter
+from lib.runs.signals import StepGivenUp, StopSignal
+from lib.runs.watchdog import Watchdog
+from lib.setup.announce import all_counts, announce, step_metrics, step_timing
+from lib.setup.build import make_run
+from lib.setup.data import show_data
+from lib.setup.first_step import prepare_first_step
+from lib.setup.run import BeforeStep, Run, Update
 from lib.towers import TwoTowers
-from lib.undo import BeforeStep
-from lib.watchdog import Watchdog
-from lib.xbm import Drift
 
 MOST_OVERFLOWS = 50  # fp16 updates skipped in a row: by then the gradient scale is far below any useful one
 
@@ -51,7 +50,7 @@ def train(config: TrainConfig, objective: Objective) -> None:
     with (
         claimed_folder(config, objective.family) as folder,
         Watchdog(),
-        machine_faults_told(partial(_standing, folder)),
+        machine_errors_reported(partial(_standing, folder)),
     ):
         _train(make_run(config, objective.family, backend, folder), objective)
 

@@ -21,7 +21,7 @@ import lib.evaluation.measure
 import lib.export.__main__ as export
 import lib.train  # noqa: F401 - imported once, for all children
 import train_clip
-from lib.errors import told_in_one_line
+from lib.errors import one_line_errors
 
 SCRIPTS = {
     "train": train_clip.main,
@@ -88,7 +88,7 @@ def run(command: dict, root: Path, listed: Path) -> None:
     sys.addaudithook(writes)
     code = 0
     try:
-        with told_in_one_line():
+        with one_line_errors():
             SCRIPTS[command["script"]](command["arguments"])
     except SystemExit as ended:
         code = ended.code if isinstance(ended.code, int) else 0

@@ -8,8 +8,8 @@ from PIL import Image
 from torch import Tensor
 from transformers import BertConfig, BertModel, ResNetConfig, ResNetModel
 
-from lib.processing import Processing, build_tokenizer
 from lib.towers import TwoTowers, load_towers
+from lib.towers.processing import Processing, build_tokenizer
 
 TEXTS = ["a photo of a cat", "a photo of a dog"]  # those of the examples in model cards
 OF_TRANSFORMERS = (*FAMILIES, "clip with bias", "siglip without bias")

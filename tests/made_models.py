@@ -30,7 +30,7 @@ from transformers import (
     XLMRobertaTokenizer,
 )
 
-from lib.processing import build_tokenizer
+from lib.towers.processing import build_tokenizer
 
 SIDE, PATCH = 32, 8
 WIDTHS = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}

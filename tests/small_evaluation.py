@@ -11,7 +11,7 @@ from lib.data.evaluation_set import EvaluationSet
 from lib.data.images import BadImage
 from lib.data.pipeline import ImagePipeline
 from lib.data.resize import Resize
-from lib.processing import Processing
+from lib.towers.processing import Processing
 
 PIPELINE = ImagePipeline(4)
 

@@ -8,8 +8,8 @@ from torch import Tensor
 from transformers import BertConfig, BertModel, ResNetConfig, ResNetModel, ViTConfig, ViTModel
 
 import train_clip
-from lib.processing import build_tokenizer
-from lib.report import read_metrics
+from lib.runs.reporter import read_metrics
+from lib.towers.processing import build_tokenizer
 
 FLAGS = [
     "--effective-batch=16", "--chunk-size=8", "--xbm-size=0", "--warmup-steps=0", "--schedule=constant",

@@ -13,7 +13,7 @@ from test_backends import KINDS
 from transformers import AutoModel
 
 import train_siglip
-from lib.report import read_metrics
+from lib.runs.reporter import read_metrics
 
 pytestmark = pytest.mark.slow
 

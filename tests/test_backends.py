@@ -15,14 +15,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_clip
 from lib import backends
-from lib.cached_step import cached_step
-from lib.collectives import logsumexp_over_ranks, rank_and_world_size
 from lib.data import Chunk
+from lib.distributed import logsumexp_over_ranks, rank_and_world_size
 from lib.errors import InputError
+from lib.gradcache.step import cached_step
 from lib.losses import Pairs, infonce, sigmoid
-from lib.relation import Ids
+from lib.losses.positives import Ids
+from lib.losses.xbm import CrossBatchMemory
 from lib.towers import TwoTowers, build_preset
-from lib.xbm import CrossBatchMemory
 
 pytestmark = pytest.mark.slow
 

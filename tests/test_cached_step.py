@@ -12,14 +12,14 @@ from ranks import on_ranks
 from torch.nn.parallel import DistributedDataParallel
 from toy import ToyTowers, toy_chunks
 
-from lib.cached_step import cached_step
-from lib.collectives import logsumexp_over_ranks, rank_and_world_size
 from lib.data import Chunk
+from lib.distributed import logsumexp_over_ranks, rank_and_world_size
+from lib.gradcache.random_state import RandomState
+from lib.gradcache.step import cached_step
+from lib.gradcache.surrogate import Surrogate
 from lib.losses import Pairs, infonce, sigmoid
-from lib.relation import Ids
-from lib.replay import RandomState
-from lib.surrogate import Surrogate
-from lib.xbm import CrossBatchMemory
+from lib.losses.positives import Ids
+from lib.losses.xbm import CrossBatchMemory
 
 COUNT, DIM, TEXTS, DROPOUT, RATE = 12, 6, 5, 0.3, 0.1
 LOSSES = {

@@ -11,8 +11,8 @@ from made_data import make_images, make_table
 from PIL import Image
 
 from lib.data import open_sources
+from lib.data.info import data_info
 from lib.data.shards.source import ShardSource
-from lib.data_info.info import data_info
 
 
 def info_of(data, folder: Path, **options) -> dict:
@@ -90,7 +90,7 @@ def make_tar(path: Path, samples: int, text: str) -> None:
 def test_shards_are_told_from_the_beginnings_of_a_few(tmp_path, monkeypatch):
     for shard in range(6):
         make_tar(tmp_path / f"{shard}.tar", 12, f"shard {shard} text")
-    monkeypatch.setattr("lib.data_info.info.SAMPLES", 20)
+    monkeypatch.setattr("lib.data.info.SAMPLES", 20)
     opened, read = [], ShardSource.read
     monkeypatch.setattr(ShardSource, "read", lambda *given: opened.append(given[1]) or read(*given))
     training = info_of(str(tmp_path / "{0..5}.tar"), tmp_path / "out", val_data=str(tmp_path / "5.tar"))["training"]

@@ -9,9 +9,9 @@ import pytest
 from made_shards import make_tar, png
 from test_tower_outputs import captions_table, fill
 
-from lib import tower_outputs
 from lib.data import ImagePipeline, Prepare, TrainingData, open_sources
 from lib.errors import InputError
+from lib.setup import tower_outputs
 
 
 def test_half_a_character_in_json_is_a_counted_fault(tmp_path):

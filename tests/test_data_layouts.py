@@ -16,7 +16,7 @@ from lib.data.pack.__main__ import main as pack
 from lib.data.walk import OUTPUTS
 from lib.errors import InputError
 from lib.evaluation.origin import run_of
-from lib.report import CONFIG, METRICS
+from lib.runs.reporter import CONFIG, METRICS
 
 CLASSES = ("ant", "big dog", "cow", "eel")
 

@@ -11,7 +11,7 @@ from PIL import Image
 from lib.data import open_sources
 from lib.data.remote.fetch import Fetcher
 from lib.errors import InputError
-from lib.processing import Processing
+from lib.towers.processing import Processing
 
 
 def picture(path: Path) -> Path:

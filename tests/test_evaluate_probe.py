@@ -15,8 +15,8 @@ from sklearn.preprocessing import StandardScaler
 
 import evaluate
 from lib.backends import Precision
-from lib.collectives import rank_and_world_size
 from lib.data.sources import open_evaluation
+from lib.distributed import rank_and_world_size
 from lib.evaluation import classifiers
 from lib.evaluation.class_figures import class_figures
 from lib.evaluation.classifiers import FAMILIES, KNN, LINEAR_SVM, LOGISTIC_REGRESSION, Family, Part, accuracy, choose

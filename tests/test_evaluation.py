@@ -18,8 +18,8 @@ from small_evaluation import (
 )
 from torch import Tensor
 
-from lib.collectives import gather_objects, logsumexp_over_ranks
 from lib.data.prepare import text_key
+from lib.distributed import gather_objects, logsumexp_over_ranks
 from lib.errors import InputError
 from lib.evaluation import validation
 from lib.evaluation.embed import embed_images, embed_texts

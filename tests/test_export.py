@@ -15,8 +15,8 @@ from lib.errors import InputError, RunError
 from lib.export import export, noise_and_texts
 from lib.export.card import model_card
 from lib.export.formats import HUGGING_FACE
-from lib.processing import Processing
 from lib.towers import TwoTowers, build_preset
+from lib.towers.processing import Processing
 
 TEXTS = ["a photo of the digit zero", "one", "a dog, running over the grass"]
 

@@ -18,11 +18,11 @@ from huggingface_hub.errors import HTTPError
 from transformers import AutoModel
 
 import train_siglip
-from lib.checkpoint import TrainingState, save_checkpoint
 from lib.errors import InputError, RunError
 from lib.export.__main__ import main
-from lib.processing import Processing
+from lib.runs.checkpoint import TrainingState, save_checkpoint
 from lib.towers import TwoTowers
+from lib.towers.processing import Processing
 
 FLAGS = [
     "--effective-batch=32", "--chunk-size=16", "--xbm-size=32", "--steps=4", "--warmup-steps=0", "--save-every=2",

@@ -17,9 +17,9 @@ from lib.export import export, noise_and_texts, timm_shape
 from lib.export import open_clip as layout
 from lib.export.card import model_card
 from lib.export.formats import OPEN_CLIP
-from lib.image_form import DEFAULT_FORMS
-from lib.processing import Processing
 from lib.towers import TwoTowers
+from lib.towers.image_form import DEFAULT_FORMS
+from lib.towers.processing import Processing
 
 open_clip = pytest.importorskip("open_clip", reason="needs open_clip_torch, an optional package")
 timm = pytest.importorskip("timm", reason="needs timm, an optional package")

@@ -21,8 +21,8 @@ from lib.export import export, noise_and_texts
 from lib.export import sentence_transformers as layout
 from lib.export.card import model_card
 from lib.export.formats import SENTENCE_TRANSFORMERS
-from lib.processing import Processing, build_tokenizer
 from lib.towers import TwoTowers, load_towers
+from lib.towers.processing import Processing, build_tokenizer
 
 pytest.importorskip("sentence_transformers.base.modules", reason="needs sentence-transformers, an optional package")
 

@@ -6,11 +6,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lib import fitting
 from lib.data import ImagePipeline, Prepare, open_sources
-from lib.data_setup import TwoLengths, longest_text, sample_inputs
 from lib.errors import RunError
-from lib.fitting import MARGIN, ChunkMemory, Fitting, even_chunk, largest_chunk, largest_that_fits, repeated
+from lib.setup import fitting
+from lib.setup.data import TwoLengths, longest_text, sample_inputs
+from lib.setup.fitting import MARGIN, ChunkMemory, Fitting, even_chunk, largest_chunk, largest_that_fits, repeated
 from lib.towers import build_preset
 from train_clip import DEFAULTS
 

@@ -26,16 +26,16 @@ from toy import ToyTowers, toy_chunks
 import evaluate
 import train_clip
 import train_siglip
-from lib import report
 from lib.backends.precision import LAUNCHED, full_float32
-from lib.cached_step import cached_step
 from lib.data.ahead import ImageBuffer
 from lib.errors import StoppedEarly
+from lib.gradcache.prefetch import on_device
+from lib.gradcache.step import cached_step
 from lib.losses import infonce, sigmoid
-from lib.objective import dense_infonce, dense_sigmoid
-from lib.pairs import Pairs
-from lib.prefetch import on_device
-from lib.report import read_metrics
+from lib.losses.blocks import Pairs
+from lib.losses.objective import dense_infonce, dense_sigmoid
+from lib.runs import reporter as report
+from lib.runs.reporter import read_metrics
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -150,7 +150,7 @@ def test_the_measured_peak_is_what_the_plan_said(tmp_path):
 def test_dropout_is_replayed_in_pass_2(tmp_path, monkeypatch):
     flags = ("--dropout=0.2", "--steps=2")
     exact = [line["replay_difference"] for line in read_metrics(train(train_clip.main, tmp_path / "run", *flags))]
-    monkeypatch.setattr("lib.replay.RandomState.restore", lambda self: None)
+    monkeypatch.setattr("lib.gradcache.random_state.RandomState.restore", lambda self: None)
     other = [line["replay_difference"] for line in read_metrics(train(train_clip.main, tmp_path / "other", *flags))]
     assert max(exact) < 0.01 < min(other)
 

@@ -50,5 +50,5 @@ def test_lengths_are_those_counted_by_hand(tmp_path):
 
 def test_without_a_place_it_measures_this_project():
     lines = measured()
-    assert any(line.endswith("lib/train.py") or "lib/cached_step.py" in line for line in lines)
+    assert any(line.endswith("lib/train.py") or "lib/gradcache/step.py" in line for line in lines)
     assert not any(" tests/" in line for line in lines)

@@ -28,9 +28,9 @@ from transformers import (
 from lib.data.pipeline import ImagePipeline
 from lib.data.resize import Resize
 from lib.errors import InputError
-from lib.image_form import DEFAULT_FORMS, IMAGENET_MEAN, IMAGENET_STD, preparation, read_image_form
-from lib.measured_form import TOLERANCE, ImageForm, Preparation, difference, measured_form, probe
-from lib.processing import build_tokenizer, make_processing
+from lib.towers.image_form import DEFAULT_FORMS, IMAGENET_MEAN, IMAGENET_STD, preparation, read_image_form
+from lib.towers.measured_form import TOLERANCE, ImageForm, Preparation, difference, measured_form, probe
+from lib.towers.processing import build_tokenizer, make_processing
 
 DEFAULT = DEFAULT_FORMS["two_towers"]
 IMAGENET = {"image_mean": list(IMAGENET_MEAN), "image_std": list(IMAGENET_STD)}

@@ -14,10 +14,10 @@ from conftest import ROOT
 from PIL import Image
 from safetensors.torch import load_file
 
-from lib.checkpoint import MANIFEST
-from lib.durable import find_damage
+from lib.data.durable import find_damage
 from lib.export.checked import RECORD
-from lib.report import read_metrics
+from lib.runs.checkpoint import MANIFEST
+from lib.runs.reporter import read_metrics
 
 TIMED = {"pairs_per_second", "step_seconds", "data_seconds", "peak_memory_bytes"}
 

@@ -21,18 +21,19 @@ from test_data_order import source, training_data
 from toy import ToyTowers, toy_chunks
 
 import train_siglip
-from lib import data_setup, prefetch
 from lib.backends import auto_workers, device
-from lib.cached_step import cached_step
 from lib.data import training
 from lib.data import workers as data_workers
 from lib.data.ahead import ImageBuffer, ReadAhead
 from lib.data.order import stable_hash
 from lib.data.workers import LARGEST_PART, bytes_in_flight, workers_that_fit
-from lib.data_setup import Loading, chunks_ahead
-from lib.errors import InputError, RunError, machine_faults_told
+from lib.errors import InputError, RunError, machine_errors_reported
+from lib.gradcache import prefetch
+from lib.gradcache.step import cached_step
 from lib.losses import sigmoid
-from lib.plan import BatchPlan
+from lib.setup import data as data_setup
+from lib.setup.data import Loading, chunks_ahead
+from lib.setup.plan import BatchPlan
 
 IMAGE = 3 * 224 * 224
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -47,7 +48,7 @@ Usage = namedtuple("Usage", "total used free")
 def test_auto_workers_are_a_ranks_share_of_the_cores_but_one(monkeypatch, cores, world_size, local, workers):
     monkeypatch.setattr(device.joblib, "cpu_count", lambda: cores)
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    monkeypatch.setattr("lib.collectives.rank_and_world_size", lambda: (0, world_size))
+    monkeypatch.setattr("lib.distributed.rank_and_world_size", lambda: (0, world_size))
     if local:
         monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local))
     assert auto_workers() == workers
@@ -225,7 +226,7 @@ def test_a_worker_that_fails_ends_the_run_and_leaves_no_process(monkeypatch, fau
     monkeypatch.setattr("lib.data.indexed.IndexedParts.__getitem__", failing)
     expected, words = (KeyError, "a fault of ours") if fault == "raises" else (RunError, "a data worker was killed")
     steps = closing(training_data(source(), workers=1).steps(0, 2))
-    with pytest.raises(expected, match=words) as kept, machine_faults_told(), steps as opened:
+    with pytest.raises(expected, match=words) as kept, machine_errors_reported(), steps as opened:
         for step in opened:
             list(step)
     assert kept.value.__traceback__ and not [each for each in multiprocessing.active_children() if each.is_alive()]

@@ -7,12 +7,12 @@ from safetensors.torch import load_file
 from small_runs import losses, moved, pair, same, save_encoders, saved, train
 from transformers import AutoModel
 
-from lib import cached_step
 from lib.errors import InputError
-from lib.lora import add_adapters, merge, merged_weights
-from lib.report import read_metrics
+from lib.gradcache import step as cached_step
+from lib.runs.reporter import read_metrics
 from lib.towers import TwoTowers, build_preset, load_towers
-from lib.trainable import set_trainable
+from lib.towers.lora import add_adapters, merge, merged_weights
+from lib.towers.trainable import set_trainable
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from naive import naive_infonce, naive_sigmoid, random_pairs
 
-from lib import logit_tiles
 from lib.losses import LossShare, Pairs, infonce, sigmoid
-from lib.objective import Objective, dense_infonce, dense_sigmoid
+from lib.losses import tiles as logit_tiles
+from lib.losses.objective import Objective, dense_infonce, dense_sigmoid
 
 DIM = 5
 

@@ -20,12 +20,11 @@ from made_models import save_family
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, CLIPModel
 
-from lib import model_files
 from lib.errors import InputError
 from lib.evaluation.subject import check_there
-from lib.model_files import find_model
-from lib.processing import Processing, build_tokenizer
-from lib.towers import TwoTowers, build_preset, load_towers
+from lib.towers import TwoTowers, build_preset, load_towers, model_files
+from lib.towers.model_files import find_model
+from lib.towers.processing import Processing, build_tokenizer
 
 TEXTS = ["a photo of the digit zero", "a dog runs over the grass"]
 NO_CODE_NEEDED = {"TwoTowers", "Processing"}

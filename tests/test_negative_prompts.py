@@ -13,11 +13,11 @@ from torch.nn.parallel import DistributedDataParallel
 from toy import VOCABULARY, ToyTowers, toy_chunks
 
 import train_siglip
-from lib.cached_step import cached_step
-from lib.collectives import logsumexp_over_ranks, rank_and_world_size
+from lib.distributed import logsumexp_over_ranks, rank_and_world_size
 from lib.errors import InputError
+from lib.gradcache.step import cached_step
 from lib.losses import Pairs, infonce, sigmoid
-from lib.relation import Ids
+from lib.losses.positives import Ids
 
 CPU, COUNT = torch.device("cpu"), 12
 LOSSES = {

@@ -14,9 +14,9 @@ from safetensors.torch import save_file
 from transformers import AutoTokenizer, T5Tokenizer
 
 from lib.errors import InputError
-from lib.processing import Processing, build_tokenizer
 from lib.towers import TwoTowers, load_towers
 from lib.towers.open_clip_names import from_open_clip, to_open_clip
+from lib.towers.processing import Processing, build_tokenizer
 
 open_clip = pytest.importorskip("open_clip", reason="needs open_clip_torch, an optional package")
 timm = pytest.importorskip("timm", reason="needs timm, an optional package")

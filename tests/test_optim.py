@@ -4,11 +4,11 @@ import pytest
 import torch
 from small_runs import losses, same, saved, train
 
+from lib.backends.optim import Rates, build_optimizer, build_schedule, load_moments, moments_by_name, parameter_groups
 from lib.errors import InputError
-from lib.optim import Rates, build_optimizer, build_schedule, load_moments, moments_by_name, parameter_groups
-from lib.report import read_metrics
+from lib.runs.reporter import read_metrics
 from lib.towers import TwoTowers, build_preset
-from lib.trainable import set_trainable
+from lib.towers.trainable import set_trainable
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ from accelerate.state import AcceleratorState
 import evaluate
 import train_clip
 from lib.backends.device import is_out_of_memory
-from lib.checkpoint import newest_whole, save_checkpoint
-from lib.errors import RunError, told_in_one_line
+from lib.errors import RunError, one_line_errors
+from lib.runs.checkpoint import newest_whole, save_checkpoint
 from lib.towers import TwoTowers
 
 FLAGS = ["--effective-batch=16", "--chunk-size=4", "--xbm-size=0", "--eval-every=0", "--save-every=1", "--steps=4"]
@@ -53,7 +53,7 @@ def test_out_of_memory_in_a_run_is_one_line_and_loses_no_finished_step(place, tm
     owner, name, call, when = PLACES[place]
     monkeypatch.setattr(owner, name, fails_at(call, getattr(owner, name), when))
     run = tmp_path / "run"
-    with pytest.raises(SystemExit) as ended, told_in_one_line():
+    with pytest.raises(SystemExit) as ended, one_line_errors():
         train_clip.main([*FLAGS, f"--output-dir={run}"])
     last = newest_whole(run / "checkpoints")
     assert ended.value.code == 1 and last is not None
@@ -69,13 +69,13 @@ def test_out_of_memory_in_a_run_is_one_line_and_loses_no_finished_step(place, tm
 
 
 def test_out_of_memory_before_the_first_step_says_that_nothing_was_saved(tmp_path, monkeypatch):
-    monkeypatch.setattr("lib.setup.make_optimizer", fails_at(1, None))
+    monkeypatch.setattr("lib.setup.build.make_optimizer", fails_at(1, None))
     with pytest.raises(RunError, match=r"chunks of 4 pairs \(3.50 GiB .*; there is no checkpoint yet"):
         train_clip.main([*FLAGS, f"--output-dir={tmp_path / 'run'}"])
 
 
 def test_out_of_memory_before_there_are_chunks_names_no_chunk(tmp_path, monkeypatch):
-    monkeypatch.setattr("lib.setup.make_prepare", fails_at(1, None))
+    monkeypatch.setattr("lib.setup.build.make_prepare", fails_at(1, None))
     with pytest.raises(
         RunError,
         match=r"before the first chunk \(3.50 GiB .*: end other processes .* smaller model; there is no checkpoint",

@@ -6,12 +6,12 @@ import pytest
 import torch
 from naive import fresh_kind, random_pairs
 
-from lib.fitting import MARGIN, graphs_that_fit, measure_activations
-from lib.logit_bias import bias_from_counts, solved_bias
 from lib.losses import sigmoid
-from lib.plan import BatchPlan, oversize_warning, useless_memory_warning
+from lib.losses.start_bias import bias_from_counts, solved_bias
+from lib.setup.fitting import MARGIN, graphs_that_fit, measure_activations
+from lib.setup.plan import BatchPlan, oversize_warning, useless_memory_warning
 from lib.towers import build_preset
-from lib.trainable import set_trainable
+from lib.towers.trainable import set_trainable
 
 
 def plan(**changes) -> BatchPlan:

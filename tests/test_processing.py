@@ -23,12 +23,12 @@ from transformers import (
     SiglipConfig,
 )
 
-from lib import processing as processing_module
 from lib.data.resize import Resize
 from lib.errors import InputError
-from lib.image_form import DEFAULT_FORMS
-from lib.processing import MAX_CHARACTERS, Processing, build_tokenizer, canonical_form, make_processing
 from lib.towers import build_preset
+from lib.towers import processing as processing_module
+from lib.towers.image_form import DEFAULT_FORMS
+from lib.towers.processing import MAX_CHARACTERS, Processing, build_tokenizer, canonical_form, make_processing
 
 TEXTS = ["a photo of the digit zero", "the digit one, drawn by hand", "a dog runs over the grass"]
 FAMILIES = ("clip", "siglip")

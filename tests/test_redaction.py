@@ -16,9 +16,9 @@ import evaluate
 import train_clip
 import train_siglip
 from lib.data.pack.__main__ import main as pack
-from lib.errors import told_in_one_line
+from lib.errors import one_line_errors
 from lib.export.__main__ import main as export
-from lib.redaction import append_text, json_without_secrets, without_secrets, write_text
+from lib.files import append_text, json_without_secrets, without_secrets, write_text
 
 PASSWORD, TOKEN = "p4ss:w0rd", "t0k3n/of+access"
 QUICK = [
@@ -92,9 +92,9 @@ def test_every_text_file_of_lib_is_written_in_one_place():
         if elsewhere.search(line) and "os.devnull" not in line
     }
     assert found == {
-        'lib/redaction.py: with open(descriptor, "w", encoding="utf-8", errors="backslashreplace") as file:',
-        'lib/redaction.py: with _named(path), open(path, "a", encoding="utf-8") as file:',
-        "lib/safe_yaml.py: return yaml.dump(values, Dumper=_Dumper, sort_keys=False, width=10_000, **style)",
+        'lib/files.py: with open(descriptor, "w", encoding="utf-8", errors="backslashreplace") as file:',
+        'lib/files.py: with _named(path), open(path, "a", encoding="utf-8") as file:',
+        "lib/config/safe_yaml.py: return yaml.dump(values, Dumper=_Dumper, sort_keys=False, width=10_000, **style)",
     }
 
 
@@ -103,8 +103,8 @@ def test_a_traceback_a_warning_and_a_log_hide_what_an_error_holds(tmp_path):
     script.write_text(
         "import logging, sys, threading, warnings\n"
         "early = logging.StreamHandler()\n"
-        "from lib.errors import told_in_one_line\n"
-        "with told_in_one_line():\n"
+        "from lib.errors import one_line_errors\n"
+        "with one_line_errors():\n"
         "    address = 'https://u:p4ss@h/a?key=t0k3n'\n"
         "    print(address); sys.stdout.writelines([address])\n"
         "    early.emit(logging.makeLogRecord({'msg': address})); warnings.warn(address)\n"
@@ -135,7 +135,7 @@ def address(server, no_pauses) -> str:
 def run(main, *arguments: str) -> int:
     """A script to its end; returns its exit code."""
     try:
-        with told_in_one_line():
+        with one_line_errors():
             return main(list(map(str, arguments))) or 0
     except SystemExit as ended:
         return ended.code

@@ -22,12 +22,12 @@ import evaluate
 import lib.export.__main__ as export
 import train_clip
 import train_siglip
-from lib.checkpoint import is_whole, newest_whole
 from lib.data import open_sources
 from lib.errors import InputError
-from lib.processing import Processing
-from lib.report import read_metrics
+from lib.runs.checkpoint import is_whole, newest_whole
+from lib.runs.reporter import read_metrics
 from lib.towers import TwoTowers, build_preset, presets
+from lib.towers.processing import Processing
 
 STEPS = 12
 FLAGS = [

@@ -10,8 +10,7 @@ import yaml
 from conftest import ROOT
 
 import train_clip
-from lib import safe_yaml
-from lib.config import parse_config, save_config
+from lib.config import parse_config, safe_yaml, save_config
 from lib.data.classes.class_names import renamed
 from lib.data.classes.prompt_banks import load_negative_prompts, load_templates
 from lib.errors import InputError

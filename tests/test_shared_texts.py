@@ -12,13 +12,13 @@ from torch.nn.parallel import DistributedDataParallel
 from toy import VOCABULARY, ToyTowers, toy_chunks
 
 import train_siglip
-from lib.cached_step import cached_step
-from lib.collectives import logsumexp_over_ranks, rank_and_world_size
 from lib.data import Chunk
+from lib.distributed import logsumexp_over_ranks, rank_and_world_size
+from lib.gradcache.inputs import TEXT_INPUTS, StepBatch, same_every_time
+from lib.gradcache.step import cached_step
 from lib.losses import Pairs, infonce, sigmoid
-from lib.relation import Ids
-from lib.report import read_metrics
-from lib.step_inputs import TEXT_INPUTS, StepBatch, same_every_time
+from lib.losses.positives import Ids
+from lib.runs.reporter import read_metrics
 
 CPU, COUNT, DIM = torch.device("cpu"), 12, 6
 LOSSES = {

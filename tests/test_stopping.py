@@ -9,8 +9,8 @@ from matplotlib.axes import Axes
 from PIL import Image
 from small_runs import losses, train
 
-from lib.curve import draw_curve, find_parting
-from lib.report import read_metrics
+from lib.runs.curve import draw_curve, find_parting
+from lib.runs.reporter import read_metrics
 
 
 def summary(run) -> dict:

@@ -18,13 +18,13 @@ from filelock import FileLock
 from safetensors.torch import load_file
 
 import train_clip
-from lib import folder as run_folder
-from lib import losses
-from lib import stop as stopping
-from lib.errors import InputError, RunError, StoppedEarly, heard_signals, told_in_one_line
-from lib.replay import batch_norm_statistics, restore_statistics
-from lib.report import Reporter, read_metrics
-from lib.stop import StopSignal
+from lib.errors import InputError, RunError, StoppedEarly, heard_signals, one_line_errors
+from lib.gradcache.random_state import batch_norm_statistics, restore_statistics
+from lib.losses import tiled as losses
+from lib.runs import folder as run_folder
+from lib.runs import signals as stopping
+from lib.runs.reporter import Reporter, read_metrics
+from lib.runs.signals import StopSignal
 
 FLAGS = [
     "--effective-batch=48", "--chunk-size=8", "--xbm-size=60", "--xbm-start=2", "--steps=4", "--warmup-steps=0",
@@ -119,7 +119,7 @@ def test_a_stop_that_takes_long_says_which_checkpoint_stands(monkeypatch, capfd)
 
 
 def test_a_stop_has_an_exit_code_of_its_own(capsys):
-    with pytest.raises(SystemExit, match="75"), told_in_one_line():
+    with pytest.raises(SystemExit, match="75"), one_line_errors():
         raise StoppedEarly("by a signal")
     assert capsys.readouterr().err == "stopped: by a signal\n"
 
@@ -127,7 +127,7 @@ def test_a_stop_has_an_exit_code_of_its_own(capsys):
 def test_names_that_are_not_utf8_are_printed_with_escapes(monkeypatch):
     stdout = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors="strict")
     monkeypatch.setattr(sys, "stdout", stdout)
-    with told_in_one_line():
+    with one_line_errors():
         print("caf\udce9 é")
     assert stdout.buffer.getvalue().decode() == "caf\\udce9 é\n"
 
@@ -157,7 +157,7 @@ def test_ranks_leave_rank_0_the_time_to_tell(rank, ended, told, waits, monkeypat
     waited = []
     monkeypatch.setattr(time, "sleep", waited.append)
     monkeypatch.setenv("RANK", str(rank))
-    with pytest.raises(SystemExit), told_in_one_line():
+    with pytest.raises(SystemExit), one_line_errors():
         raise ended
     assert capsys.readouterr().err == told and bool(waited) == waits
 
@@ -220,7 +220,7 @@ def test_a_folder_in_use_is_refused_with_its_holder(monkeypatch, tmp_path):
     with FileLock(tmp_path / run_folder.LOCK):
         with pytest.raises(InputError, match="in use by .*process 42 on node7"):
             train(tmp_path)
-        with pytest.raises(SystemExit, match="2"), told_in_one_line():
+        with pytest.raises(SystemExit, match="2"), one_line_errors():
             train(tmp_path)
     train(tmp_path, "--steps=1")  # free again
 
@@ -312,7 +312,7 @@ def test_a_cut_checkpoint_is_named_and_passed_over(tmp_path, capsys):
 FREEZE = """
 import os, signal, sys, time
 import torch.distributed as dist
-from lib.watchdog import Watchdog
+from lib.runs.watchdog import Watchdog
 dist.init_process_group("gloo")
 with Watchdog(beat=0.2, limit=1.5):
     dist.barrier()

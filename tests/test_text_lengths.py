@@ -11,12 +11,12 @@ from made_server import Server
 from made_shards import captioned, make_tar, tar_bytes
 from small_runs import train
 
-from lib import data_setup
 from lib.data import open_sources
 from lib.data.remote.fetch import Fetcher
-from lib.data_setup import TextLengths
-from lib.processing import Processing
+from lib.setup import data as data_setup
+from lib.setup.data import TextLengths
 from lib.towers import build_preset
+from lib.towers.processing import Processing
 
 LONG = "word " * 40
 

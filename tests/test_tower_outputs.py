@@ -14,18 +14,18 @@ from PIL import Image
 from ranks import on_ranks
 
 import train_clip
-from lib import tower_outputs
 from lib.backends import Precision
 from lib.data import BadImage, ImagePipeline, Prepare, TrainingData, open_sources
 from lib.data.outputs import StoredOutputs
 from lib.data.pack.__main__ import main as pack
 from lib.data.prepare import text_key
 from lib.errors import InputError
-from lib.report import read_metrics
-from lib.tower_outputs import Caching
+from lib.runs.reporter import read_metrics
+from lib.setup import tower_outputs
+from lib.setup.tower_outputs import Caching
 from lib.towers import build_preset
+from lib.towers.trainable import set_trainable
 from lib.towers.two_towers import TwoTowers
-from lib.trainable import set_trainable
 
 CPU = torch.device("cpu")
 PIPELINE = ImagePipeline(32)

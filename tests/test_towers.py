@@ -29,9 +29,9 @@ from transformers import (
 
 from lib.data.resize import Resize
 from lib.errors import InputError
-from lib.image_form import CLIP_MEAN, CLIP_STD
-from lib.processing import build_tokenizer
 from lib.towers import PRESETS, TwoTowers, build_preset, load_towers
+from lib.towers.image_form import CLIP_MEAN, CLIP_STD
+from lib.towers.processing import build_tokenizer
 
 TEXTS = ["a photo of the digit zero", "the digit one", "a dog runs over the grass"]
 DUALS = {"clip": CLIPModel, "siglip": SiglipModel}

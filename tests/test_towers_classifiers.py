@@ -31,10 +31,10 @@ from lib.config import parse_config
 from lib.data import ImagePipeline
 from lib.data.resize import Resize
 from lib.errors import InputError
-from lib.image_form import IMAGENET_MEAN, IMAGENET_STD
-from lib.measured_form import ImageForm
-from lib.processing import Processing, build_tokenizer
 from lib.towers import TwoTowers, load_towers
+from lib.towers.image_form import IMAGENET_MEAN, IMAGENET_STD
+from lib.towers.measured_form import ImageForm
+from lib.towers.processing import Processing, build_tokenizer
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 TEXTS = ["a photo of the digit zero", "the digit one"]

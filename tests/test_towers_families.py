@@ -10,8 +10,8 @@ from transformers import AutoImageProcessor, AutoModel, AutoProcessor, AutoToken
 import train_clip
 import train_siglip
 from lib.errors import InputError
-from lib.processing import Processing
 from lib.towers import TwoTowers, load_towers
+from lib.towers.processing import Processing
 
 TEXTS = ["a photo of the digit zero", "one", "a dog runs over the grass and on and on"]
 SHORT = [

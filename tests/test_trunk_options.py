@@ -5,10 +5,10 @@ import torch
 from small_runs import losses, pair, same, save_encoders, saved, train
 
 from lib.errors import InputError
-from lib.fitting import measure_activations
+from lib.setup.fitting import measure_activations
 from lib.towers import TwoTowers, load_towers
-from lib.trainable import set_trainable
-from lib.trunk_options import checkpoint_activations, keeping_activations
+from lib.towers.trainable import set_trainable
+from lib.towers.trunk_options import checkpoint_activations, keeping_activations
 
 
 @pytest.fixture(scope="module")

@@ -13,12 +13,13 @@ from ranks import on_ranks
 from test_backends import KINDS
 
 import train_siglip
-from lib import cached_step, logit_tiles
 from lib.backends import Backend
 from lib.errors import RunError
-from lib.pairs import SoftmaxPart
-from lib.report import read_metrics
-from lib.surrogate import Surrogate
+from lib.gradcache import step as cached_step
+from lib.gradcache.surrogate import Surrogate
+from lib.losses import tiles as logit_tiles
+from lib.losses.blocks import SoftmaxPart
+from lib.runs.reporter import read_metrics
 
 FLAGS = [
     "--effective-batch=32", "--chunk-size=8", "--xbm-size=16", "--xbm-start=0", "--steps=2", "--warmup-steps=0",

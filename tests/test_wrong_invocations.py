@@ -15,10 +15,10 @@ import evaluate
 import lib.train
 import train_clip
 import train_siglip
-from lib.arguments import parse
 from lib.config import parse_config
+from lib.config.arguments import parse
 from lib.data.pack.__main__ import main as pack
-from lib.errors import told_in_one_line
+from lib.errors import one_line_errors
 from lib.evaluation.tasks import Task
 from lib.export.__main__ import main as export
 
@@ -290,7 +290,7 @@ def _exit_code(script: str, flags: list[str]) -> int:
         task, flags = flags[:1], flags[1:]
         quick = quick if task and task[0] in TASKS else []
     try:
-        with told_in_one_line():
+        with one_line_errors():
             return SCRIPTS[script]([*task, *quick, *flags])  # what comes last wins
     except SystemExit as ended:
         return ended.code

@@ -8,7 +8,7 @@ import torch
 from naive import random_pairs
 
 from lib.losses import infonce
-from lib.xbm import CrossBatchMemory, Drift, MemorySwitch
+from lib.losses.xbm import CrossBatchMemory, Drift, MemorySwitch
 
 DIM = 4
 

@@ -11,7 +11,7 @@ import joblib
 import psutil
 import torch
 
-from lib.collectives import local_ranks
+from lib.distributed import local_ranks
 from lib.errors import RunError
 
 # torch hides why each of cuDNN's algorithms failed: "unable to find an engine" is what is left where none had memory.

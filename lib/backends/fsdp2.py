@@ -13,8 +13,8 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from lib.backends.optim import load_moments
 from lib.backends.replicated import Backend, copy_buffers, copy_on_host, on_host
-from lib.optim import load_moments
 from lib.towers import TwoTowers
 from lib.towers.blocks import blocks
 

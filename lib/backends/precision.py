@@ -10,7 +10,7 @@ import torch
 import torch.utils.deterministic
 from torch import nn
 
-from lib.config.settings import PrecisionFlag
+from lib.config.flags import PrecisionFlag
 from lib.errors import InputError
 
 PrecisionName = Literal["fp32", "bf16", "fp16"]

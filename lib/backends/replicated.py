@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
+from lib.backends.optim import load_moments, moments_by_name
 from lib.backends.precision import LossScale, Precision
-from lib.optim import load_moments, moments_by_name
 from lib.towers import TwoTowers
 
 

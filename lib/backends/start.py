@@ -14,8 +14,8 @@ from lib.backends.precision import Precision, choose_precision, set_up_kernels
 from lib.backends.replicated import Backend
 from lib.backends.zero import ZeroBackend
 from lib.backends.zero_settings import zero_settings
-from lib.collectives import meeting
-from lib.config.settings import PrecisionFlag
+from lib.config.flags import PrecisionFlag
+from lib.distributed import meeting
 from lib.errors import InputError
 
 _SUPPORTED = (

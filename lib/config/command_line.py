@@ -10,18 +10,21 @@ from typing import TypeVar
 
 import tyro
 
-from lib.arguments import command_line, parse
-from lib.config.batch import Batch
-from lib.config.data import Data
-from lib.config.evaluation import Evaluation
-from lib.config.fine_tuning import FineTuning
-from lib.config.images import Images
-from lib.config.loss import Loss
-from lib.config.model import Model
-from lib.config.optimizer import Optimizer
-from lib.config.run import Run
-from lib.config.settings import Settings, flag
-from lib.config.train_config import TrainConfig
+from lib.config.arguments import command_line, parse
+from lib.config.flags import (
+    Batch,
+    Data,
+    Evaluation,
+    FineTuning,
+    Images,
+    Loss,
+    Model,
+    Optimizer,
+    Run,
+    Settings,
+    TrainConfig,
+    flag,
+)
 from lib.config.yaml_file import read_settings
 from lib.errors import InputError, on_rank_0
 
@@ -105,7 +108,7 @@ def parse_config(
 
 
 def _parse(defaults: TrainConfig, description: str, arguments: Sequence[str], told: bool) -> Groups:
-    """As `lib.arguments.parse`."""
+    """As `lib.config.arguments.parse`."""
     flat = (tyro.conf.OmitArgPrefixes,)
     told_first = f"{description}\n\n{USUAL}"
     return parse(Groups, arguments, told=told, default=Groups.of(defaults), description=told_first, config=flat)

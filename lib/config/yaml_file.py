@@ -5,12 +5,11 @@ import difflib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from lib.arguments import fault_of_words
-from lib.config.settings import flag
-from lib.config.train_config import TrainConfig
+from lib.config.arguments import fault_of_words
+from lib.config.flags import TrainConfig, flag
+from lib.config.safe_yaml import read_yaml, yaml_text
 from lib.errors import InputError
-from lib.redaction import without_secrets, write_text
-from lib.safe_yaml import read_yaml, yaml_text
+from lib.files import without_secrets, write_text
 
 
 def read_settings(file: str, parse: Callable[[Sequence[str]], object]) -> list[str]:

@@ -66,11 +66,6 @@ def texts_of(value: object) -> list[str]:
     return [] if text is None else [text]
 
 
-def decode(content: bytes) -> str:
-    """UTF-8 text, without a byte order mark before it; raises UnicodeDecodeError."""
-    return content.decode("utf-8-sig")
-
-
 def is_utf8(text: str) -> bool:
     """Whether the text can be written as UTF-8: one with half a surrogate pair cannot, and no tokenizer takes it."""
     if text.isascii():

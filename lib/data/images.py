@@ -13,8 +13,9 @@ from typing import Literal, NamedTuple
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from lib.data.files import READABLE, NotAFile, open_file
+from lib.data.image_names import READABLE
 from lib.errors import raised_as
+from lib.files import NotAFile, open_file
 
 MAX_PIXELS = 80_000_000
 """Larger images are refused from the header, before any pixel is decoded (240 MB as RGB)."""

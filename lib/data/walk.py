@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from lib.data.fields import shown
-from lib.data.files import is_image_name
+from lib.data.image_names import is_image_name
 
 OUTPUTS = (
     {"config.yaml", "checkpoints"},

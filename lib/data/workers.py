@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
-from lib.collectives import local_ranks
+from lib.distributed import local_ranks
 from lib.errors import STOP_SIGNALS
 
 _PR_SET_PDEATHSIG = 1

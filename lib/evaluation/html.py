@@ -8,7 +8,7 @@ from pathlib import Path
 from PIL import Image
 
 from lib.evaluation.outcome import Picture, Rows
-from lib.redaction import write_text
+from lib.files import write_text
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 90rem; margin: 2rem auto; padding: 0 1rem; }

@@ -12,7 +12,7 @@ from accelerate import PartialState
 
 from lib.backends.device import is_out_of_memory
 from lib.backends.precision import set_up_kernels
-from lib.collectives import meeting
+from lib.distributed import meeting
 from lib.errors import InputError, RunError
 from lib.evaluation.agnostic.task import agnostic
 from lib.evaluation.compare.task import compare
@@ -24,7 +24,7 @@ from lib.evaluation.subject import Subject
 from lib.evaluation.table import table
 from lib.evaluation.tasks import Agnostic, Compare, Probe, Retrieval, Table, Task, Zeroshot
 from lib.evaluation.zeroshot.task import classify
-from lib.redaction import write_text
+from lib.files import write_text
 
 
 def carry_out(options: Task) -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from lib.config.settings import LARGEST_SEED, MOST_WORKERS, PrecisionFlag, Settings
+from lib.config.flags import LARGEST_SEED, MOST_WORKERS, PrecisionFlag, Settings
 from lib.errors import InputError
 
 

@@ -3,11 +3,11 @@
 from contextlib import suppress
 from pathlib import Path
 
+from lib.config.safe_yaml import read_yaml
 from lib.data.sources import split_weight
 from lib.errors import InputError
 from lib.evaluation.options import Examined
-from lib.report import CONFIG, METRICS
-from lib.safe_yaml import read_yaml
+from lib.runs.reporter import CONFIG, METRICS
 
 
 def run_of(model: str) -> Path | None:

@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lib.collectives import gather_objects, rank_and_world_size
-from lib.durable import Damaged, load_checked, save_checked
+from lib.data.durable import Damaged, load_checked, save_checked
+from lib.distributed import gather_objects, rank_and_world_size
 from lib.evaluation.embed import Embedded
-from lib.redaction import without_secrets
+from lib.files import without_secrets
 
 
 @dataclass(frozen=True)

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from lib.backends import Precision, auto_workers, choose_precision
-from lib.checkpoint import BEST, newest_whole
-from lib.collectives import rank_and_world_size
+from lib.data.durable import fingerprint
 from lib.data.evaluation_set import EvaluationSet
 from lib.data.fields import Columns
 from lib.data.pipeline import ImagePipeline
 from lib.data.recognize import Output
 from lib.data.remote.fetch import default_fetcher
 from lib.data.sources import EvaluationData
+from lib.distributed import rank_and_world_size
 from lib.errors import InputError, on_rank_0
 from lib.evaluation.embed import Embedded, embed_images, embed_texts
 from lib.evaluation.options import Common
@@ -27,10 +27,10 @@ from lib.evaluation.origin import trained_on
 from lib.evaluation.outcome import data_facts
 from lib.evaluation.stored import StoredEmbeddings, of_texts
 from lib.evaluation.subset import limited
-from lib.fingerprint import fingerprint
-from lib.model_files import CONFIG, OPEN_CLIP_CONFIG, check_local, find_model, reading
-from lib.processing import Processing, read_settings
+from lib.runs.checkpoint import BEST, newest_whole
 from lib.towers import TwoTowers
+from lib.towers.model_files import CONFIG, OPEN_CLIP_CONFIG, check_local, find_model, reading
+from lib.towers.processing import Processing, read_settings
 
 _FORMAT = 1
 """Of the stored embeddings: another number where the same model and inputs would give others."""

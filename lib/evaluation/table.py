@@ -10,13 +10,13 @@ from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
-from lib.collectives import rank_and_world_size
+from lib.distributed import rank_and_world_size
 from lib.errors import InputError, raised_as
 from lib.evaluation.html import aligned
 from lib.evaluation.outcome import Rows, figure
 from lib.evaluation.tasks import Table
-from lib.redaction import write_text
-from lib.report import SUMMARY
+from lib.files import write_text
+from lib.runs.reporter import SUMMARY
 
 METRICS = "metrics.json"
 FIGURES = (

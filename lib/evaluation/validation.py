@@ -14,7 +14,7 @@ from lib.errors import InputError
 from lib.evaluation.embed import Embedded, embed_images, embed_texts
 from lib.evaluation.retrieval.metrics import keep_readable, retrieval_metrics
 from lib.evaluation.zeroshot.metrics import class_embeddings, zeroshot_metrics
-from lib.processing import Processing
+from lib.towers.processing import Processing
 
 LOSS_PAIRS = 8192  # a loss over more pairs costs time and says no more
 

@@ -11,8 +11,8 @@ from typing import Annotated, Literal
 
 import tyro
 
-from lib.arguments import parse
-from lib.errors import InputError, raised_as, told_in_one_line
+from lib.config.arguments import parse
+from lib.errors import InputError, one_line_errors, raised_as
 from lib.export import open_clip
 from lib.export.card import model_card
 from lib.export.checked import export, is_export
@@ -20,8 +20,8 @@ from lib.export.formats import HUGGING_FACE, ONNX, OPEN_CLIP, SENTENCE_TRANSFORM
 from lib.export.hub import check_hub, push
 from lib.export.sample import noise_and_texts
 from lib.export.source import find_checkpoint, step_of
-from lib.processing import Processing
 from lib.towers import TwoTowers
+from lib.towers.processing import Processing
 
 FORMATS = {
     "hf": HUGGING_FACE,
@@ -107,5 +107,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    with told_in_one_line():
+    with one_line_errors():
         main()

@@ -8,15 +8,15 @@ from urllib.parse import urlsplit
 
 from huggingface_hub import ModelCardData
 
+from lib.config.safe_yaml import read_yaml
 from lib.data.fields import shown
 from lib.errors import InputError
 from lib.export.formats import HUGGING_FACE, OPEN_CLIP, Format
 from lib.export.hugging_face import COMPOSED
-from lib.processing import Processing
-from lib.report import CONFIG, flatten, read_metrics, read_summary
-from lib.safe_yaml import read_yaml
+from lib.runs.reporter import CONFIG, flatten, read_metrics, read_summary
 from lib.towers import PRESETS, TwoTowers
 from lib.towers.presets import SIZES
+from lib.towers.processing import Processing
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 

@@ -4,16 +4,16 @@ import os
 import shutil
 from pathlib import Path
 
-from lib.durable import seal
+from lib.data.durable import seal
 from lib.errors import RunError
 from lib.export.formats import HUGGING_FACE, Format
 from lib.export.sample import Sample, expected_logits
-from lib.image_form import difference_of_files
-from lib.measured_form import TOLERANCE as PIXEL_TOLERANCE
-from lib.model_files import quiet
-from lib.processing import Processing
-from lib.redaction import write_text
+from lib.files import write_text
 from lib.towers import TwoTowers
+from lib.towers.image_form import difference_of_files
+from lib.towers.measured_form import TOLERANCE as PIXEL_TOLERANCE
+from lib.towers.model_files import quiet
+from lib.towers.processing import Processing
 
 TOLERANCE = 1e-4
 RECORD, CARD = "export.json", "README.md"

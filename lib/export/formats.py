@@ -8,8 +8,8 @@ from torch import Tensor
 
 from lib.export import hugging_face, onnx, open_clip, sentence_transformers
 from lib.export.sample import Sample
-from lib.processing import Processing
 from lib.towers import TwoTowers
+from lib.towers.processing import Processing
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from torch import Tensor
 from transformers import AutoModel, AutoProcessor
 
 from lib.export.sample import PROBABILITIES, Sample, expected_logits, normalized
-from lib.model_files import NO_CODE
-from lib.processing import Processing
 from lib.towers import TwoTowers
+from lib.towers.model_files import NO_CODE
+from lib.towers.processing import Processing
 
 COMPOSED = "two_towers"
 
@@ -86,7 +86,7 @@ def _usage_of_composed(towers: TwoTowers, name: str, on_hub: bool) -> str:
 import torch
 {download}from PIL import Image
 
-from lib.processing import Processing
+from lib.towers.processing import Processing
 from lib.towers import TwoTowers
 
 folder = {folder}

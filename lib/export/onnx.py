@@ -19,9 +19,9 @@ from transformers import AutoImageProcessor
 
 from lib.errors import InputError, RunError, raised_as
 from lib.export.sample import TEXTS, Sample, normalized
-from lib.model_files import NO_CODE
-from lib.processing import Processing
 from lib.towers import TwoTowers
+from lib.towers.model_files import NO_CODE
+from lib.towers.processing import Processing
 
 LARGEST_FILE = 2**31 - 2**20  # protobuf's limit of 2 GiB; the weights of more are a file of their own
 # As in the other formats, without torch.

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lib.durable import save_tensors
+from lib.data.durable import save_tensors
 from lib.errors import InputError, raised_as
 from lib.export.sample import PROBABILITIES, Sample, check_tokens
 from lib.export.timm_shape import EPS, mlp_ratio, timm_name, timm_shape
-from lib.processing import Processing
-from lib.redaction import write_text
+from lib.files import write_text
 from lib.towers import TwoTowers
 from lib.towers.open_clip_names import to_open_clip
+from lib.towers.processing import Processing
 
 RESIZE = {"crop": "shortest", "squash": "squash", "pad": "longest"}
 QUICK_GELU = {"quick_gelu": True, "gelu": False}

@@ -10,8 +10,8 @@ from transformers import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 
 from lib.errors import RunError
-from lib.processing import Processing
 from lib.towers import TwoTowers
+from lib.towers.processing import Processing
 
 # Of different lengths, so that padding is part of the check.
 TEXTS = (

@@ -20,10 +20,10 @@ from lib.errors import InputError, raised_as
 from lib.export import hugging_face
 from lib.export.hugging_face import COMPOSED
 from lib.export.sample import PROBABILITIES, Sample, check_tokens
-from lib.processing import Processing
 from lib.towers import TwoTowers
 from lib.towers.classifiers import Resizable
 from lib.towers.encoders import HALF_MODELS
+from lib.towers.processing import Processing
 from lib.towers.tower import ImageTower, TextTower
 
 if TYPE_CHECKING:

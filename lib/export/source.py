@@ -3,9 +3,9 @@
 import json
 from pathlib import Path
 
-from lib.checkpoint import BEST, MANIFEST, is_whole, newest_whole
 from lib.errors import InputError
 from lib.export.checked import RECORD, is_export
+from lib.runs.checkpoint import BEST, MANIFEST, is_whole, newest_whole
 
 
 def find_checkpoint(run: Path, name: str) -> Path:

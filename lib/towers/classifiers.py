@@ -21,9 +21,9 @@ from transformers import PretrainedConfig
 
 from lib.data.resize import ResizeFlag
 from lib.errors import InputError, raised_as
-from lib.image_form import DEFAULT_FORMS
-from lib.measured_form import ImageForm, Preparation, measured_form
-from lib.model_files import reason_of
+from lib.towers.image_form import DEFAULT_FORMS
+from lib.towers.measured_form import ImageForm, Preparation, measured_form
+from lib.towers.model_files import reason_of
 
 SOURCES = ("torchvision", "timm")
 RANDOM = "random"

@@ -11,20 +11,23 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from lib.data.resize import ResizeFlag
 from lib.errors import InputError, raised_as
-from lib.image_form import DEFAULT_FORMS, ImageForm, read_image_form
-from lib.model_files import ModelFolder, is_open_clip, reading
-from lib.processing import read_settings
 from lib.towers.classifiers import SOURCES, is_classifier, is_timm, load_classifier, new_classifier
 from lib.towers.encoders import (
     check_and_settle,
     check_repeatable,
     find_half,
+    image_pooling,
     load_image_encoder,
     load_text_encoder,
+    needs_interpolation,
     new_encoder,
+    patch_size_of,
+    text_pooling,
 )
 from lib.towers.heads import Head
-from lib.towers.pooling import image_pooling, needs_interpolation, patch_size_of, text_pooling
+from lib.towers.image_form import DEFAULT_FORMS, ImageForm, read_image_form
+from lib.towers.model_files import ModelFolder, is_open_clip, reading
+from lib.towers.processing import read_settings
 from lib.towers.tower import ImageTower, Parts, Pooling, TextTower
 
 
@@ -45,7 +48,7 @@ def new_pair(
     image_name: a folder or hub id, also of timm's, the image half of a dual encoder as `NAME#image` with its own
         projection, or a model of `lib.towers.classifiers`.
     text_name: a folder or hub id, or `NAME#text`.
-    image_size: another side than the encoder's own files name. resize: as in `lib.measured_form.measured_form`.
+    image_size: another side than the encoder's own files name. resize: as in `lib.towers.measured_form.measured_form`.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -9,10 +9,9 @@ from transformers import PreTrainedModel
 
 from lib.data.resize import ResizeFlag
 from lib.errors import InputError
-from lib.image_form import ImageForm, model_image_form, read_image_form
-from lib.model_files import ModelFolder
-from lib.towers.encoders import check_and_settle
-from lib.towers.pooling import TEXT_POOLINGS, patch_size_of
+from lib.towers.encoders import TEXT_POOLINGS, check_and_settle, patch_size_of
+from lib.towers.image_form import ImageForm, model_image_form, read_image_form
+from lib.towers.model_files import ModelFolder
 from lib.towers.tower import ImageTower, Parts, TextTower
 from lib.towers.weights import check_complete, load_dual_model
 

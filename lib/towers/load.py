@@ -6,14 +6,14 @@ from typing import Literal
 
 from lib.data.resize import ResizeFlag
 from lib.errors import InputError
-from lib.model_files import find_model, reading
-from lib.processing import Processing, make_processing
-from lib.text_form import load_tokenizer
 from lib.towers.composed import new_pair
 from lib.towers.encoders import find_half, split_half
-from lib.towers.folder import load_parts
 from lib.towers.heads import Head, HeadKind
+from lib.towers.model_files import find_model, reading
 from lib.towers.presets import PRESETS, SIZES, START_SCALE, Family, build_preset
+from lib.towers.processing import Processing, make_processing
+from lib.towers.saved import load_parts
+from lib.towers.text_form import load_tokenizer
 from lib.towers.two_towers import TwoTowers
 
 

@@ -16,10 +16,10 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from lib.image_form import DEFAULT_FORMS
-from lib.model_files import quiet
-from lib.processing import Processing, build_tokenizer, make_processing
 from lib.towers.dual import check_image_size, dual_parts
+from lib.towers.image_form import DEFAULT_FORMS
+from lib.towers.model_files import quiet
+from lib.towers.processing import Processing, build_tokenizer, make_processing
 from lib.towers.two_towers import TwoTowers
 
 Family = Literal["clip", "siglip"]

@@ -7,7 +7,7 @@ import torch
 from einops import rearrange, reduce
 from torch import Tensor, nn
 
-from lib.image_form import ImageForm
+from lib.towers.image_form import ImageForm
 
 Pooling = Literal["pooler", "cls", "mean", "ready"]
 

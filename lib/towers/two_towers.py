@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from lib.model_files import ModelFolder
-from lib.towers.folder import load_parts, save_folder
+from lib.towers.model_files import ModelFolder
+from lib.towers.saved import load_parts, save_folder
 from lib.towers.tower import Parts
 
 

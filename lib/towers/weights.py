@@ -18,7 +18,7 @@ from transformers import (
     SiglipModel,
 )
 
-from lib.model_files import NO_CODE, ModelFolder, is_open_clip, weights_file
+from lib.towers.model_files import NO_CODE, ModelFolder, is_open_clip, weights_file
 from lib.towers.open_clip_names import from_open_clip
 
 DUAL_MODELS = {

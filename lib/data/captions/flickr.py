@@ -10,8 +10,8 @@ from typing import Literal
 
 from lib.data.captions.listing import SPLITS, CaptionedImages, ImageFinder, Listing
 from lib.data.fields import shown
-from lib.data.files import open_text
 from lib.errors import InputError
+from lib.files import open_text
 
 FOLDERS = (
     "Images",

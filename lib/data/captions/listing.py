@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lib.data.fields import NotText, is_utf8
-from lib.data.files import open_text, readable
 from lib.data.hub.row_images import RowImages
 from lib.data.skipped import Skips, by_split
-from lib.errors import InputError, raised_as
+from lib.errors import InputError, raised_as, readable
+from lib.files import open_text
 
 SPLITS = {
     "train": "train",

@@ -12,8 +12,9 @@ from lib.data.captions.listing import SPLITS, CaptionedImages, ImageFinder, List
 from lib.data.captions.records import Delimited, json_objects
 from lib.data.classes.labelled_rows import LabelledRows, labelled_by_captions
 from lib.data.fields import COLUMNS, FOUND_COLUMNS, Columns, NotText, name_of, shown, texts_of
-from lib.data.files import is_image_name, open_text, readable
-from lib.errors import InputError, raised_as
+from lib.data.image_names import is_image_name
+from lib.errors import InputError, raised_as, readable
+from lib.files import open_text
 
 SUFFIXES = (".csv", ".tsv", ".jsonl")
 _LOOKED_AT = 100

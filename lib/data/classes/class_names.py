@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
+from lib.config.safe_yaml import read_yaml
 from lib.errors import InputError
-from lib.safe_yaml import read_yaml
 
 
 def renamed(classes: tuple[str, ...], file: Path) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ import numpy as np
 
 from lib.data.captions.listing import SPLITS
 from lib.data.fields import is_utf8, readable_class, shown
-from lib.data.files import is_image_name
+from lib.data.image_names import is_image_name
 from lib.data.images import ImageFiles
 from lib.data.remote.transfer import TARS
 from lib.data.skipped import Skips, by_split

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from lib.config.safe_yaml import read_yaml
 from lib.data.pairs import fill
 from lib.errors import InputError
-from lib.safe_yaml import read_yaml
 
 _SHIPPED = Path(__file__).parent / "prompts"
 

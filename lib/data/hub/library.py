@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lib.data.captions.listing import SPLITS
-from lib.data.files import is_hidden, open_file
+from lib.data.image_names import is_hidden
 from lib.errors import InputError, raised_as
-from lib.redaction import without_secrets
+from lib.files import open_file, without_secrets
 
 PARQUET = ".parquet"
 

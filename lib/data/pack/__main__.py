@@ -17,7 +17,7 @@ from typing import Annotated, Literal
 import tyro
 from tqdm import tqdm
 
-from lib.arguments import parse
+from lib.config.arguments import parse
 from lib.data.fields import Columns
 from lib.data.order import permutation
 from lib.data.pack.listing import Entry, Listing, list_samples
@@ -28,8 +28,8 @@ from lib.data.remote.fetch import Fetcher, default_fetcher
 from lib.data.shards.index import SPLITS, ShardIndex, write_index
 from lib.data.shards.shard_set import ShardSet
 from lib.data.sources import check_columns
-from lib.errors import InputError, RunError, machine_faults_told, raised_as, told_in_one_line
-from lib.redaction import write_text
+from lib.errors import InputError, RunError, machine_errors_reported, one_line_errors, raised_as
+from lib.files import write_text
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _SAMPLES = 1000
@@ -121,7 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     listing = list_samples(opened, "SOURCE", fetcher, config.captions == "lines")
     seed = config.seed(isinstance(opened, ShardSet))
     with (
-        machine_faults_told(lambda: "finished shards are safe, the same command goes on"),
+        machine_errors_reported(lambda: "finished shards are safe, the same command goes on"),
         raised_as(lambda fault: RunError(f"--out {config.out}: {fault}"), OSError),
         closing(Record(config.out, _settings(config, listing, seed))) as record,
     ):
@@ -226,5 +226,5 @@ def _counted(skips: Skips) -> str:
 
 
 if __name__ == "__main__":
-    with told_in_one_line():
+    with one_line_errors():
         main()

@@ -7,8 +7,8 @@ from hashlib import blake2b
 from typing import NamedTuple
 
 from lib.data.captions.listing import Captioned, CaptionedImages
-from lib.data.files import READABLE
 from lib.data.hub.row_images import RowImages
+from lib.data.image_names import READABLE
 from lib.data.images import BadImage, ImageFiles, open_header, read_image_file
 from lib.data.pairs import Images
 from lib.data.recognize import OpenedData

@@ -11,7 +11,7 @@ from PIL import Image
 from lib.data.images import BadImage, Extent, decode_image, open_header
 from lib.data.order import stable_hash
 from lib.data.pack.listing import Entry
-from lib.redaction import without_secrets
+from lib.files import without_secrets
 
 _AHEAD = 64
 

@@ -9,11 +9,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from lib.data.files import fault_of
+from lib.data.durable import flush
 from lib.data.shards.index import ShardEntry
-from lib.durable import flush
 from lib.errors import InputError, raised_as
-from lib.redaction import json_without_secrets
+from lib.files import fault_of, json_without_secrets
 
 RECORD = "packing.jsonl"
 

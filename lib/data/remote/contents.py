@@ -6,9 +6,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from lib.data.files import open_file
 from lib.data.remote.transfer import Unreachable, unreachable
 from lib.errors import raised_as
+from lib.files import open_file
 
 GZIP = b"\x1f\x8b"
 """The first bytes of gzip."""

@@ -14,8 +14,6 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from lib.data.fields import decode
-from lib.data.files import fault_of, open_file
 from lib.data.remote.contents import GZIP, check_tar, gunzip, is_gzip, is_web_page
 from lib.data.remote.patterns import expanded, local_matches
 from lib.data.remote.transfer import (
@@ -33,6 +31,7 @@ from lib.data.remote.transfer import (
     unreachable,
 )
 from lib.errors import InputError, raised_as
+from lib.files import decode, fault_of, open_file
 
 __all__ = ["Fetcher", "Unreachable", "copy_note", "default_fetcher", "fault"]
 

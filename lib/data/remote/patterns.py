@@ -15,7 +15,7 @@ from braceexpand import (  # type: ignore[attr-defined]  # its stubs leave these
 )
 
 from lib.errors import InputError, raised_as
-from lib.redaction import without_secrets
+from lib.files import without_secrets
 
 MOST_NAMES = 1_000_000
 """Names that a brace pattern may stand for."""

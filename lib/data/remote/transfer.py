@@ -18,10 +18,9 @@ from fsspec.callbacks import Callback
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.registry import known_implementations
 
-from lib.data.files import fault_of
 from lib.data.order import draw
 from lib.errors import InputError, raised_as
-from lib.redaction import without_secrets
+from lib.files import fault_of, without_secrets
 
 ATTEMPTS = 5
 BASE_DELAY = 1.0

@@ -7,12 +7,13 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from lib.data.fields import decode, is_utf8, name_of, readable_class, texts_of
+from lib.data.fields import is_utf8, name_of, readable_class, texts_of
 from lib.data.fields import shown as shown_name
 from lib.data.remote.fetch import Fetcher
 from lib.data.remote.transfer import PIPE, is_away, is_url
 from lib.data.shards.tars import Sample
 from lib.errors import InputError
+from lib.files import decode
 
 _LONGEST_NUMBER = 9  # digits of a class number
 _LINE_END = re.compile(r"\r\n?|\n")  # splitlines would end a line at other marks too

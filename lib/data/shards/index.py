@@ -9,7 +9,7 @@ from typing import NamedTuple
 from lib.data.fields import is_utf8, name_of
 from lib.data.remote.fetch import Fetcher
 from lib.errors import InputError, raised_as
-from lib.redaction import write_text
+from lib.files import write_text
 
 INDEX = "index.json"
 SPLITS = ("train", "val", "test", "all")

@@ -9,10 +9,11 @@ from typing import BinaryIO, NamedTuple
 
 from webdataset.tariterators import base_plus_ext
 
-from lib.data.files import IMAGE_EXTENSIONS, is_hidden, open_file
+from lib.data.image_names import IMAGE_EXTENSIONS, is_hidden
 from lib.data.images import BadImage
 from lib.data.remote.fetch import Fetcher, Unreachable, fault
 from lib.errors import raised_as
+from lib.files import open_file
 
 IMAGE_SUFFIXES = tuple(extension.removeprefix(".") for extension in IMAGE_EXTENSIONS)
 TEXT_SUFFIXES = ("txt", "json", "cls")

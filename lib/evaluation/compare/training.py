@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lib.evaluation.origin import run_of
-from lib.report import read_metrics
+from lib.runs.reporter import read_metrics
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lib.collectives import rank_and_world_size
+from lib.distributed import rank_and_world_size
 
 SLAB = 255  # rows at a time: that many marks add up in a byte
 BAND = 4 * SLAB  # rows of a thread: fewer make the products slower

@@ -1,1 +1,0 @@
-"""--data-info: what a source holds, in words, numbers and pictures."""

@@ -1,0 +1,152 @@
+"""From settings to a run: data, towers, plan, optimizer and memory, or one clear error before the first batch."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from lib.backends import Backend
+from lib.backends.device import device_faults_reported
+from lib.backends.optim import build_schedule
+from lib.config import TrainConfig, flag
+from lib.data import TrainingData
+from lib.distributed import decided_by_rank_0
+from lib.errors import InputError
+from lib.losses.xbm import CrossBatchMemory, MemorySwitch
+from lib.runs import checkpoint
+from lib.runs.checkpoint import TrainingState
+from lib.setup.data import (
+    Loading,
+    TextLengths,
+    chunks_ahead,
+    make_fetcher,
+    make_prepare,
+    negative_texts,
+    open_data,
+    sample_inputs,
+    steps_of_epochs,
+)
+from lib.setup.fitting import Fitting
+from lib.setup.model import make_optimizer, make_towers
+from lib.setup.run import Run, settings_of_the_weights
+from lib.towers import Family
+from lib.towers.averaging import WeightAverage
+
+
+def make_run(config: TrainConfig, family: Family, backend: Backend, folder: Path) -> Run:
+    """Build everything that the settings ask for in the run's folder, or raise InputError before the first batch."""
+    accelerator = backend.accelerator
+    _check_backend(config, backend)
+    resume_from, warnings = decided_by_rank_0(lambda: checkpoint.find_resume(config.resume, folder / "checkpoints"))
+    state = _load_state(resume_from, accelerator)
+    if state:
+        _check_same_run(config, family, state.progress)
+    with device_faults_reported(None):
+        fetcher = make_fetcher(config)
+        source, validation = open_data(config, fetcher, folder)
+        torch.manual_seed(config.seed)
+        towers, processing, pretrained = make_towers(config, family, source, resume_from, state)
+        towers.to(accelerator.device).train()
+        torch.manual_seed(config.seed + 1 + accelerator.process_index)  # ranks draw their own dropout masks
+
+        negatives = negative_texts(config, source)
+        prepare = make_prepare(config, towers, processing, source, negatives, fetcher.cache, backend.precision)
+        fitting = Fitting(config, backend, towers, sample_inputs(source, prepare, accelerator.device), resume_from)
+        share_texts = fitting.shares_texts()
+        plan = fitting.plan(prepare.image_bytes, state)  # before the backend deals the weights out
+        loading = Loading.plan(config, state, prepare)
+        plan = replace(plan, chunks_ahead=chunks_ahead(plan, loading.workers))
+    steps = config.steps or steps_of_epochs(config, source)
+    warmup = steps // 10 if config.warmup_steps == "auto" else config.warmup_steps
+    if warmup > steps:
+        raise InputError(f"--warmup-steps {warmup} are more than the run's {steps} steps; lower them, or add --steps")
+    with device_faults_reported(plan.chunk_pairs):
+        optimizer = make_optimizer(config, towers, fused=backend.loss_scale is None)
+        average = WeightAverage(towers, config.ema) if config.ema else None
+        wrapped = backend.prepare(towers, optimizer, config.grad_clip)
+        memory = CrossBatchMemory(config.xbm_size, towers.embed_dim, accelerator.device)
+        schedule = build_schedule(optimizer, config.schedule, warmup, steps)  # after: it knows the final groups
+        run = Run(
+            config=config,
+            family=family,
+            backend=backend,
+            folder=folder,
+            source=source,
+            validation=validation,
+            towers=towers,
+            processing=processing,
+            prepare=prepare,
+            wrapped=wrapped,
+            optimizer=optimizer,
+            schedule=schedule,
+            plan=plan,
+            loading=loading,
+            data=TrainingData(
+                source,
+                prepare,
+                effective_batch=config.effective_batch,
+                chunk_size=plan.chunk_size,
+                rank=accelerator.process_index,
+                world_size=accelerator.num_processes,
+                workers=loading.workers,
+                seed=config.seed,
+                chunks_ahead=plan.chunks_ahead,
+                part_size=loading.part_size,
+                shuffle_buffer=config.shuffle_buffer,
+                pin_memory=accelerator.device.type == "cuda",
+            ),
+            memory=memory,
+            switch=MemorySwitch(config.xbm_start, warmup),
+            average=average,
+            steps=steps,
+            pretrained=pretrained,
+            share_texts=share_texts,
+            warnings=warnings,
+            text_lengths=TextLengths.of(source, processing) if accelerator.is_main_process else None,
+            negatives=[
+                {name: tensor.to(accelerator.device) for name, tensor in prepare.texts(list(some)).items()}
+                for some in (
+                    negatives[start : start + plan.chunk_size] for start in range(0, len(negatives), plan.chunk_size)
+                )
+            ],
+        )
+        if state:
+            run.restore(state)
+        return run
+
+
+def _check_backend(config: TrainConfig, backend: Backend) -> None:
+    """Refuse what needs whole weights on every rank where each has a part of them."""
+    asked = {
+        f"--keep-graphs {config.keep_graphs}": config.keep_graphs not in (0, "auto"),
+        f"--ema {config.ema}": config.ema > 0,
+        "--compile": config.compile,
+    }
+    needed = [name for name, wanted in asked.items() if wanted]
+    if backend.shards_weights and needed:
+        raise InputError(
+            f"{' and '.join(needed)}: not with FSDP2 or ZeRO 3, where a rank has a part of the weights; leave it out, "
+            "or use DDP, ZeRO 1 or ZeRO 2"
+        )
+
+
+def _load_state(folder: Path | None, accelerator: Accelerator) -> TrainingState | None:
+    if folder is None:
+        return None
+    return checkpoint.load_state(folder, accelerator.process_index, accelerator.num_processes)
+
+
+def _check_same_run(config: TrainConfig, family: str, progress: dict) -> None:
+    saved, its_family = progress["settings"], progress.get("family", family)
+    if its_family != family:
+        raise InputError(
+            f"--resume {config.resume}: the checkpoint is one of train_{its_family}.py; go on with that script, or "
+            "start anew from its weights with --model CHECKPOINT_FOLDER"
+        )
+    for name, value in settings_of_the_weights(config).items():
+        if saved.get(name, value) != value:  # a setting that was not yet there when it was saved
+            raise InputError(
+                f"{flag(name)} {value} is not that of the checkpoint ({saved[name]}); resume with the same, or start "
+                "anew from its weights with --model CHECKPOINT_FOLDER"
+            )

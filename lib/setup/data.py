@@ -1,0 +1,257 @@
+"""From settings to data: where it comes from, what is done to every pair, and how many steps an epoch has."""
+
+import heapq
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import ceil
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lib.backends import Precision, auto_workers
+from lib.backends.device import free_memory, total_memory
+from lib.config import TrainConfig
+from lib.config.arguments import LARGEST
+from lib.data import EvaluationSet, ImagePipeline, IndexedSource, Prepare, Source, open_sources
+from lib.data.batch import Tokenize, padded_to
+from lib.data.classes.prompt_banks import load_negative_prompts
+from lib.data.fields import Columns
+from lib.data.info import data_info
+from lib.data.pairs import parts_of
+from lib.data.recognize import Output
+from lib.data.remote.fetch import Fetcher, default_fetcher
+from lib.data.shards.source import ShardSource, count_pairs
+from lib.data.workers import LARGEST_PART, SHARED_MEMORY, free_shared_memory, shared_memory_for, workers_that_fit
+from lib.distributed import gather_objects, local_ranks
+from lib.errors import InputError
+from lib.gradcache.inputs import Inputs
+from lib.runs.checkpoint import TrainingState
+from lib.setup.plan import BatchPlan, gigabytes
+from lib.setup.tower_outputs import Caching
+from lib.towers import TwoTowers
+from lib.towers.processing import Processing
+
+LONG_TEXTS = 64
+LOOKED_AT, LOOKED_AT_IN_SHARDS, LOOKED_AT_SHARDS = 20_000, 2_000, 10
+"""Texts whose tokens are counted at the start; those of shards, the first ones, have to be read for it."""
+
+
+def make_fetcher(config: TrainConfig) -> Fetcher:
+    """The fetcher of remote shards, with its cache."""
+    cache = config.cache_dir or default_fetcher().cache
+    return Fetcher(cache, int(config.shard_cache_gib * 2**30), config.allow_pipe)
+
+
+def open_data(config: TrainConfig, fetcher: Fetcher, folder: Path) -> tuple[Source, EvaluationSet | None]:
+    """The training source, and what to validate on, if there is anything; folder: of the run."""
+    source, validation = open_sources(
+        config.data,
+        config.val_data,
+        config.prompts,
+        config.captions,
+        image_root=config.image_root,
+        columns=Columns(config.image_column, config.caption_column),
+        held_out_fraction=config.hold_out,
+        class_names=config.class_names,
+        fetcher=fetcher,
+        output=Output("--output-dir", folder),
+    )
+    if source.classes is not None and len(source.classes) == 1 and config.negative_prompts is None:
+        raise InputError(
+            f"--data {' '.join(config.data)} has one class, {source.classes[0]!r}: no pair is a negative of another; "
+            "give two classes or more"
+        )
+    return source, validation
+
+
+def show_data(config: TrainConfig) -> None:
+    """Report the data for --data-info, from rank 0."""
+    if os.environ.get("RANK", "0") == "0":
+        folder = config.output_dir or Path("runs/data_info")
+        source, validation = open_data(config, make_fetcher(config), folder)
+        try:
+            data_info(source, validation, folder, config.seed)
+        except OSError as error:
+            raise InputError(
+                f"--output-dir {folder} cannot be written ({error.strerror}); name another folder"
+            ) from None
+
+
+def negative_texts(config: TrainConfig, source: Source) -> tuple[str, ...]:
+    """The texts of --negative-prompts; InputError for one that the data has too, where it has classes."""
+    if config.negative_prompts is None:
+        return ()
+    texts = load_negative_prompts(config.negative_prompts, source.classes)
+    both = set(texts) & set(source.sample_texts(sys.maxsize)) if source.classes else ()
+    if both:
+        raise InputError(
+            f"--negative-prompts {config.negative_prompts}: {min(both)!r} is a prompt of a class too; leave it out"
+        )
+    return texts
+
+
+def make_prepare(
+    config: TrainConfig,
+    towers: TwoTowers,
+    processing: Processing,
+    source: Source,
+    more_texts: Sequence[str],
+    cache: Path,
+    precision: Precision,
+) -> Prepare:
+    """The preparation of every pair; frozen trunks run here, once, where their outputs are to be stored."""
+    images = ImagePipeline(
+        processing.image_size,
+        processing.resize,
+        config.augment,
+        crop_scale=config.crop_scale,
+        flip=config.flip,
+        color_jitter=config.color_jitter,
+        rotation=config.rotation,
+        randaugment=config.randaugment,
+    )
+    caching = Caching(towers, processing, cache, precision, _workers_asked(config))
+    prepare = Prepare(images, processing.tokenize)
+    prepare = caching.fill(prepare, source, config.cache_image, config.cache_text, more_texts)
+    if config.compile:
+        usual = longest_text(source, prepare)[0].shape[1]
+        prepare = replace(prepare, tokenize=TwoLengths(processing.tokenize, usual, processing.max_length))
+    return prepare
+
+
+@dataclass(frozen=True)
+class TwoLengths:
+    """Pads every chunk's tokens to the usual length or to the largest: a trunk is compiled for each length it meets."""
+
+    tokenize: Tokenize
+    usual: int
+    largest: int
+
+    def __call__(self, texts: list[str]) -> tuple[Tensor, Tensor]:
+        """As Tokenize."""
+        input_ids, attention_mask = self.tokenize(texts)
+        length = self.usual if input_ids.shape[1] <= self.usual else self.largest
+        return padded_to("input_ids", input_ids, length), padded_to("attention_mask", attention_mask, length)
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How this rank's data is read: the same number of workers on every rank, and on a resumed run."""
+
+    workers: int
+    part_size: int
+    """pairs that a worker sends at a time"""
+    warning: str | None = None
+    """why loading is slower than it could be, and what to do"""
+
+    @classmethod
+    def plan(cls, config: TrainConfig, state: TrainingState | None, prepare: Prepare) -> "Loading":
+        """As --workers asks, or as suits the machine; all ranks call it."""
+        stored = prepare.image_outputs is not None  # nothing to decode
+        asked, wanted = 0 if config.workers == "auto" and stored else _workers_asked(config), LARGEST_PART
+        if state and config.workers in ("auto", state.progress["workers"]):
+            # A stream of shards goes on exactly only at the same numbers.
+            asked, wanted = state.progress["workers"], state.progress.get("part_size", LARGEST_PART)
+        fits = gather_objects(workers_that_fit(asked, prepare.image_bytes))
+        workers, part_size = min(workers for workers, _ in fits), min(size for _, size in fits)
+        if workers == asked and part_size >= wanted:
+            return cls(workers, wanted)
+        whole = shared_memory_for(asked, wanted, prepare.image_bytes)
+        reason = f"{SHARED_MEMORY}, through which they send images, has {gigabytes(free_shared_memory())} free"
+        remedy = f"give it {gigabytes(whole)} (docker run --shm-size)"
+        if workers == asked:
+            return cls(workers, part_size, f"{workers} workers send {part_size} images at a time: {reason}; {remedy}")
+        if config.workers != "auto":
+            raise InputError(f"--workers {asked}: {reason}, which is enough for {workers}; lower it, or {remedy}")
+        return cls(workers, part_size, f"{workers} of {asked} workers on each rank: {reason}; {remedy}")
+
+
+def chunks_ahead(plan: BatchPlan, workers: int) -> int:
+    """Chunks of the next step that the host reads while one is computed: up to a step, in a quarter of free memory.
+
+    InputError where the images of one step do not fit into the machine's memory.
+    """
+    cpu, ranks = torch.device("cpu"), local_ranks()
+    a_chunk = plan.chunk_pairs * plan.image_bytes
+    if plan.chunks * a_chunk * ranks > total_memory(cpu):
+        raise InputError(
+            f"--effective-batch {plan.effective_batch}: the images of a step take "
+            f"{gigabytes(plan.chunks * a_chunk * ranks)} on this machine, which has {gigabytes(total_memory(cpu))}; "
+            "lower it"
+        )
+    if not workers:
+        return 0
+    fit = free_memory(cpu) // 4 // ranks // a_chunk
+    return min(gather_objects(max(1, min(plan.chunks, fit))))
+
+
+def _workers_asked(config: TrainConfig) -> int:
+    if config.workers != "auto":
+        return config.workers
+    return 0 if config.data == ("digits",) else auto_workers()
+
+
+def sample_inputs(source: Source, prepare: Prepare, device: torch.device) -> Inputs:
+    """Make the inputs of a forward on the device: four pairs with texts as long as the data's longest."""
+    inputs: Inputs = {}
+    images = prepare.blank.expand(4, *prepare.blank.shape)
+    inputs["pixel_values" if prepare.image_outputs is None else "image_pooled"] = images
+    if prepare.text_outputs is None:
+        inputs["input_ids"], inputs["attention_mask"] = longest_text(source, prepare)
+    else:
+        inputs["text_pooled"] = torch.zeros(4, prepare.text_outputs.width)
+    return {name: tensor.to(device) for name, tensor in inputs.items()}
+
+
+def longest_text(source: Source, prepare: Prepare) -> tuple[Tensor, Tensor]:
+    """(input_ids, attention_mask), each (4, L), of the longest texts; as many tokens as fit where not all are known.
+
+    Texts are many: those of most letters are tokenized alone.
+    """
+    if isinstance(source, IndexedSource):
+        longest = heapq.nlargest(LONG_TEXTS, source.texts, key=len)
+    else:
+        longest = ["a word " * 1000]
+    input_ids, attention_mask = prepare.tokenize(longest or ["a text"])
+    row = attention_mask.sum(1).argmax()
+    return input_ids[row].repeat(4, 1), attention_mask[row].repeat(4, 1)
+
+
+@dataclass(frozen=True)
+class TextLengths:
+    """How many of the training texts are longer than the model reads; all of them or some, evenly spaced."""
+
+    looked_at: int
+    cut: int
+    token_limit: int
+
+    @classmethod
+    def of(cls, source: Source, processing: Processing) -> "TextLengths":
+        """Count them; of shards those texts that can be read without fetching one."""
+        parts = parts_of(source)
+        texts = [text for part in parts for text in _texts_at_hand(part, len(parts))]
+        return cls(len(texts), processing.count_cut(texts), processing.max_length)
+
+
+def _texts_at_hand(source: Source, parts: int) -> list[str]:
+    """Texts of one of so many parts of a mixture."""
+    if isinstance(source, IndexedSource):
+        most = LOOKED_AT // parts
+        count = min(most, len(source.texts))
+        return [source.texts[len(source.texts) * number // count] for number in range(count)]
+    assert isinstance(source, ShardSource)
+    first = source.shards[:LOOKED_AT_SHARDS]
+    here = [number for number, shard in enumerate(first) if source.fetcher.is_here(shard)]
+    shards, names = (tuple(values[number] for number in here) for values in (source.shards, source.names))
+    return replace(source, shards=shards, names=names).sample_texts(LOOKED_AT_IN_SHARDS // parts)
+
+
+def steps_of_epochs(config: TrainConfig, source: Source) -> int:
+    """Optimizer steps that --epochs stands for; local shards are counted for it, remote ones are an InputError."""
+    steps = config.epochs * count_pairs(source) / config.effective_batch
+    if steps > LARGEST:
+        raise InputError(f"--epochs {config.epochs:g} make {steps:.3g} steps, more than are counted; lower it")
+    return max(1, ceil(steps))

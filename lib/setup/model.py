@@ -1,0 +1,73 @@
+"""From settings to the model: which towers, what of them trains, and at which rates."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from torch.optim import Optimizer
+
+from lib.backends.optim import Rates, build_optimizer
+from lib.config import TrainConfig
+from lib.data import Source
+from lib.data.resize import Resize
+from lib.errors import InputError
+from lib.runs.checkpoint import TrainingState
+from lib.towers import PRESETS, Family, TwoTowers, load_towers
+from lib.towers.lora import add_adapters
+from lib.towers.presets import SIZES
+from lib.towers.processing import Processing
+from lib.towers.trainable import set_trainable
+from lib.towers.trunk_options import checkpoint_activations
+
+
+def make_towers(
+    config: TrainConfig, family: Family, source: Source, resume_from: Path | None, state: TrainingState | None
+) -> tuple[TwoTowers, Processing, bool]:
+    """The towers with what trains of them, what they want of their inputs, and whether they are pretrained."""
+    towers, processing = _load(config, family, source, resume_from)
+    if config.resize != "auto":
+        own_form = Resize(config.resize, channels=processing.resize.channels)
+        processing = replace(processing, resize=own_form)
+    scheduled = ("scale",) if config.scale_schedule else ()
+    set_trainable(towers, (*config.freeze, *scheduled), config.unfreeze)
+    if config.lora:
+        alpha = 2 * config.lora if config.lora_alpha is None else config.lora_alpha
+        add_adapters(towers, config.lora, alpha, config.lora_dropout, config.seed)
+    if not any(parameter.requires_grad for parameter in towers.parameters()):
+        raise InputError(f"--freeze {' '.join(config.freeze)} leaves nothing to train")
+    if config.gradient_checkpointing:
+        checkpoint_activations(towers)
+    if state and state.weights:
+        towers.load_state_dict(state.weights)
+    pretrained = config.image_tower is None and config.model not in (*PRESETS, *SIZES)
+    return towers, processing, pretrained
+
+
+def make_optimizer(config: TrainConfig, towers: TwoTowers, fused: bool) -> Optimizer:
+    """The optimizer over what trains, with a rate for each part and block; see `build_optimizer` for fused."""
+    rates = Rates(config.lr, config.image_lr, config.text_lr, config.head_lr, config.layer_decay)
+    decay, beta2 = config.weight_decay, config.beta2
+    return build_optimizer(towers, config.optimizer, rates=rates, weight_decay=decay, beta2=beta2, fused=fused)
+
+
+def _load(
+    config: TrainConfig, family: Family, source: Source, resume_from: Path | None
+) -> tuple[TwoTowers, Processing]:
+    if resume_from:
+        return TwoTowers.from_pretrained(resume_from), Processing.from_pretrained(resume_from)
+    return load_towers(
+        family=family,
+        model=None if config.image_tower else config.model,
+        image_tower=config.image_tower,
+        text_tower=config.text_tower,
+        projection=config.projection,
+        text_projection=config.text_projection,
+        projection_dim=config.projection_dim,
+        projection_hidden=config.projection_hidden,
+        projection_dropout=config.projection_dropout,
+        image_size=config.image_size,
+        resize=config.resize,
+        texts=source.sample_texts,
+        use_bias=family == "siglip",
+        dropout=config.dropout,
+        seed=config.seed,
+    )

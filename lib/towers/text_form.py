@@ -1,0 +1,120 @@
+"""Tokenizers of model folders, in the form of texts that the model was trained with, checked against its encoder."""
+
+import re
+
+from tokenizers import Tokenizer, normalizers
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from lib.errors import raised_as
+from lib.towers.model_files import NO_CODE, ModelFolder, is_open_clip
+from lib.towers.open_clip_files import open_clip_tokenizer
+
+# Captions and prompts are short: an encoder of documents that could read 512 tokens or more is not given that many.
+MAX_TEXT_LENGTH = 128
+# Text encoders of image-text models, which were trained with as many tokens as they have positions.
+OWN_LENGTH = ("clip_text_model", "siglip_text_model", "siglip2_text_model")
+# Their position embeddings begin behind the padding token's number.
+OFFSET_POSITIONS = ("altclip_text_model", "camembert", "mpnet", "roberta", "xlm-roberta")
+# T5 and its kin list a hundred of these, which mT5's vocabulary has and SigLIP's embedding of it has not.
+_SENTINEL = re.compile(r"▁?<extra_id_\d+>")
+
+
+def text_length(tokenizer: PreTrainedTokenizerBase, text_config: PretrainedConfig) -> int:
+    """How many tokens of a text are read: all positions of CLIP and SigLIP, of other encoders 128 at most."""
+    positions = getattr(text_config, "max_position_embeddings", MAX_TEXT_LENGTH)
+    if text_config.model_type in OWN_LENGTH:
+        return positions
+    if text_config.model_type in OFFSET_POSITIONS:
+        positions -= text_config.pad_token_id + 1
+    return min(tokenizer.model_max_length, positions, MAX_TEXT_LENGTH)
+
+
+def load_tokenizer(
+    model: ModelFolder, text_config: PretrainedConfig, *, own_config: bool = True
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder; one without a padding token (GPT-like) pads with its end token.
+
+    own_config: whether the folder's config.json is one of transformers, from which it knows the kind of tokenizer.
+    InputError where there is none, or where its tokens are not those of the text encoder.
+    """
+    if is_open_clip(model.path):
+        tokenizer, steps = open_clip_tokenizer(model, text_config)
+    else:
+        tokenizer = _of_transformers(model, None if own_config else text_config)
+        steps = _ignored_steps(tokenizer, text_config)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer = with_steps(tokenizer, steps) if steps else tokenizer
+    _check_tokens(tokenizer, text_config, model)
+    return tokenizer
+
+
+def with_steps(tokenizer: PreTrainedTokenizerBase, steps: list[normalizers.Normalizer]) -> PreTrainedTokenizerFast:
+    """The same tokenizer with steps before its own normalization, which its files then hold for every program."""
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    own = [] if backend.normalizer is None else [backend.normalizer]
+    backend.normalizer = normalizers.Sequence([*steps, *own])
+    told = {"do_lower_case": True} if tokenizer.init_kwargs.get("do_lower_case") else {}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        model_max_length=tokenizer.model_max_length,
+        padding_side=tokenizer.padding_side,
+        model_input_names=tokenizer.model_input_names,
+        **tokenizer.special_tokens_map,
+        **told,
+    )
+
+
+def is_canonical(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a SigLIP's tokenizer asks for canonical texts: that of version 1 does, of version 2 not."""
+    by_name = "SiglipTokenizer" in (type(tokenizer).__name__, tokenizer.init_kwargs.get("tokenizer_class"))
+    return by_name or tokenizer("A, cat_dog!")["input_ids"] == tokenizer("a catdog")["input_ids"]
+
+
+def _of_transformers(model: ModelFolder, config: PretrainedConfig | None) -> PreTrainedTokenizerBase:
+    with raised_as(_no_tokenizer, ValueError, KeyError):
+        return AutoTokenizer.from_pretrained(model.path, config=config, **NO_CODE)
+
+
+def _no_tokenizer(fault: Exception) -> OSError:
+    """In place of errors of many lines that name every class of transformers."""
+    if "trust_remote_code" in str(fault):
+        return OSError(str(fault))
+    return OSError("no tokenizer is there that transformers can read, such as tokenizer.json")
+
+
+def _ignored_steps(tokenizer: PreTrainedTokenizerBase, text_config: PretrainedConfig) -> list[normalizers.Normalizer]:
+    """Lower-casing that the settings of a SigLIP's tokenizer ask for and its class does not do (GemmaTokenizer)."""
+    if not (text_config.model_type.startswith("siglip") and tokenizer.init_kwargs.get("do_lower_case")):
+        return []
+    done = not tokenizer.is_fast or tokenizer("A DOG")["input_ids"] == tokenizer("a dog")["input_ids"]
+    return [] if done or is_canonical(tokenizer) else [normalizers.Lowercase()]
+
+
+def _check_tokens(tokenizer: PreTrainedTokenizerBase, text_config: PretrainedConfig, model: ModelFolder) -> None:
+    """Refuse tokens without an embedding, padding without a token, and texts pooled elsewhere than at their end."""
+    if tokenizer.pad_token is None:
+        raise model.fault("its tokenizer has no padding token; add a pad_token to its tokenizer_config.json")
+    rows = getattr(text_config, "vocab_size", None)
+    if rows is None:  # CANINE hashes characters
+        return
+    vocabulary = {token: i for token, i in tokenizer.get_vocab().items() if not _SENTINEL.fullmatch(token)}
+    token, largest = max(vocabulary.items(), key=lambda each: each[1])
+    if largest >= rows:
+        raise model.fault(
+            f"its tokenizer numbers {token!r} {largest}, but its text encoder has no embedding above {rows - 1}; "
+            "use the tokenizer that belongs to the model, or remove the added tokens"
+        )
+    if text_config.model_type != "clip_text_model":
+        return
+    text, end = tokenizer("a")["input_ids"], text_config.eos_token_id
+    if end == 2 and text[-1] != largest:  # the mark of old files: transformers pools at the largest number
+        raise model.fault(
+            f"it pools texts at their largest token, which can be {token!r} instead of the end token {text[-1]}; if it "
+            f"was trained to pool at the end token, set text_config.eos_token_id in its config.json to {text[-1]}"
+        )
+    if end not in (2, *text):
+        raise model.fault(
+            f"it pools texts at token {end}, which its tokenizer does not put into them (they end with {text[-1]}); "
+            "use the tokenizer that belongs to the model"
+        )
