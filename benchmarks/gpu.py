@@ -35,7 +35,8 @@ from lib.backends.device import free_memory, is_out_of_memory
 from lib.backends.precision import full_float32, set_up_kernels
 from lib.data import ImagePipeline, Prepare, TrainingData, open_sources
 from lib.losses import infonce, sigmoid
-from lib.setup.fitting import MARGIN, even_chunk
+from lib.setup.chunk_memory import even_chunk
+from lib.setup.plan import MARGIN
 from lib.towers.trunk_options import compile_trunks
 
 

@@ -16,8 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import CLIPConfig, CLIPModel, PretrainedConfig, PreTrainedModel, SiglipConfig, SiglipModel
 
 from lib.losses.tiles import ACCELERATOR_TILE
-from lib.setup.fitting import INPUT_COPIES, LARGEST_CHUNK, MARGIN, largest_chunk_below, measure_activations
-from lib.setup.plan import BatchPlan, embedding_bytes
+from lib.setup.chunk_memory import LARGEST_CHUNK, largest_chunk_below, measure_activations
+from lib.setup.plan import INPUT_COPIES, MARGIN, BatchPlan, embedding_bytes
 from lib.towers import TwoTowers
 from lib.towers.dual import dual_parts
 from lib.towers.image_form import DEFAULT_FORMS

@@ -20,8 +20,8 @@ from torch.optim import AdamW
 
 from lib.backends.device import free_memory
 from lib.losses.tiles import tile_side
-from lib.setup.fitting import graphs_that_fit, measure_activations
-from lib.setup.plan import BatchPlan
+from lib.setup.chunk_memory import measure_activations
+from lib.setup.plan import BatchPlan, graphs_that_fit
 from lib.towers import TwoTowers
 from lib.towers.trunk_options import compile_trunks
 

@@ -14,8 +14,8 @@ from torch.optim import AdamW
 from lib.backends.device import free_memory
 from lib.losses import Pairs
 from lib.losses.tiles import tile_side
-from lib.setup.fitting import MARGIN, ChunkMemory, largest_that_fits, memory_of_chunk
-from lib.setup.plan import embedding_bytes
+from lib.setup.chunk_memory import ChunkMemory, largest_that_fits, memory_of_chunk
+from lib.setup.plan import MARGIN, embedding_bytes
 
 
 class Trainee:

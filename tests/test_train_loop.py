@@ -17,11 +17,11 @@ from transformers import AutoModel, AutoProcessor
 
 import train_clip
 import train_siglip
+from lib import losses
 from lib.data import ImagePipeline, Prepare, TrainingData, open_sources
 from lib.errors import InputError, RunError
 from lib.gradcache.random_state import RandomState
 from lib.gradcache.surrogate import Surrogate
-from lib.losses import tiled as losses
 from lib.runs.reporter import read_metrics
 from lib.towers import TwoTowers
 from lib.towers.processing import Processing
@@ -321,7 +321,7 @@ def test_the_plan_names_negatives_texts_and_recurrence(tmp_path, capsys):
     plan = capsys.readouterr().out
     assert "2,047 fresh and 512 remembered negatives" in plan
     assert "40 distinct texts" in plan
-    assert "1.4 times the data set" in plan and "--effective-batch 256 --xbm-size 1792" in plan
+    assert "repeats each 1.4 times a step" in plan and "--effective-batch 256 --xbm-size 1792" in plan
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ import torch
 from small_runs import losses, pair, same, save_encoders, saved, train
 
 from lib.errors import InputError
-from lib.setup.fitting import measure_activations
+from lib.setup.chunk_memory import measure_activations
 from lib.towers import TwoTowers, load_towers
 from lib.towers.trainable import set_trainable
 from lib.towers.trunk_options import checkpoint_activations, keeping_activations

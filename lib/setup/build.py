@@ -27,8 +27,8 @@ from lib.setup.data import (
     sample_inputs,
     steps_of_epochs,
 )
-from lib.setup.fitting import Fitting
 from lib.setup.model import make_optimizer, make_towers
+from lib.setup.plan import make_plan, shares_texts
 from lib.setup.run import Run, settings_of_the_weights
 from lib.towers import Family
 from lib.towers.averaging import WeightAverage
@@ -52,9 +52,10 @@ def make_run(config: TrainConfig, family: Family, backend: Backend, folder: Path
 
         negatives = negative_texts(config, source)
         prepare = make_prepare(config, towers, processing, source, negatives, fetcher.cache, backend.precision)
-        fitting = Fitting(config, backend, towers, sample_inputs(source, prepare, accelerator.device), resume_from)
-        share_texts = fitting.shares_texts()
-        plan = fitting.plan(prepare.image_bytes, state)  # before the backend deals the weights out
+        inputs = sample_inputs(source, prepare, accelerator.device)
+        share_texts = shares_texts(backend, towers, inputs)
+        # Before the backend shards the weights.
+        plan = make_plan(config, backend, towers, inputs, prepare.image_bytes, state.progress if state else None)
         loading = Loading.plan(config, state, prepare)
         plan = replace(plan, chunks_ahead=chunks_ahead(plan, loading.workers))
     steps = config.steps or steps_of_epochs(config, source)
