@@ -40,7 +40,7 @@ def main(settings: Settings) -> None:
     for loss, batch, memory in product(settings.losses, settings.batches, settings.memories):
         for gradients in settings.gradients if loss == "clip" and memory else ("both",):
             flags = [f"--effective-batch={batch}", f"--xbm-size={memory}", f"--xbm-gradients={gradients}"]
-            flags += ["--eval-every=1000000", "--save-every=0", "--cache-text", "--cache-image"]
+            flags += ["--eval-every=1000000", "--save-every=0"]
             kind = {"loss": loss, "batch": batch, "memory": memory, "gradients": gradients}
             rows.append(kind | {"runs": list(map(figures, settings.runs(loss, *flags)))})
     settings.write(rows)

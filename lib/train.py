@@ -38,6 +38,7 @@ from lib.setup.first_step import prepare_first_step
 from lib.setup.run import BeforeStep, Run, Update
 from lib.towers import TwoTowers
 
+NONFINITE_LIMIT = 10  # updates in a row that --on-nonfinite skip may leave out
 MOST_OVERFLOWS = 50  # fp16 updates skipped in a row: by then the gradient scale is far below any useful one
 
 
@@ -241,7 +242,7 @@ def _optimizer_step(
             raise RunError(_diverged(run, step, loss_value, grad_norm))
         return Update(result, loss_value, grad_norm, lr)
     run.nonfinite += 1
-    if run.config.on_nonfinite == "stop" or run.nonfinite > run.config.nonfinite_limit:
+    if run.config.on_nonfinite == "stop" or run.nonfinite > NONFINITE_LIMIT:
         raise RunError(_diverged(run, step, loss_value, grad_norm))
     before.restore_statistics()
     return Update(result, loss_value, grad_norm, lr, applied=False)

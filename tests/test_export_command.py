@@ -211,7 +211,7 @@ def test_a_card_names_base_models_of_the_hub_and_no_folder_of_this_machine(run):
     config |= {
         "data": ["/home/me/secret/cap|tions.csv", "https://me:pass@host.org/a.tar?key=abc", "pipe:cat /home/me/x"]
     }
-    config |= {"freeze": ["image"], "unfreeze": ["image.last:1"], "lora": 8, "eval_ema": True, "ema": 0.999}
+    config |= {"freeze": ["image"], "unfreeze": ["image.last:1"], "lora": 8, "ema": 0.999}
     (run / "config.yaml").write_text(yaml.safe_dump(config))
     main([str(run)])
     text = "".join(

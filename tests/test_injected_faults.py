@@ -76,7 +76,7 @@ def train(server: Server, *flags: str, fault: tuple[str, str] | None = None) -> 
     root = server.root
     return server.run(
         "train", f"--data={root}/data", "--hold-out=0.25", f"--output-dir={root}/run", f"--cache-dir={root}/cache",
-        "--freeze=text.trunk", "--cache-text", "--effective-batch=8", "--chunk-size=4", "--xbm-size=8", "--xbm-start=1",
+        "--freeze=text.trunk", "--effective-batch=8", "--chunk-size=4", "--xbm-size=8", "--xbm-start=1",
         "--workers=0", "--steps=4", "--save-every=2", "--eval-every=2", "--keep-checkpoints=1", "--dropout=0.1",
         "--warmup-steps=0", "--resume=auto", *flags, fault=fault,
     )  # fmt: skip

@@ -47,7 +47,7 @@ def all_parts(folder: Path) -> list[str]:
     "flags",
     [
         ("--xbm-gradients=anchors", "--dropout=0.2"),
-        ("--remembered-positives=ignore", "--same-text=exclude", "--label-smoothing=0.1"),
+        ("--same-text=exclude", "--label-smoothing=0.1"),
         ("--positives=pair", "--same-text=positive", "--keep-graphs=4"),
     ],
 )

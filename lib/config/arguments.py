@@ -1,4 +1,4 @@
-"""Command lines of all scripts: read by tyro, after and before the checks that all flags share."""
+"""Command lines of all scripts: parsed by tyro, between the checks that all flags share."""
 
 import dataclasses
 import sys
@@ -65,8 +65,16 @@ USUAL_NAMES = {
     "--save-total-limit": "--keep-checkpoints",
     "--report-to": "--tracker",
     "--logger": "--tracker",
+    "--cache-image": "--store-outputs",
+    "--cache-text": "--store-outputs",
+    "--eval-ema": "--ema",
+    "--image-lr": "--trunk-lr",
+    "--text-lr": "--trunk-lr",
+    "--text-projection": "--projection",
+    "--projection-dropout": "--dropout",
+    "--lora-dropout": "--dropout",
 }
-"""Names that flags have elsewhere, each with its name here."""
+"""Names of flags in other programs or in earlier versions, each with its name here."""
 
 _WORDS = ("query", "names", "freeze", "unfreeze", "image")
 """Fields of text that are no names of files."""
@@ -95,7 +103,7 @@ def parse(form: Any, arguments: Sequence[str] | None, *, told: bool = True, **op
 
 
 def fault_of_words(words: Sequence[str]) -> str | None:
-    """The fault of the first word that no flag takes: one without a letter, as of a variable that is not set, ..."""
+    """The fault of the first word that no flag takes: an empty one, as of an unset variable, or one not in UTF-8."""
     for before, word in zip(("", *words), words, strict=False):  # the last of the words has none after it
         flag, has_value, value = word.partition("=")
         if not (word.startswith("--") and has_value):
@@ -114,13 +122,13 @@ def _is_utf8(text: str) -> bool:
 
 
 def _other_name(words: Sequence[str], form: Any) -> str | None:
-    """The fault of a flag that is called otherwise here."""
+    """The error for a flag that has another name here."""
     known = {"--" + name.replace("_", "-") for name in _names(form)}
     for word in words:
         name = word.partition("=")[0].replace("_", "-")
         here = USUAL_NAMES.get(name)
         if here and name not in known and here.split()[0] in known:
-            return f"{word.partition('=')[0]} is called {here} here; --help tells all flags"
+            return f"{word.partition('=')[0]} is called {here} here; --help lists all flags"
     return None
 
 

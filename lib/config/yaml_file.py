@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from lib.config.arguments import fault_of_words
-from lib.config.flags import TrainConfig, flag
+from lib.config.flags import flag
 from lib.config.safe_yaml import read_yaml, yaml_text
+from lib.config.train_config import TrainConfig
 from lib.errors import InputError
 from lib.files import without_secrets, write_text
 

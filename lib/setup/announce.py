@@ -157,7 +157,7 @@ def _steps_lines(run: Run) -> list[str]:
 def compile_lines(config: TrainConfig, backend: Backend) -> list[str]:
     """How the trunks run, or what would make them faster."""
     if config.compile:
-        return [f"compile    both trunks, by {config.compile_backend}, in the first step: it takes minutes longer"]
+        return ["compile    both trunks, in the first step: it takes minutes longer"]
     if backend.accelerator.device.type == "cpu" or backend.shards_weights:
         return []
     return ["compile    no: --compile makes steps faster once the first has compiled the trunks, for a minute or two"]
@@ -167,7 +167,7 @@ def _text_lines(run: Run) -> list[str]:
     """How many texts are different, with class prompts far fewer than there are pairs; how many are of two images."""
     distinct, batch = run.source.distinct_texts, run.plan.effective_batch
     once = ""
-    if distinct is not None and distinct < batch and run.config.shared_texts == "auto":
+    if distinct is not None and distinct < batch:
         once = "; each is encoded once a step" if run.share_texts else ": each pair's is encoded, as dropout is its own"
     shared, same = run.source.shared_text_pairs, ""
     if shared:

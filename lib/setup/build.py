@@ -94,7 +94,6 @@ def make_run(config: TrainConfig, family: Family, backend: Backend, folder: Path
                 seed=config.seed,
                 chunks_ahead=plan.chunks_ahead,
                 part_size=loading.part_size,
-                shuffle_buffer=config.shuffle_buffer,
                 pin_memory=accelerator.device.type == "cuda",
             ),
             memory=memory,

@@ -23,6 +23,7 @@ from lib.data.info import data_info
 from lib.data.pairs import parts_of
 from lib.data.recognize import Output
 from lib.data.remote.fetch import Fetcher, default_fetcher
+from lib.data.remote.transfer import is_away
 from lib.data.shards.source import ShardSource, count_pairs
 from lib.data.workers import LARGEST_PART, SHARED_MEMORY, free_shared_memory, shared_memory_for, workers_that_fit
 from lib.distributed import gather_objects, local_ranks
@@ -30,11 +31,12 @@ from lib.errors import InputError
 from lib.gradcache.inputs import Inputs
 from lib.runs.checkpoint import TrainingState
 from lib.setup.plan import BatchPlan, gigabytes
-from lib.setup.tower_outputs import Caching
+from lib.setup.tower_outputs import FrozenTrunks
 from lib.towers import TwoTowers
 from lib.towers.processing import Processing
 
 LONG_TEXTS = 64
+MOST_STORED = 1_000_000  # pairs whose tower outputs are stored: 2 GiB of 512 dimensions
 LOOKED_AT, LOOKED_AT_IN_SHARDS, LOOKED_AT_SHARDS = 20_000, 2_000, 10
 """Texts whose tokens are counted at the start; those of shards, the first ones, have to be read for it."""
 
@@ -103,23 +105,24 @@ def make_prepare(
     precision: Precision,
 ) -> Prepare:
     """The preparation of every pair; frozen trunks run here, once, where their outputs are to be stored."""
-    images = ImagePipeline(
-        processing.image_size,
-        processing.resize,
-        config.augment,
-        crop_scale=config.crop_scale,
-        flip=config.flip,
-        color_jitter=config.color_jitter,
-        rotation=config.rotation,
-        randaugment=config.randaugment,
-    )
-    caching = Caching(towers, processing, cache, precision, _workers_asked(config))
-    prepare = Prepare(images, processing.tokenize)
-    prepare = caching.fill(prepare, source, config.cache_image, config.cache_text, more_texts)
+    prepare = Prepare(ImagePipeline(processing.image_size, processing.resize, config.augment), processing.tokenize)
+    if config.store_outputs == "auto" and _reads_again(config, source):
+        trunks = FrozenTrunks(towers, processing, cache, precision, _workers_asked(config))
+        prepare = trunks.store(prepare, source, more_texts)
     if config.compile:
         usual = longest_text(source, prepare)[0].shape[1]
         prepare = replace(prepare, tokenize=TwoLengths(processing.tokenize, usual, processing.max_length))
     return prepare
+
+
+def _reads_again(config: TrainConfig, source: Source) -> bool:
+    """Whether the run reads its pairs more than once and holds few enough of them to store."""
+    shards = [shard for part in parts_of(source) if isinstance(part, ShardSource) for shard in part.shards]
+    if any(map(is_away, shards)):
+        return False
+    pairs = count_pairs(source)
+    asked = config.steps * config.effective_batch if config.steps else config.epochs * pairs
+    return pairs < asked and pairs <= MOST_STORED
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ kills the process, it is estimated.
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import ceil, log2
+from typing import Literal
 
 import torch
 
@@ -33,6 +34,7 @@ from lib.towers import TwoTowers
 from lib.towers.trunk_options import compile_trunks
 
 INPUT_COPIES = 1 + 4  # of the bytes of the pixels: as they came, and normalized to float32
+COMPILER: Literal["inductor", "aot_eager"] = "inductor"  # aot_eager only traces: tests need no C++ compiler
 MARGIN = 0.85  # of the free memory: fragmentation, and kernels that need more workspace for other shapes
 MOST_REPEATS = 8  # of a pair, above which a batch or a memory is not merely large but useless
 
@@ -186,7 +188,7 @@ def _estimated_chunk(
         a_pair = measure_activations(towers, inputs)
     size = asked if isinstance(asked, int) else largest_chunk(a_pair, per_rank)
     if config.compile:
-        compile_trunks(towers, "inductor", backend.accelerator.device)
+        compile_trunks(towers, COMPILER, backend.accelerator.device)
     pairs = ceil(per_rank / ceil(per_rank / size))
     pixels = INPUT_COPIES * sum(tensor[0].nbytes for tensor in inputs.values())
     return size, ChunkMemory(pairs * a_pair, pairs * (a_pair + pixels))
@@ -211,7 +213,7 @@ def _measured_chunk(
 
     size = asked if isinstance(asked, int) else min(gather_objects(largest_that_fits(measure, most, room)))
     if config.compile:
-        compile_trunks(towers, "inductor", device)
+        compile_trunks(towers, COMPILER, device)
         if not isinstance(asked, int):
             size = _compiled_chunk(measure, size, per_rank, most, room)
     pairs = ceil(per_rank / ceil(per_rank / size))

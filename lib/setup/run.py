@@ -115,7 +115,7 @@ class Run:
     @property
     def evaluated(self) -> TwoTowers:
         """The towers that are measured, kept as the checkpoints' model and exported: the average's on request."""
-        return self.average.module if self.average and self.config.eval_ema else self.towers
+        return self.average.module if self.average else self.towers
 
     def whole_towers(self) -> TwoTowers | None:
         """`evaluated` with all of its weights, on the main process at least; all ranks call it."""
@@ -160,7 +160,7 @@ class Run:
                 "data": self.data.state_dict(),
             },
             memory=self.memory.state_dict() if self.memory.size else {},
-            weights=whole.state_dict() if whole is not None and (self.config.lora or self.config.eval_ema) else {},
+            weights=whole.state_dict() if whole is not None and (self.config.lora or self.average) else {},
             average=self.average.state_dict() if self.average else {},
         )
         folder = checkpoint.save_checkpoint(
@@ -207,9 +207,9 @@ class Run:
 def settings_of_the_weights(config: TrainConfig) -> dict:
     """What a checkpoint's weights, moments, memory and step number mean nothing without, as JSON values."""
     names = (
-        "model", "image_tower", "text_tower", "projection", "text_projection", "projection_dim", "projection_hidden",
-        "projection_dropout", "image_size", "dropout", "freeze", "unfreeze", "scale_schedule", "lora",
-        "lora_alpha", "lora_dropout", "optimizer", "effective_batch", "xbm_size", "captions", "seed",
+        "model", "image_tower", "text_tower", "projection", "projection_dim", "projection_hidden", "image_size",
+        "dropout", "freeze", "unfreeze", "scale_schedule", "lora", "optimizer", "effective_batch", "xbm_size",
+        "captions", "seed",
     )  # fmt: skip
     values = {name: getattr(config, name) for name in names}
     listed = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
