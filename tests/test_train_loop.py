@@ -191,7 +191,7 @@ def test_images_with_the_same_caption_are_no_negatives_of_each_other(tmp_path, c
         first[way], second[way] = (step["loss"] for step in steps_of(tmp_path / way)[:2])
         printed = capsys.readouterr().out
         counts = {"positive": "positives", "negative": "negatives"}.get(way, "no negatives")
-        line = f"; 12 captions are word for word those of another image: {counts} of each other (--same-text)"
+        line = f"; 12 captions are identical to a caption of another image: {counts} of each other (--same-text)"
         assert line in printed and "texts      8 distinct texts" in printed
         assert "verify-gradients: largest relative difference" in printed
         said = json.loads((tmp_path / way / "summary.json").read_text())["texts"]

@@ -81,7 +81,7 @@ _WORDS = ("query", "names", "freeze", "unfreeze", "image")
 
 
 def command_line(arguments: Sequence[str] | None) -> list[str]:
-    """The arguments, or those of this process, which trackers and others then read without secrets."""
+    """The arguments, or those of this process; sys.argv, which trackers log, loses its secrets."""
     if arguments is None:
         arguments = sys.argv[1:]
         sys.argv[1:] = map(without_secrets, arguments)
@@ -91,7 +91,7 @@ def command_line(arguments: Sequence[str] | None) -> list[str]:
 def parse(form: Any, arguments: Sequence[str] | None, *, told: bool = True, **options: Any) -> Any:
     """The arguments as `form`, a dataclass or a union of such; None: those of this process.
 
-    Raises InputError for values that suit no flag; of all else that it cannot read tyro tells, if `told`, and exits.
+    Raises InputError for values that suit no flag; tyro prints other errors, if `told`, and exits.
     """
     words = command_line(arguments)
     if fault := fault_of_words(words) or _other_name(words, form):
@@ -156,7 +156,7 @@ def _parsed(form: Any, words: list[str], told: bool, options: dict[str, Any]) ->
 
 
 def _faults(settings: Any) -> Iterator[str]:
-    """Faults of numbers and of names of files that are too long for a computer."""
+    """Faults of numbers that are too large and of file names that are too long."""
     for field in dataclasses.fields(settings):
         value, flag = getattr(settings, field.name), "--" + field.name.replace("_", "-")
         if dataclasses.is_dataclass(value):

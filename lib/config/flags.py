@@ -59,7 +59,7 @@ class Settings:
         return " ".join(map(str, self._values(name)))
 
     def given(self, name: str) -> bool:
-        """Whether a field has another value than its default."""
+        """True where a field has another value than its default."""
         return getattr(self, name) != self.__dataclass_fields__[name].default
 
     def _values(self, name: str) -> tuple:
@@ -85,8 +85,8 @@ class MostUsed:
     of save_to_disk, or hub:OWNER/NAME[:SPLIT] of the Hugging Face Hub.
     Several are mixed, by weight where each has one: a::0.7 b::0.3."""
     hold_out: float | None = None
-    """Fraction of the images of --data without parts (class folders, captions) that is kept from training, to validate
-    and evaluate on: evaluate.py takes the same flag. None: nothing is kept."""
+    """Fraction of the images of --data without splits that is kept from training as validation data; evaluate.py takes
+    the same flag. None: nothing is kept."""
     model: str = "tiny"
     """A CLIP, SigLIP, SigLIP 2, ChineseCLIP or AltCLIP model: preset `tiny`, a local folder, or a hub id;
     in Hugging Face or open_clip format."""
@@ -97,7 +97,7 @@ class MostUsed:
     text_tower: str | None = None
     """A transformers text encoder (folder or hub id), or CLIP#text, that half with its projection."""
     freeze: tuple[str, ...] = ()
-    """What does not train: image, text, image.trunk, image.head, text.trunk, text.head, scale, bias,
+    """Parts that do not train: image, text, image.trunk, image.head, text.trunk, text.head, scale, bias,
     image.last:N or text.last:N (a trunk's last N blocks), or re:PATTERN over the names of parameters."""
     effective_batch: int = 4096
     """N: pairs in one optimizer step over all ranks, all with exact gradient."""
@@ -110,7 +110,7 @@ class MostUsed:
     output_dir: Path | None = None
     """Folder of the run; None: the next free runs/clip, runs/siglip, runs/siglip-2, ..."""
     resume: str = "none"
-    """auto: go on from the newest whole checkpoint of --output-dir, if there is one; none; or a checkpoint folder."""
+    """auto: from the newest complete checkpoint of --output-dir, if there is one; none; or a checkpoint folder."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ class Data:
     """Training data, and how it is read."""
 
     val_data: str | None = None
-    """Validation pairs, as --data; None: the val or test part of --data where it has one."""
+    """Validation pairs, as --data; None: the val or test split of --data where it has one."""
     prompts: str | None = None
     """Prompt templates for class names: a shipped bank (digits, activities, objects, simple) or a YAML file.
     None: those of the data set, or simple."""
@@ -148,12 +148,12 @@ class Data:
     """auto: compute the outputs of a frozen trunk once and store them in --cache-dir, where nothing augments its inputs
     and the run reads the data more than once."""
     data_info: bool = False
-    """Print what the data holds, leave a picture of random pairs in --output-dir, and exit."""
+    """Print a summary of the data, write a picture of random pairs to --output-dir, and exit."""
 
 
 @dataclass(frozen=True)
 class Images:
-    """What is done to images before the model sees them."""
+    """Size, shape and augmentation of images."""
 
     image_size: int | None = None
     """Side of the images in pixels, where the model leaves a choice; None: the model's own. A larger side that
@@ -168,7 +168,7 @@ class Images:
 
 @dataclass(frozen=True)
 class Model:
-    """Which model is trained: one with two towers, or two encoders with heads between them."""
+    """Heads of a composed pair of encoders (--image-tower and --text-tower), and dropout."""
 
     projection: tuple[HeadKind, ...] = ("linear",)
     """Heads of a composed pair of towers, one kind for both or the image's and the text's; mlp: two layers with GELU,
@@ -183,10 +183,10 @@ class Model:
 
 @dataclass(frozen=True)
 class FineTuning:
-    """What of the model trains; by default everything does."""
+    """Parts of the model that train; by default everything does."""
 
     unfreeze: tuple[str, ...] = ()
-    """What of --freeze trains after all, named alike: --freeze image.trunk --unfreeze image.last:1."""
+    """Parts of --freeze that train after all, named in the same way: --freeze image.trunk --unfreeze image.last:1."""
     lora: int = 0
     """Rank of low-rank adapters in every attention layer that --freeze leaves; 0: none.
     They train in the place of the trunks' own weights, and are merged into the exported model."""
@@ -194,7 +194,7 @@ class FineTuning:
 
 @dataclass(frozen=True)
 class Batch:
-    """How large the batch of a step is, and how it fits into memory."""
+    """How the batch fits into memory, and when the memory bank is used."""
 
     chunk_size: int | Literal["auto"] = "auto"
     """C: pairs per tower forward on one rank; sets the activation memory. auto: measured."""
@@ -236,10 +236,10 @@ class Loss:
 
 @dataclass(frozen=True)
 class Optimizer:
-    """How long and how fast is learned."""
+    """Length of training, learning rates, and the optimizer."""
 
     steps: int | None = None
-    """Optimizer steps; None: as many as --epochs makes."""
+    """Optimizer steps; None: from --epochs."""
     optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
     """AdamW, Adam (weight decay is a part of the gradient), or plain SGD."""
     trunk_lr: tuple[float, float] | None = None
@@ -260,16 +260,17 @@ class Optimizer:
     grad_clip: float = 1.0
     """Largest gradient norm; 0: no clipping."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
-    """A loss or gradient that is not finite (fp16 overflows aside) ends the run, or its update is left out."""
+    """stop: a loss or gradient that is NaN or infinite ends the run; skip: its update is left out, up to 10 in a row.
+    Overflows of fp16 do not count."""
     ema: float = 0.0
-    """Keep a moving average of the weights with this decay per step, such as 0.999; 0: none."""
+    """Decay per step of a moving average of the weights, such as 0.999, that is evaluated and exported; 0: none."""
     seed: int = 0
     """Seed of weights, order, augmentation and dropout."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """When is evaluated, and what the figures decide."""
+    """When validation runs, and how its metrics choose the best checkpoint."""
 
     eval_every: int = 50
     """Steps between evaluations on validation data (one also runs at the end); 0: none."""
@@ -281,7 +282,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Run:
-    """What a run leaves, what it goes on from, and how it is computed."""
+    """Output folder, checkpoints, tracking, precision and compilation."""
 
     save_every: int = 100
     """Steps between checkpoints (one is also written at the end); 0: none."""

@@ -1,4 +1,4 @@
-"""From settings to the model: which towers, what of them trains, and at which rates."""
+"""From settings to the model: its towers, the parts that train, and their learning rates."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +22,7 @@ from lib.towers.trunk_options import checkpoint_activations
 def make_towers(
     config: TrainConfig, family: Family, source: Source, resume_from: Path | None, state: TrainingState | None
 ) -> tuple[TwoTowers, Processing, bool]:
-    """The towers with what trains of them, what they want of their inputs, and whether they are pretrained."""
+    """The towers with their trainable parts, their processing of inputs, and True if they are pretrained."""
     towers, processing = _load(config, family, source, resume_from)
     if config.resize != "auto":
         own_form = Resize(config.resize, channels=processing.resize.channels)

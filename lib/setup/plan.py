@@ -169,7 +169,7 @@ def make_plan(
 
 
 def shares_texts(backend: Backend, towers: TwoTowers, inputs: Inputs) -> bool:
-    """Whether each distinct text of a step is encoded once: where that is exact, since the text tower draws nothing.
+    """True where each distinct text of a step is encoded once: exact while the text tower draws no random numbers.
 
     Not where weights are sharded: ranks would differ in the number of text forwards, and must run the same ones.
     """
