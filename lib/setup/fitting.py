@@ -19,7 +19,8 @@ from lib.backends.device import (
 from lib.config import TrainConfig
 from lib.distributed import gather_objects, local_ranks
 from lib.errors import InputError
-from lib.gradcache.inputs import TEXT_INPUTS, Inputs, same_every_time
+from lib.gradcache.distinct_texts import TEXT_INPUTS, same_every_time
+from lib.gradcache.prefetch import Inputs
 from lib.gradcache.random_state import batch_norm_statistics, restore_statistics
 from lib.losses.tiles import tile_side
 from lib.runs.checkpoint import TrainingState
