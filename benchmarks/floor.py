@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from subjects import Autocast
 
 from lib.data import Chunk
-from lib.gradcache.step import cached_step
+from lib.gradcache.step import GradCache, cached_step
 from lib.losses import Pairs, infonce
 from lib.losses.objective import dense_infonce
 from lib.losses.positives import Ids
@@ -21,4 +21,4 @@ def plain(towers: Autocast, chunks: Sequence[Chunk]) -> None:
 
 
 def ours(towers: Autocast, chunks: Sequence[Chunk], keep_graphs: int = 0, remembered: Pairs | None = None) -> None:
-    cached_step(towers, chunks, infonce, remembered, device=towers.device, keep_graphs=keep_graphs)
+    cached_step(GradCache(towers, towers.device, keep_graphs=keep_graphs), chunks, infonce, remembered)

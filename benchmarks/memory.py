@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 
 from lib.backends import usable_cores  # noqa: E402
 from lib.data import Chunk  # noqa: E402
-from lib.gradcache.step import cached_step  # noqa: E402
+from lib.gradcache.step import GradCache, cached_step  # noqa: E402
 from lib.losses import Pairs, infonce  # noqa: E402
 from lib.losses.objective import dense_infonce  # noqa: E402
 from lib.losses.positives import Ids  # noqa: E402
@@ -87,7 +87,7 @@ def measure(method: str, size: int, chunk_size: int) -> dict:
 
 def cached(towers: TwoTowers, batch: Chunk, chunk_size: int) -> None:
     chunks = [batch.rows(start, start + chunk_size) for start in range(0, len(batch), chunk_size)]
-    cached_step(towers, chunks, infonce, None, device=torch.device("cpu"))
+    cached_step(GradCache(towers, torch.device("cpu")), chunks, infonce, None)
 
 
 def plain(towers: TwoTowers, batch: Chunk, chunk_size: int) -> None:

@@ -14,7 +14,7 @@ from subjects import Autocast, chunked, make_batch, make_towers
 from torch.optim import AdamW
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from lib.gradcache.step import cached_step
+from lib.gradcache.step import GradCache, cached_step
 from lib.losses import LossShare, infonce
 
 PARTS = ("towers, pass 1", "towers, pass 2 forward", "towers, pass 2 backward", "loss", "optimizer")
@@ -59,7 +59,7 @@ def main(settings: Settings) -> None:
 
 
 def one_step(towers: "_Told", chunks: list, optimizer: AdamW) -> None:
-    cached_step(towers, chunks, told_loss, None, device=towers.device, backward=told_backward)
+    cached_step(GradCache(towers, towers.device, backward=told_backward), chunks, told_loss, None)
     with record_function("optimizer"):
         optimizer.step()
         optimizer.zero_grad()

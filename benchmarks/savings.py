@@ -15,7 +15,7 @@ from measured import RESULTS, take_turns, write
 from subjects import Autocast, chunked, make_batch, make_towers
 
 from lib.data import Chunk
-from lib.gradcache.step import cached_step
+from lib.gradcache.step import GradCache, cached_step
 from lib.losses import Pairs, infonce
 
 
@@ -51,7 +51,7 @@ def main(settings: Settings) -> None:
         "chunk by chunk": gradients,
         "half of the graphs kept": partial(gradients, keep_graphs=count // 2),
         "all graphs kept": partial(gradients, keep_graphs=count),
-        "15 distinct texts, encoded once": partial(ours, towers, prompted(chunks, 15), share=True),
+        "15 distinct texts, encoded once": partial(ours, towers, prompted(chunks, 15), share_texts=True),
         "image trunk frozen": partial(ours, frozen, chunks, image_recompute="head"),
         f"memory of {len(old)} pairs": partial(gradients, remembered=old),
     }
@@ -63,7 +63,7 @@ def main(settings: Settings) -> None:
 
 
 def ours(towers: Autocast, chunks: list[Chunk], remembered: Pairs | None = None, **options) -> None:
-    cached_step(towers, chunks, infonce, remembered, device=towers.device, **options)
+    cached_step(GradCache(towers, towers.device, **options), chunks, infonce, remembered)
 
 
 def other_samples(size: int, dimension: int, device: torch.device) -> Pairs:

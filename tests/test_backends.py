@@ -18,7 +18,7 @@ from lib import backends
 from lib.data import Chunk
 from lib.distributed import logsumexp_over_ranks, rank_and_world_size
 from lib.errors import InputError
-from lib.gradcache.step import cached_step
+from lib.gradcache.step import GradCache, cached_step
 from lib.losses import Pairs, infonce, sigmoid
 from lib.losses.positives import Ids
 from lib.losses.xbm import CrossBatchMemory
@@ -129,13 +129,15 @@ def by_backend(
         own = batch(step, tokens, towers.image_size).rows(rank * share, (rank + 1) * share)
         with backend.gradients_of_a_step():
             return cached_step(
-                wrapped,
+                GradCache(
+                    wrapped,
+                    torch.device("cpu"),
+                    backward=lambda value: backend.backward(factor * value),
+                    no_sync=no_sync or backend.no_sync,
+                ),
                 [own.rows(start, start + CHUNK) for start in range(0, share, CHUNK)],
                 LOSSES[loss][0],
                 memory.pairs(),
-                device=torch.device("cpu"),
-                backward=lambda value: backend.backward(factor * value),
-                no_sync=no_sync or backend.no_sync,
             )
 
     for step in range(STEPS):

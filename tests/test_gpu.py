@@ -30,7 +30,7 @@ from lib.backends.precision import LAUNCHED, full_float32
 from lib.data.ahead import ImageBuffer
 from lib.errors import StoppedEarly
 from lib.gradcache.prefetch import on_device
-from lib.gradcache.step import cached_step
+from lib.gradcache.step import GradCache, cached_step
 from lib.losses import infonce, sigmoid
 from lib.losses.blocks import Pairs
 from lib.losses.objective import dense_infonce, dense_sigmoid
@@ -102,16 +102,14 @@ def test_the_cached_step_gives_on_cuda_what_it_gives_on_the_cpu(kind, kept):
         old = Pairs(*(embed.to(device) for embed in embeds), *(torch.arange(9, device=device) for _ in range(3)))
         negatives = [{"input_ids": torch.arange(8).view(2, 4), "attention_mask": torch.ones(2, 4, dtype=torch.int64)}]
         for loss in (infonce, sigmoid):
-            cached_step(
+            cache = GradCache(
                 towers,
-                chunks,
-                loss,
-                old,
-                device=device,
+                device,
                 keep_graphs=kept,
-                share=kind == "shared texts",
+                share_texts=kind == "shared texts",
                 negatives=negatives if kind == "negatives" else (),
             )
+            cached_step(cache, chunks, loss, old)
         gradients[device.type] = {name: p.grad.cpu() for name, p in towers.named_parameters()}
     for name, expected in gradients["cpu"].items():
         assert (gradients["cuda"][name] - expected).abs().max() <= 1e-8 * max(1.0, expected.abs().max().item()), name

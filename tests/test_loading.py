@@ -29,7 +29,7 @@ from lib.data.order import stable_hash
 from lib.data.workers import LARGEST_PART, bytes_in_flight, workers_that_fit
 from lib.errors import InputError, RunError, machine_errors_reported
 from lib.gradcache import prefetch
-from lib.gradcache.step import cached_step
+from lib.gradcache.step import GradCache, cached_step
 from lib.losses import sigmoid
 from lib.setup import data as data_setup
 from lib.setup.data import Loading, chunks_ahead
@@ -320,12 +320,12 @@ def test_pass_1_begins_when_the_first_chunk_is_there():
         towers, gradients = ToyTowers(0.3), []
         towers.register_forward_pre_hook(lambda *_: events.append("forward"))
         torch.manual_seed(1)
-        cached_step(towers, Slow(), sigmoid, None, device=CPU, keep_graphs=kept)
+        cached_step(GradCache(towers, CPU, keep_graphs=kept), Slow(), sigmoid, None)
         assert events[:8] == [word for n in range(4) for word in (f"chunk {n} is there", "forward")]
         gradients.append([parameter.grad for parameter in towers.parameters()])
         at_once = ToyTowers(0.3)
         torch.manual_seed(1)
-        cached_step(at_once, chunks, sigmoid, None, device=CPU, keep_graphs=kept)
+        cached_step(GradCache(at_once, CPU, keep_graphs=kept), chunks, sigmoid, None)
         for ours, theirs in zip(gradients[-1], (p.grad for p in at_once.parameters()), strict=True):
             assert torch.equal(ours, theirs)
 

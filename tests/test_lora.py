@@ -8,7 +8,7 @@ from small_runs import losses, moved, pair, same, save_encoders, saved, train
 from transformers import AutoModel
 
 from lib.errors import InputError
-from lib.gradcache import step as cached_step
+from lib.gradcache.step import cached_step
 from lib.runs.reporter import read_metrics
 from lib.towers import TwoTowers, build_preset, load_towers
 from lib.towers.lora import add_adapters, merge, merged_weights
@@ -110,11 +110,11 @@ def test_the_cached_step_replays_the_adapters_dropout(tmp_path):
 @pytest.mark.parametrize(("dropout", "shared"), [(0.0, True), (0.3, False)])
 def test_texts_are_encoded_once_only_while_adapters_drop_nothing(dropout, shared, tmp_path, monkeypatch):
     """At the start adapters give 0, with dropout or without."""
-    told, step = [], cached_step.cached_step
+    told = []
 
-    def watched(*arguments, share: bool, **options):
-        told.append(share)
-        return step(*arguments, share=share, **options)
+    def watched(cache, *arguments, **options):
+        told.append(cache.share_texts)
+        return cached_step(cache, *arguments, **options)
 
     monkeypatch.setattr("lib.train.cached_step", watched)
     train(tmp_path / "run", "--lora=2", f"--dropout={dropout}", "--steps=1")

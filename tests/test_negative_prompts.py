@@ -15,7 +15,7 @@ from toy import VOCABULARY, ToyTowers, toy_chunks
 import train_siglip
 from lib.distributed import logsumexp_over_ranks, rank_and_world_size
 from lib.errors import InputError
-from lib.gradcache.step import cached_step
+from lib.gradcache.step import GradCache, cached_step
 from lib.losses import Pairs, infonce, sigmoid
 from lib.losses.positives import Ids
 
@@ -41,17 +41,15 @@ def cached(loss: str, keep_graphs: int, dropout: float = 0.0, share: bool = Fals
     towers = ToyTowers(dropout)
     wrapped = DistributedDataParallel(towers) if world_size > 1 else towers
     torch.manual_seed(100 + rank)
-    result = cached_step(
+    cache = GradCache(
         wrapped,
-        toy_chunks(COUNT, 2, 4, rank, world_size),
-        LOSSES[loss][0],
-        None,
-        device=CPU,
+        CPU,
         no_sync=getattr(wrapped, "no_sync", nullcontext),
         keep_graphs=keep_graphs,
+        share_texts=share,
         negatives=negatives(),
-        share=share,
     )
+    result = cached_step(cache, toy_chunks(COUNT, 2, 4, rank, world_size), LOSSES[loss][0], None)
     assert result.fresh.negative_texts is None and result.replay_difference == 0
     return gradients(towers)
 

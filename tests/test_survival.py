@@ -201,7 +201,7 @@ def test_an_update_that_is_not_finite_is_left_out(broken_from, tmp_path):
 
 
 def test_updates_are_left_out_up_to_a_limit(broken_from, tmp_path, monkeypatch):
-    monkeypatch.setattr("lib.train.NONFINITE_LIMIT", 2)
+    monkeypatch.setattr("lib.runs.progress.NONFINITE_LIMIT", 2)
     broken_from(2, 3, 4)
     with pytest.raises(RunError, match="step 4: loss nan.*in 3 steps in a row"):
         train(tmp_path / "run", "--on-nonfinite=skip")

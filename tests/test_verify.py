@@ -1,7 +1,6 @@
 """--verify-gradients: it passes, changes nothing, and stops a build with a fault in any part that the run uses."""
 
 import os
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -15,8 +14,7 @@ from test_backends import KINDS
 import train_siglip
 from lib.backends import Backend
 from lib.errors import RunError
-from lib.gradcache import step as cached_step
-from lib.gradcache.surrogate import Surrogate
+from lib.gradcache import step
 from lib.losses import tiles as logit_tiles
 from lib.losses.blocks import SoftmaxPart
 from lib.runs.reporter import read_metrics
@@ -61,13 +59,12 @@ def broken_memory(patch):
 
 
 def broken_negatives(patch):
-    made = Surrogate.__init__
+    cache = step._cache
 
-    def without(self, passes, gradients):
-        gone = None if gradients.negative_texts is None else torch.zeros_like(gradients.negative_texts)
-        made(self, passes, replace(gradients, negative_texts=gone))
+    def without(forwards, d_images, d_texts, d_negatives):
+        cache(forwards, d_images, d_texts, None if d_negatives is None else torch.zeros_like(d_negatives))
 
-    patch.setattr(Surrogate, "__init__", without)
+    patch.setattr(step, "_cache", without)
 
 
 def broken_tiles(patch):
@@ -76,16 +73,16 @@ def broken_tiles(patch):
 
 
 def broken_kept_graphs(patch):
-    embed = cached_step.embed_chunks
+    embed = step.embed
 
-    def one_graph_lost(*given, keep_graphs, **options):
-        embedded = embed(*given, keep_graphs=keep_graphs, **options)
-        if keep_graphs and keep_graphs > 1:
-            output = embedded.passes[1].output
-            embedded.passes[1].output = output._replace(image_embeds=output.image_embeds.detach())
+    def one_graph_lost(cache, *given):
+        embedded = embed(cache, *given)
+        if cache.keep_graphs > 1:
+            output = embedded.forwards[1].output
+            embedded.forwards[1].output = output._replace(image_embeds=output.image_embeds.detach())
         return embedded
 
-    patch.setattr(cached_step, "embed_chunks", one_graph_lost)
+    patch.setattr(step, "embed", one_graph_lost)
 
 
 def changed_gradients(way: int, change, patch) -> None:
@@ -144,8 +141,8 @@ def verified(folder: Path, kind: str) -> list[float]:
 
 def stopped(folder: Path, kind: str) -> bool:
     """Whether scale gradients that are as many times too large as there are chunks stop the run."""
-    surrogate = Surrogate.__call__
-    Surrogate.__call__ = lambda self, index, output, final: surrogate(self, index, output, True)
+    surrogate = step.surrogate
+    step.surrogate = lambda *given, final: surrogate(*given, final=True)
     try:
         losses(folder / "broken", kind, "--verify-gradients")
     except RunError as error:

@@ -211,13 +211,13 @@ def folder(tmp_path_factory) -> Path:
 def here(folder, monkeypatch) -> Path:
     """The folder of wrong inputs as the working one, without a network, and no way into a training loop."""
 
-    def began(*_: object) -> None:
+    def began(*_: object, **__: object) -> None:
         raise AssertionError("the first batch was asked for")
 
     monkeypatch.chdir(folder)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setattr(lib.train, "_optimizer_step", began)
+    monkeypatch.setattr(lib.train, "cached_step", began)
     return folder
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from lib.runs.curve import draw_curve, flatten
 from lib.files import append_text, write_text
+from lib.runs.curve import draw_curve, flatten
 
 CONFIG, METRICS, SUMMARY = "config.yaml", "metrics.jsonl", "summary.json"
 SKIPPED, CURVE = "skipped.jsonl", "loss_curve.png"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lib.backends.device import fork_rng, is_out_of_memory
-from lib.gradcache.inputs import Inputs
+from lib.gradcache.prefetch import Inputs
 from lib.gradcache.random_state import batch_norm_statistics, restore_statistics
 
 CPU_ACTIVATIONS = 256 * 2**20  # bytes; larger chunks are no faster on a CPU

@@ -28,7 +28,7 @@ from lib.data.shards.source import ShardSource, count_pairs
 from lib.data.workers import LARGEST_PART, SHARED_MEMORY, free_shared_memory, shared_memory_for, workers_that_fit
 from lib.distributed import gather_objects, local_ranks
 from lib.errors import InputError
-from lib.gradcache.inputs import Inputs
+from lib.gradcache.prefetch import Inputs
 from lib.runs.checkpoint import TrainingState
 from lib.setup.plan import BatchPlan, gigabytes
 from lib.setup.tower_outputs import FrozenTrunks

@@ -17,7 +17,8 @@ from lib.backends.device import device_faults_reported, free_memory, total_memor
 from lib.config import TrainConfig
 from lib.distributed import gather_objects, local_ranks
 from lib.errors import InputError
-from lib.gradcache.inputs import TEXT_INPUTS, Inputs, same_every_time
+from lib.gradcache.distinct_texts import TEXT_INPUTS, same_every_time
+from lib.gradcache.prefetch import Inputs
 from lib.losses.tiles import TILE, tile_side
 from lib.setup.chunk_memory import (
     LARGEST_CHUNK,
