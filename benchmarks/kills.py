@@ -72,7 +72,7 @@ def main(settings: Settings) -> None:
             kills.append(kill)
             print(f"{len(kills)}/{settings.kills}: {kill}", flush=True)
         finished = start(settings, broken).wait() == 0
-        identical = finished and same_files(broken, unbroken) and told(broken) == told(unbroken)
+        identical = finished and same_files(broken, unbroken) and metrics(broken) == metrics(unbroken)
     results = ROOT / "benchmarks" / "results"
     results.mkdir(exist_ok=True)
     content = {"settings": asdict(settings), "end_identical": identical, "kills": [asdict(kill) for kill in kills]}
@@ -142,7 +142,7 @@ def same_files(folder: Path, unbroken: Path) -> bool:
     return same
 
 
-def told(folder: Path) -> list[dict]:
+def metrics(folder: Path) -> list[dict]:
     """Lines of metrics without the fields that depend on time."""
     return [{name: value for name, value in line.items() if name not in TIMED} for line in read_metrics(folder)]
 

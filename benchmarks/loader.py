@@ -71,7 +71,7 @@ def main(settings: Settings) -> None:
         results[name] = {"images": len(files), "images_per_second": rates} | {
             "ratio": {way: round(rate / rates["open_clip"], 2) for way, rate in rates.items() if way != "open_clip"}
         }
-        print(told(name, results[name]), flush=True)
+        print(as_line(name, results[name]), flush=True)
     content = {"machine": machine(), "size": SIZE, "repeats": settings.repeats, "results": results}
     settings.output.parent.mkdir(parents=True, exist_ok=True)
     settings.output.write_text(json.dumps(content, indent=1) + "\n")
@@ -123,7 +123,7 @@ def measure(ways: dict[str, Way], files: list[bytes], repeats: int) -> dict[str,
     return {name: round(len(files) / statistics.median(times), 1) for name, times in seconds.items()}
 
 
-def told(name: str, result: dict) -> str:
+def as_line(name: str, result: dict) -> str:
     """A line of results, ratios first."""
     ratios, rates = result["ratio"], result["images_per_second"]
     ours = "  ".join(f"{way} x{ratio:.2f} ({rates[way]:.0f}/s)" for way, ratio in ratios.items())

@@ -49,7 +49,7 @@ def main(settings: Settings) -> None:
                 ways = ways_to_do_it(settings, name, size, dimension, device)
                 results = take_turns(ways, settings.repeats if size <= settings.largest_peer else 1, device)
                 rows.append({"loss": name, "pairs": size, "dimension": dimension, "ways": results})
-                print(told(rows[-1]), flush=True)
+                print(as_line(rows[-1]), flush=True)
     write(settings.output, device, {"repeats": settings.repeats, "rows": rows})
 
 
@@ -111,7 +111,7 @@ def in_groups(pairs: Pairs) -> Pairs:
     return replace(pairs, group=pairs.group % count // 5, sample_id=pairs.sample_id % (3 * count // 4))
 
 
-def told(row: dict) -> str:
+def as_line(row: dict) -> str:
     """A line of results, ratios of time and memory first."""
     ways, ours = row["ways"], row["ways"]["ours"]
     parts = [f"{row['loss']:8} N {row['pairs']:6} D {row['dimension']:4}"]

@@ -110,13 +110,13 @@ def in_a_process(method: str, size: int, chunk_size: int) -> dict:
 def line(row: dict) -> str:
     """A line of results, ratios first."""
     cached_row, plain_row = row["cached"], row.get("plain")
-    told = f"cached {cached_row['bytes'] / 2**20:7.0f} MiB {cached_row['seconds']:6.1f} s"
+    cached_text = f"cached {cached_row['bytes'] / 2**20:7.0f} MiB {cached_row['seconds']:6.1f} s"
     if not plain_row:
-        return f"N {row['effective_batch']:6}                                     {told}"
+        return f"N {row['effective_batch']:6}                                     {cached_text}"
     memory = plain_row["bytes"] / max(cached_row["bytes"], 1)
     seconds = cached_row["seconds"] / plain_row["seconds"]
     return (
-        f"N {row['effective_batch']:6}  memory 1/{memory:<5.1f} time x{seconds:<5.2f}  {told}  "
+        f"N {row['effective_batch']:6}  memory 1/{memory:<5.1f} time x{seconds:<5.2f}  {cached_text}  "
         f"plain {plain_row['bytes'] / 2**20:7.0f} MiB {plain_row['seconds']:6.1f} s"
     )
 

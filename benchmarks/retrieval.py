@@ -59,7 +59,7 @@ def main(settings: Settings) -> None:
     for _ in range(settings.repeats):
         for way, found in turns.items():
             found.append(in_a_process(settings, way))
-            print(told(way, found[-1]), flush=True)
+            print(as_line(way, found[-1]), flush=True)
     seconds = {way: statistics.median(turn["seconds"] for turn in found) for way, found in turns.items()}
     ratio = round(seconds["ranks"] / seconds["products"], 3)
     peak = max(turn["peak_bytes"] for turn in turns["ranks"])
@@ -71,7 +71,7 @@ def main(settings: Settings) -> None:
     settings.output.write_text(json.dumps(content, indent=1) + "\n")
 
 
-def told(way: str, turn: dict) -> str:
+def as_line(way: str, turn: dict) -> str:
     seconds, cpu_seconds = turn["seconds"], turn["cpu_seconds"]
     return f"{way:8}  {seconds:8.1f} s, {cpu_seconds:8.1f} s of CPU, {turn['peak_bytes'] / 2**30:5.2f} GiB"
 

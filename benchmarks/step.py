@@ -63,7 +63,7 @@ def main(settings: Settings) -> None:
             row = measure(settings, towers, a_pair, size, min(chunk_size, size), device)
             row["share_of_matrix_rate"] = flops * size / row["ways"]["ours"]["seconds"] / rate
             rows.append(row)
-            print(told(row), flush=True)
+            print(as_line(row), flush=True)
     suffix = "_compiled" if settings.compile else ""
     output = settings.output or RESULTS / f"step_{settings.subject}{suffix}.json"
     content = {"subject": settings.subject, "compile": settings.compile, "repeats": settings.repeats}
@@ -128,7 +128,7 @@ def graphs_kept(towers: TwoTowers, a_pair: int, size: int, chunk_size: int, imag
     return graphs_that_fit(plan, free_memory(device) + weights, device)
 
 
-def told(row: dict) -> str:
+def as_line(row: dict) -> str:
     """A line of results, ratios to the floor first."""
     ways, floor = row["ways"], row["ways"]["plain"]["seconds"]
     ratios = "  ".join(f"{name} x{way['seconds'] / floor:.2f}" for name, way in ways.items() if name != "plain")
