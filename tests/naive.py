@@ -1,4 +1,4 @@
-"""Naive twins of the losses: every pair written out, plain autograd; slow, and easy to believe."""
+"""Naive twins of the losses: every pair written out, with plain autograd; slow and easy to verify."""
 
 import torch
 import torch.nn.functional as F

@@ -57,7 +57,7 @@ def test_buffers_that_count_positions_stay_whole():
 
 
 def test_ema_evaluates_and_exports_the_average_and_resumes_exactly(tmp_path):
-    """With adapters: the average is of them, and merged."""
+    """With adapters, the average contains them and they are merged."""
     flags = (f"--ema={DECAY}", "--steps=4", "--lr=1e-2", "--dropout=0.1", "--eval-every=4", "--lora=2")
     whole = train(tmp_path / "whole", *flags)
     average, model = average_of(whole, 4), TwoTowers.from_pretrained(whole / "checkpoints" / "step_000004").state_dict()

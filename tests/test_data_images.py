@@ -125,7 +125,7 @@ def test_the_first_frame_of_an_animation_is_taken():
 
 
 def bomb(side: int) -> bytes:
-    """A PNG that says it is side x side pixels and has no pixels."""
+    """A PNG whose header says side x side pixels, without pixels."""
 
     def block(kind: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))

@@ -1,4 +1,4 @@
-"""Agnostic: entropies equal sums by hand and rise with temperature, and prompts that tell nothing come last."""
+"""Agnostic: entropies equal sums by hand and rise with temperature, and uninformative prompts come last."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""Compare and table: statistics equal naive twins and scikit-learn, every model answers for the same images."""
+"""Compare and table: statistics equal naive twins and scikit-learn, all models use the same images."""
 
 import csv
 import json
@@ -196,7 +196,7 @@ def test_pictures_for_few_and_many_classes(monkeypatch, tmp_path, count):
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> list[Path]:
-    """Two untrained runs with different weights; the second with steps to tell of."""
+    """Two untrained runs with different weights; the second has metrics of steps."""
     folders = [tmp_path_factory.mktemp("runs") / name for name in ("one", "two")]
     for folder in folders:
         save_model(folder)

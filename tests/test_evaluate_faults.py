@@ -1,4 +1,4 @@
-"""Faulty inputs of every task: one line that says what is wrong, or a correct result without what is missing."""
+"""Faulty inputs of every task: an error of one line, or a correct result without the missing samples."""
 
 import json
 import shutil
@@ -43,7 +43,7 @@ def figures(out: Path) -> dict:
 
 
 def error_of(task: str, model: Path, data: Path, out: Path, capsys) -> str:
-    """The one line that a task tells instead of a result."""
+    """The one line that a task prints instead of a result."""
     capsys.readouterr()
     assert run(task, model, data, out) == 2
     told = capsys.readouterr().err

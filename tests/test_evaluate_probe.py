@@ -1,4 +1,4 @@
-"""Probe: what is chosen, learnt and measured equals scikit-learn called by hand, and no test image decides anything."""
+"""Probe: choices, classifiers and metrics equal scikit-learn called by hand, and no test image influences them."""
 
 import json
 from pathlib import Path

@@ -317,7 +317,7 @@ def run(model: Path, data: Path, out: Path, *flags: str) -> tuple[dict, str]:
 
 @pytest.fixture(scope="module")
 def plain(model, table, tmp_path_factory) -> tuple[Path, dict]:
-    """What an evaluation without flags of its own leaves."""
+    """Files of an evaluation without further flags."""
     out = tmp_path_factory.mktemp("plain")
     return out, run(model, table, out)[0]
 

@@ -1,4 +1,4 @@
-"""Zero-shot: figures equal a naive twin's and peers', nothing is judged by the images that it was chosen on."""
+"""Zero-shot: metrics equal a naive twin's and peers', and nothing is evaluated on the images that chose it."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""Evaluation: figures equal naive twins, any number of ranks gives the same, and nothing broken hides."""
+"""Evaluation: metrics equal naive twins for any number of ranks, and bad samples are reported."""
 
 from functools import partial
 

@@ -1,4 +1,4 @@
-"""`python -m lib.export` as a user runs it, on what a training run left."""
+"""`python -m lib.export` as a user runs it, on the folder of a training run."""
 
 import json
 import os
@@ -240,7 +240,7 @@ def test_a_model_of_elsewhere_has_a_card_without_figures(run, tmp_path):
 
 @pytest.fixture
 def hub(monkeypatch) -> list:
-    """Records what is asked of the hub; somebody is logged in."""
+    """Records requests to the hub; a user is logged in."""
     calls = []
 
     def create_repo(self, repo_id, **options):

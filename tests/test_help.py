@@ -1,4 +1,4 @@
-"""--help as a person reads it: groups by what is done, each flag once, with its default."""
+"""--help as a user reads it: flags in groups, each once, with its default."""
 
 import dataclasses
 import os
@@ -46,7 +46,7 @@ def boxes(script, capsys, monkeypatch, *task: str) -> dict[str, str]:
 
 
 def flags_of(box: str) -> dict[str, str]:
-    """What is said of each flag of a box."""
+    """Help text of each flag of a box."""
     parts = re.split(r"^ {1,4}(--[a-z][\w-]*)", box, flags=re.MULTILINE)
     return {name: " ".join(told.split()) for name, told in zip(parts[1::2], parts[2::2], strict=True)}
 

@@ -1,4 +1,4 @@
-"""--hold-out: what training keeps back is what evaluation looks at, and nothing else."""
+"""--hold-out: evaluation uses exactly the images that training leaves out."""
 
 import csv
 import json

@@ -1,4 +1,4 @@
-"""Low-rank adapters: what moves, what is merged, and that a run with them goes on exactly."""
+"""Low-rank adapters: which weights train, merging, and exact resume."""
 
 import pytest
 import torch

@@ -177,7 +177,7 @@ def test_shares_of_row_slices_add_up_to_the_whole_batch(loss):
 @pytest.mark.parametrize("same_text", ["exclude", "positive", "negative"])
 @pytest.mark.parametrize("loss", [infonce, partial(infonce, through="anchors", label_smoothing=0.1), sigmoid])
 def test_a_share_without_rows_contributes_nothing(loss, same_text):
-    """As of a rank that has none: validation may have fewer pairs than there are ranks."""
+    """A rank without pairs: validation may have fewer pairs than ranks."""
     fresh = random_pairs(17, DIM, seed=1, groups=4, texts=6)
     fresh = replace(fresh, negative_texts=random_pairs(9, DIM, seed=2).text_embeds)
     for remembered in (None, remembered_pairs(4, fresh, texts=6)):
@@ -204,7 +204,7 @@ def over_slices(loss, options: dict, fresh, remembered, slices: list[slice]) -> 
 
 
 def partial_column_merger(options: dict, fresh, remembered, slices):
-    """What the ranks exchange: the log-sum-exp of all slices' partial ones."""
+    """Exchange of the ranks: the log-sum-exp over the partial ones of all slices."""
     partials = []
 
     def collect(partial):

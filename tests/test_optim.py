@@ -1,4 +1,4 @@
-"""Learning rates by part and block, weight decay, the kinds of optimizer, and a resume at other rates."""
+"""Learning rates of trunks, heads and blocks, weight decay, kinds of optimizer, and a resume at other rates."""
 
 import pytest
 import torch

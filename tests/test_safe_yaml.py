@@ -1,4 +1,4 @@
-"""Every YAML file of the user's goes through one loader: aliases, endless files and odd values are one line each."""
+"""One loader reads all YAML files of the user: aliases, endless files and odd values give errors of one line."""
 
 import math
 import os

@@ -1,4 +1,4 @@
-"""The bytes of docs/scaling.md are those that the code hands over, in a world of eight ranks played by one."""
+"""The bytes of docs/scaling.md equal those that the code sends, with one process in a world of eight ranks."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What a run survives, and what it says: signals in a step, full disks, second jobs, lost ranks, broken numbers."""
+"""Failures and their messages: signals in a step, full disks, second jobs, lost ranks, NaN losses."""
 
 import io
 import json

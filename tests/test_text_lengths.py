@@ -1,4 +1,4 @@
-"""The plan and the summary say how many texts are longer than the model reads, without fetching a shard for it."""
+"""Plan and summary count the texts that exceed the model's context, without downloading a shard for it."""
 
 import gzip
 import json

@@ -1,4 +1,4 @@
-"""Stored outputs of frozen trunks: equal to what the trunk gives, made once, never mistaken for another's."""
+"""Stored outputs of frozen trunks: equal to the trunk's, computed once, never mistaken for another's."""
 
 import csv
 import json
@@ -73,7 +73,7 @@ def fill(cache: Path, data: str, seed: int = 0, images: ImagePipeline = PIPELINE
 
 
 def rows_run(cache: Path, data: str, **changes) -> int:
-    """How many rows go through the trunks when both outputs are asked for."""
+    """Number of rows that go through the trunks when both outputs are requested."""
     counts = []
     original = TwoTowers.forward
 

@@ -413,7 +413,7 @@ def test_augmentation_reaches_the_images(tmp_path):
 
 
 def test_several_sources_are_mixed_by_weight(tmp_path):
-    """Digits and a table in one run: counts of both, and a resumed run goes on."""
+    """Digits and a table in one run: counts of both, and an exact resume."""
     Image.new("RGB", (40, 40), "red").save(tmp_path / "red.png")
     (tmp_path / "captions.csv").write_text("filename,caption\nred.png,a red square\ngone.png,not there\n")
     flags = ["--data", "digits::0.75", f"{tmp_path / 'captions.csv'}::0.25", "--workers=0", "--eval-every=0"]

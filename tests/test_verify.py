@@ -1,4 +1,4 @@
-"""--verify-gradients: it passes, changes nothing, and stops a build with a fault in any part that the run uses."""
+"""--verify-gradients passes, changes nothing, and stops a build with a fault in any feature of the run."""
 
 import os
 from functools import partial
@@ -140,7 +140,7 @@ def verified(folder: Path, kind: str) -> list[float]:
 
 
 def stopped(folder: Path, kind: str) -> bool:
-    """Whether scale gradients that are as many times too large as there are chunks stop the run."""
+    """True if scale gradients multiplied by the number of chunks stop the run."""
     surrogate = step.surrogate
     step.surrogate = lambda *given, final: surrogate(*given, final=True)
     try:

@@ -1,4 +1,4 @@
-"""What a user types wrong: one message with the flag or file, the value and the remedy, before the first batch."""
+"""Wrong commands give one message with the flag or file, the value and the remedy, before the first batch."""
 
 import os
 import shlex
@@ -209,7 +209,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def here(folder, monkeypatch) -> Path:
-    """The folder of wrong inputs as the working one, without a network, and no way into a training loop."""
+    """The folder of wrong inputs as working folder, without network, and without reaching the training loop."""
 
     def began(*_: object, **__: object) -> None:
         raise AssertionError("the first batch was asked for")
@@ -246,7 +246,7 @@ PATHS = {  # every flag that takes a text or a path, by script
 
 @pytest.mark.parametrize("command", PATHS)
 def test_an_empty_text_is_told_by_its_flag_before_anything_is_done(command, here, capsys):
-    """As `--output-dir "$UNSET"` and `--output-dir=$UNSET`, which would be the working folder."""
+    """`--output-dir "$UNSET"` and `--output-dir=$UNSET` would be the working folder."""
     script, *task = command.split()
     before = sorted(here.iterdir())
     for flag in PATHS[command].split():
