@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ from lib.data import ImagePipeline, Prepare, TrainingData, open_sources
 from lib.errors import InputError, RunError
 from lib.gradcache import step as gradcache_step
 from lib.gradcache.random_state import RandomState
-from lib.runs.reporter import read_metrics
+from lib.runs.reporter import _duration, read_metrics
 from lib.towers import TwoTowers
 from lib.towers.processing import Processing
 
@@ -399,6 +400,22 @@ def test_data_info_tells_of_the_data_and_trains_nothing(tmp_path, capsys):
     told = capsys.readouterr().out
     assert "1,442 pairs" in told and "held out   digits (test): 355 images" in told
     assert {file.name for file in (tmp_path / "info").iterdir()} == {"data_info.json", "data_info.png"}
+
+
+def test_the_remaining_time_is_printed_after_three_steps(tmp_path, capsys):
+    flags = ("--eval-every=0", "--save-every=0")
+    run(train_clip.main, tmp_path / "short", *flags, "--steps=3")
+    assert " remaining: " not in capsys.readouterr().out
+    run(train_clip.main, tmp_path / "long", *flags, "--steps=5")
+    said = [line for line in capsys.readouterr().out.splitlines() if " remaining: " in line]
+    assert len(said) == 1 and re.fullmatch(r"about \d+ s remaining: 2 steps of [\d.e-]+ s, and evaluations", said[0])
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"), [(0.4, "0 s"), (99, "99 s"), (100, "2 min"), (5999, "100 min"), (6000, "1.7 h")]
+)
+def test_durations_are_in_seconds_minutes_or_hours(seconds, words):
+    assert _duration(seconds) == words
 
 
 def test_augmentation_reaches_the_images(tmp_path):

@@ -137,7 +137,7 @@ class Data:
     max_bad: float = 0.5
     """Stop when more than this fraction of the pairs cannot be read."""
     workers: int | Literal["auto"] = "auto"
-    """Processes that decode images on each rank; auto: none for the digits, else up to 4 of the rank's cores."""
+    """Processes that decode images on each rank; auto: none for the digits, else the rank's cores less one."""
     cache_dir: Path | None = None
     """Folder for remote shards and stored tower outputs; None: contrastive-training in ~/.cache."""
     shard_cache_gib: float = 50.0
