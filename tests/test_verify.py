@@ -9,6 +9,7 @@ import pytest
 import small_runs
 import torch
 from accelerate.state import AcceleratorState
+from lib.losses.blocks import SoftmaxPart
 from ranks import on_ranks
 from test_backends import KINDS
 
@@ -18,7 +19,6 @@ from lib.errors import RunError
 from lib.gradcache import step as cached_step
 from lib.gradcache.surrogate import Surrogate
 from lib.losses import tiles as logit_tiles
-from lib.losses.blocks import SoftmaxPart
 from lib.runs.reporter import read_metrics
 
 FLAGS = [
