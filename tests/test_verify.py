@@ -8,6 +8,7 @@ import pytest
 import small_runs
 import torch
 from accelerate.state import AcceleratorState
+from lib.losses.blocks import SoftmaxPart
 from ranks import on_ranks
 from test_backends import KINDS
 
@@ -16,7 +17,6 @@ from lib.backends import Backend
 from lib.errors import RunError
 from lib.gradcache import step
 from lib.losses import tiles as logit_tiles
-from lib.losses.blocks import SoftmaxPart
 from lib.runs.reporter import read_metrics
 
 FLAGS = [
