@@ -1,4 +1,4 @@
-"""The subject of a task: a model, one part of the data, and how to run the one over the other."""
+"""The subject of a task: a model, one split of the data, and the flags to run it with."""
 
 import sys
 from collections.abc import Sequence
@@ -22,25 +22,25 @@ from lib.data.sources import EvaluationData
 from lib.distributed import rank_and_world_size
 from lib.errors import InputError, on_rank_0
 from lib.evaluation.embed import Embedded, embed_images, embed_texts
-from lib.evaluation.options import Common
 from lib.evaluation.origin import trained_on
-from lib.evaluation.outcome import data_facts
-from lib.evaluation.stored import StoredEmbeddings, of_texts
+from lib.evaluation.report import data_facts
+from lib.evaluation.stored import StoredEmbeddings
 from lib.evaluation.subset import limited
+from lib.evaluation.tasks import CommonFlags
 from lib.runs.checkpoint import BEST, newest_whole
 from lib.towers import TwoTowers
 from lib.towers.model_files import CONFIG, OPEN_CLIP_CONFIG, check_local, find_model, reading
 from lib.towers.processing import Processing, read_settings
 
 _FORMAT = 1
-"""Of the stored embeddings: another number where the same model and inputs would give others."""
+"""Version of the stored embeddings: raise it when the same model and inputs give other embeddings."""
 
 Needs = Literal["classes", "captions", "images"]
 
 
 @dataclass(frozen=True)
 class Model:
-    """A pair of towers on a device, and what they want of their inputs."""
+    """A pair of towers on a device, and the processing of their inputs."""
 
     name: str
     """the folder of the weights, or the hub id"""
@@ -58,12 +58,12 @@ class Model:
 
     @property
     def pipeline(self) -> ImagePipeline:
-        """From an image to the pixels that the model takes, without augmentation."""
+        """Image to pixels of the model, without augmentation."""
         return ImagePipeline(self.processing.image_size, self.processing.resize, "none")
 
     @cached_property
     def identity(self) -> str:
-        """Changes when the weights do, the structure, the precision, or what is done to images and texts."""
+        """Hash of the weights, the structure, the precision and the processing of images and texts."""
         form = self.processing.image_mean, self.processing.image_std, self.pipeline
         towers, precision = self.towers, self.precision.identity()
         texts = self.processing.text_identity()
@@ -72,27 +72,27 @@ class Model:
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """A model and one part of the data; embeddings come from the cache where they were computed before."""
+    """A model and one split of the data; embeddings that were computed before come from the cache."""
 
     model: Model
     data: EvaluationSet
-    part: str
-    """which part `data` is: "train", "val", "test", or "all" where there are none"""
-    every_part: EvaluationData
-    options: Common
+    split: str
+    """name of the split: "train", "val", "test", or "all" for data without splits"""
+    every_split: EvaluationData
+    options: CommonFlags
     stored: StoredEmbeddings
 
     @classmethod
     def open(
-        cls, model: str, options: Common, device: torch.device, *, needs: Needs, prompts: str | None = None
+        cls, model: str, options: CommonFlags, device: torch.device, *, needs: Needs, prompts: str | None = None
     ) -> "Subject":
-        """Open the data, then load the model; InputError for what cannot be used or is of the wrong kind.
+        """Open the data, then load the model; InputError if either cannot be used or the data is of the wrong kind.
 
         needs: what the data must have besides images. prompts: bank or file of templates, None for the data's own.
         """
         fetcher = default_fetcher()
         fetcher = replace(fetcher, cache=options.run.cache_dir or fetcher.cache, allow_pipe=options.data.allow_pipe)
-        every_part = EvaluationData.find(
+        every_split = EvaluationData.find(
             options.data.data,
             prompts,
             image_root=options.data.image_root,
@@ -102,35 +102,38 @@ class Subject:
             fetcher=fetcher,
             output=Output("--output-dir", options.output_dir),
         )
-        part = every_part.part_for(options.data.split)
-        data = _limited(every_part.of_split(part), options.data.limit)
-        _check_kind(data, needs)
+        split = every_split.part_for(options.data.split)
+        data = limited(every_split.of_split(split), options.data.limit)
+        if needs == "classes" and data.classes is None:
+            raise InputError(f"{data.name} has captions and no classes: run `evaluate.py retrieval` on it instead")
+        if needs == "captions" and data.captions is None:
+            raise InputError(f"{data.name} has classes and no captions: run `evaluate.py zeroshot` on it instead")
         stored = StoredEmbeddings(fetcher.cache / "embeddings")
         loaded = Model.load(model, choose_precision(options.run.precision, device))
-        subject = cls(model=loaded, data=data, part=part, every_part=every_part, options=options, stored=stored)
+        subject = cls(model=loaded, data=data, split=split, every_split=every_split, options=options, stored=stored)
         if on_rank_0() and (warning := subject.warning):
             print(f"warning: {warning}", file=sys.stderr)
         return subject
 
-    def of(self, part: str) -> "Subject | None":
-        """The same model on another part, "train", "val" or "test"; None where the data has no such part."""
-        if part == self.part:
+    def of(self, split: str) -> "Subject | None":
+        """The same model on another split, "train", "val" or "test"; None if the data does not have it."""
+        if split == self.split:
             return self
-        data = self.every_part.of(part)
-        return None if data is None else replace(self, data=_limited(data, self.options.data.limit), part=part)
+        data = self.every_split.of(split)
+        return None if data is None else replace(self, data=limited(data, self.options.data.limit), split=split)
 
     @property
     def warning(self) -> str | None:
-        """What the figures do not tell of this model on this part."""
-        return trained_on(self.model.name, self.options.data, self.part)
+        """A sentence if the model was trained on these images, else None."""
+        return trained_on(self.model.name, self.options.data, self.split)
 
     @property
     def measures(self) -> bool:
-        """Whether this process is the one that measures; the others have done their share once all is embedded."""
+        """True on rank 0, which measures alone once all ranks have embedded."""
         return rank_and_world_size()[0] == 0
 
     def facts(self, embedded: Embedded) -> dict[str, str]:
-        """What was measured, for people."""
+        """Model, precision and data, for people."""
         facts = {"model": self.model.name, "precision": self.model.precision.name} | data_facts(self.data, embedded)
         return facts | ({"warning": warning} if (warning := self.warning) else {})
 
@@ -142,7 +145,7 @@ class Subject:
         return 0 if self.options.data.data == "digits" else auto_workers()
 
     def embed_images(self) -> Embedded:
-        """All images of the part, with a progress bar on rank 0; all ranks together."""
+        """Embeddings of all images of the split, with a progress bar on rank 0; all ranks call this together."""
         keys, contents = self.data.image_keys, self.data.images.identity(np.arange(len(self.data)))
         name = f"image-{fingerprint(self.model.identity, keys, contents)}"
         found = self.stored.find(name)
@@ -161,7 +164,7 @@ class Subject:
         return found
 
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
-        """Texts (m) -> (m, D), each distinct one encoded once, with a progress bar on rank 0; all ranks together."""
+        """Texts (m) -> (m, D), each distinct one encoded once, with a progress bar; all ranks call this together."""
         distinct = sorted(set(texts))
         name = f"text-{fingerprint(self.model.identity, distinct)}"
         found = self.stored.find(name)
@@ -175,14 +178,14 @@ class Subject:
                     batch_size=self.options.run.batch_size,
                     progress=True,
                 )
-            found = of_texts(embeds)
+            found = Embedded(embeds, torch.ones(len(embeds), dtype=torch.bool), [])
             self.stored.keep(name, found)
         row_of = {text: row for row, text in enumerate(distinct)}
         return found.embeds[[row_of[text] for text in texts]]
 
 
 def model_folder(model: str) -> str:
-    """Where the weights are: of a run its export, else its best checkpoint; a hub id stays as it is."""
+    """Folder of the weights: a run's export, else its best or newest checkpoint; a hub id stays as it is."""
     root = Path(model)
     if not root.is_dir():
         check_local("--model", model)
@@ -197,18 +200,7 @@ def model_folder(model: str) -> str:
 
 
 def check_there(model: str, flag: str) -> None:
-    """Raise InputError for a model of which not even config.json can be read, in a moment."""
+    """Raise InputError if the model's config.json cannot be read; loads no weights."""
     files = find_model(flag, model_folder(model), weights=False)
     with reading(flag, files.name):
         read_settings(files)
-
-
-def _limited(data: EvaluationSet, limit: int | None) -> EvaluationSet:
-    return data if limit is None else limited(data, limit)
-
-
-def _check_kind(data: EvaluationSet, needs: Needs) -> None:
-    if needs == "classes" and data.classes is None:
-        raise InputError(f"{data.name} has captions and no classes: run `evaluate.py retrieval` on it instead")
-    if needs == "captions" and data.captions is None:
-        raise InputError(f"{data.name} has classes and no captions: run `evaluate.py zeroshot` on it instead")
