@@ -17,7 +17,7 @@ from small_evaluation import SmallImages, unit
 from torch.nn.functional import normalize
 
 import evaluate
-from lib.evaluation import charts
+from lib.evaluation import class_charts
 from lib.evaluation import compare as task
 from lib.evaluation.charts import plot_training
 from lib.evaluation.classification import confusion, macro_f1
@@ -176,10 +176,10 @@ def test_training_is_read_from_the_run_that_a_model_lies_in(tmp_path):
 @pytest.mark.parametrize("count", [1, 26])
 def test_pictures_for_few_and_many_classes(monkeypatch, tmp_path, count):
     """Two $ in a name would be a formula, and one that ends in ^ cannot be drawn."""
-    monkeypatch.setattr(charts, "ANNOTATED_CLASSES", 5)
-    monkeypatch.setattr(charts, "LABELLED_CLASSES", 10)
-    monkeypatch.setattr(charts, "MOST_BARS", 20)
-    monkeypatch.setattr(charts, "BARS_PER_COLUMN", 9)
+    monkeypatch.setattr(class_charts, "ANNOTATED_CLASSES", 5)
+    monkeypatch.setattr(class_charts, "LABELLED_CLASSES", 10)
+    monkeypatch.setattr(class_charts, "MOST_BARS", 20)
+    monkeypatch.setattr(class_charts, "BARS_PER_COLUMN", 9)
     monkeypatch.setattr(task, "DIFFERING_IMAGES", 6)
     classes = [f"class_{k} of $very <long> names & more" for k in range(count)]
     answered = {f"a $model^$ with a rather long name {seed}": answers(2 * count, count, 0.5, seed) for seed in range(3)}

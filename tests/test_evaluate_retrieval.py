@@ -29,8 +29,7 @@ from lib.evaluation.embed import Embedded, embed_images, embed_texts
 from lib.evaluation.retrieval import margins, matched_similarities, unmatched_similarities
 from lib.evaluation.retrieval_answers import Gallery, Matched, candidates, examples, free_query, text_query
 from lib.evaluation.retrieval_ranks import Side, count_before, keep_readable, retrieval_metrics, retrieval_ranks
-from lib.evaluation.stored import StoredEmbeddings
-from lib.evaluation.subject import Model, Subject
+from lib.evaluation.subject import Model, StoredEmbeddings, Subject
 from lib.evaluation.tasks import DataFlags, Retrieval, RunFlags
 from lib.towers import TwoTowers, build_preset
 
@@ -372,7 +371,7 @@ def test_embeddings_are_kept_for_the_next_time(model, table, tmp_path, capsys, m
     told = capsys.readouterr().out
     assert "image embeddings from an earlier evaluation: " in told and "text embeddings from an earlier" in told
     embed(limit=4)
-    assert ran, "a part of the data has other rows"
+    assert ran, "a sample of the data has other rows"
     embed(other_weights(model, tmp_path / "other"))
     assert len(ran) == 2, "other weights embed both anew"
     for file in (tmp_path / "cache" / "embeddings").iterdir():

@@ -17,7 +17,7 @@ from torch import Tensor
 import evaluate
 from lib.data.classes.class_names import renamed
 from lib.errors import InputError
-from lib.evaluation import charts, zeroshot
+from lib.evaluation import charts, class_charts, zeroshot
 from lib.evaluation.calibration import BINS, calibrate, fit_scale, reliability
 from lib.evaluation.classification import class_embeddings, ensemble, top5, zeroshot_metrics, zeroshot_scores
 from lib.evaluation.prompt_study import study_prompts
@@ -293,7 +293,7 @@ def test_class_names_come_from_a_list_or_a_mapping(tmp_path):
 @pytest.mark.parametrize("count", [2, 26])
 def test_zeroshot_pictures_for_few_and_many_classes(monkeypatch, tmp_path, count):
     for limit, few in {"ANNOTATED_CLASSES": 5, "LABELLED_CLASSES": 10, "MOST_BARS": 20, "BARS_PER_COLUMN": 9}.items():
-        monkeypatch.setattr(charts, limit, few)
+        monkeypatch.setattr(class_charts, limit, few)
     monkeypatch.setattr(charts, "MOST_TEMPLATES", 10)
     monkeypatch.setattr(zeroshot, "PREDICTIONS", 6)
     classes = [f"class_{i} of $very <long> names & more" for i in range(count)]
@@ -314,7 +314,7 @@ def test_zeroshot_pictures_for_few_and_many_classes(monkeypatch, tmp_path, count
     for picture in pictures:
         picture.draw(tmp_path / picture.file)
     twice = {"one": metrics["confusion"], "two": metrics["confusion"]}
-    charts.plot_confusions(twice, classes, tmp_path / "two.png")
+    class_charts.plot_confusions(twice, classes, tmp_path / "two.png")
     for name in (*names, "two.png"):
         with Image.open(tmp_path / name) as drawn:
             assert max(drawn.size) < 4000 and min(drawn.size) > 100

@@ -220,7 +220,7 @@ def test_validation_of_real_towers_on_the_digits():
     assert towers.training
 
 
-# A part of the data
+# A sample of the data
 
 
 def test_a_limited_set_keeps_images_labels_and_captions_together():

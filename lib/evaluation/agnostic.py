@@ -14,7 +14,8 @@ from tqdm import tqdm
 
 from lib.config.safe_yaml import read_yaml
 from lib.errors import InputError
-from lib.evaluation.charts import MOST_PROMPTS, plot_carriers, plot_entropies, plot_heat_map, plot_temperatures
+from lib.evaluation.charts import MOST_PROMPTS, plot_carriers, plot_entropies, plot_temperatures
+from lib.evaluation.class_charts import plot_heat_map
 from lib.evaluation.classification import two_figures
 from lib.evaluation.probe_classifiers import LINEAR_SVM, MLP, Chosen, accuracy, choose
 from lib.evaluation.report import Outcome, Picture, Rows, decimals, skipped_table

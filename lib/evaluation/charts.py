@@ -1,4 +1,4 @@
-"""Charts of all tasks; each function draws one PNG file, for a few classes, prompts or models or for many."""
+"""Charts of all tasks but those by class; each function draws one PNG file."""
 
 import math
 import textwrap
@@ -8,9 +8,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
-from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageOps
 
@@ -31,9 +29,6 @@ MARKERS = "os^D"
 DPI = 110
 THUMBNAIL = 224  # pixels
 HISTOGRAM_BINS = 60
-ANNOTATED_CLASSES = 20  # up to here a cell of a confusion matrix has room for its number
-LABELLED_CLASSES = 150  # up to here every class has room for its name
-BARS_PER_COLUMN, MOST_BARS = 40, 120
 MOST_TEMPLATES = 40  # of more, the best and the worst ones are drawn
 MOST_PROMPTS = 40  # of more, those that separate the classes best are drawn
 PROMPT_WIDTH = 44  # characters of a prompt on a line
@@ -43,7 +38,7 @@ Interval = tuple[float, tuple[float, float]]
 """A value, and the bounds around it."""
 
 
-# Shared by the charts and the sheets of images
+# Shared with the charts by class and the sheets of images
 
 
 def shorten(text: str, length: int) -> str:
@@ -69,7 +64,7 @@ def show_image(axes: Axes, image: Image.Image, colour: str | None = None) -> Non
         spine.set(color=colour or "lightgrey", linewidth=3 if colour else 1)
 
 
-def _save(figure: Figure, path: Path, *, legend_columns: int = 0) -> None:
+def save(figure: Figure, path: Path, *, legend_columns: int = 0) -> None:
     if legend_columns:
         figure.legend(loc="outside lower center", ncols=legend_columns, frameon=False)
     figure.savefig(path, dpi=DPI)
@@ -80,7 +75,7 @@ def _lines(names: Sequence[str]) -> int:
     return max(name.count("\n") + 1 for name in names)
 
 
-def _height(names: Sequence[str], size: float, least: float) -> float:
+def row_height(names: Sequence[str], size: float, least: float) -> float:
     """Inches for each of the names at a font size in points, at least `least`."""
     return max(least, size * 1.3 / 72 * _lines(names))
 
@@ -94,7 +89,7 @@ def _pair_of_bars(axes: Axes, series: Mapping[str, Sequence[float]], ticks: Sequ
     axes.set_ylim(0, 1.08)
 
 
-def _bars(
+def horizontal_bars(
     axes: Axes,
     lengths: Sequence[float],
     names: Sequence[str],
@@ -118,101 +113,6 @@ def _bars(
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _columns(count: int) -> tuple[int, int]:
-    """Columns for so many bars, and bars in each."""
-    columns = -(-count // BARS_PER_COLUMN)
-    return columns, -(-count // columns)
-
-
-# Classes
-
-
-def plot_confusions(confusions: Mapping[str, Sequence[Sequence[int]]], classes: Sequence[str], path: Path) -> None:
-    """Confusion matrices (K, K) by model name, as shares of each true class, side by side on one scale.
-
-    Every cell has its number up to 20 classes; of more than 150, every second or third has its name.
-    """
-    few = len(classes) <= ANNOTATED_CLASSES
-    step, size = -(-len(classes) // LABELLED_CLASSES), 9 if few else 7
-    names = [wrapped(name, 24 if few else 72) for name in classes[::step]]
-    side = max(_height(names, size, 0.5 if few else 0.14) * min(len(classes), LABELLED_CLASSES), 3)
-    margin = 0.4 + size / 72 * 0.62 * max(len(line) for name in names for line in name.split("\n"))
-    width = side * len(confusions) + margin + 0.4 * (len(confusions) - 1) + 1.2
-    figure = Figure(figsize=(width, side + margin + 0.8), layout="constrained")
-    panels = figure.subplots(1, len(confusions), squeeze=False, sharey=True)[0]
-    for axes, (model, confusion) in zip(panels, confusions.items(), strict=True):
-        image = _draw_confusion(axes, np.asarray(confusion, dtype=float), few)
-        axes.set_xticks(range(0, len(classes), step), names, rotation=90, fontsize=size)
-        axes.set_yticks(range(0, len(classes), step), names, fontsize=size)
-        accuracy = np.trace(confusion) / max(np.sum(confusion), 1)
-        axes.set_title(f"{wrapped(model, 40) or 'Confusion'}, accuracy {accuracy:.3f}", fontsize=12)
-    panels[0].set_ylabel("true class")
-    figure.colorbar(image, ax=panels, shrink=0.7, fraction=0.03, label="share of the true class")
-    figure.savefig(path, dpi=DPI, bbox_inches="tight", pad_inches=0.15)
-
-
-def _draw_confusion(axes: Axes, counts: np.ndarray, annotated: bool) -> AxesImage:
-    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    # The square root lifts the small shares, which are the ones to look for.
-    image = axes.imshow(shares, cmap="Blues", norm=PowerNorm(0.5, vmin=0, vmax=1))
-    for row, column in zip(*np.nonzero(shares), strict=True) if annotated else ():
-        share = shares[row, column]
-        colour = "white" if share > 0.35 else "black"
-        axes.text(column, row, f"{share:.2f}", ha="center", va="center", fontsize=8, color=colour)
-    axes.set_xlabel("predicted class")
-    return image
-
-
-def plot_class_f1(per_class: Mapping[str, dict], path: Path) -> None:
-    """F1 of each class as bars, best first, with the number of its images; of many classes the 120 lowest."""
-    ranked = sorted(per_class.items(), key=lambda entry: (-entry[1]["f1"], entry[0]))
-    shown = ranked[-MOST_BARS:]
-    columns, per_column = _columns(len(shown))
-    names = [wrapped(f"{name} ({figures['support']})", 34) for name, figures in shown]
-    size = 6.4 if columns == 1 else 4.8 * columns, 1.2 + _height(names, 8, 0.22) * per_column
-    figure = Figure(figsize=size, layout="constrained")
-    for column, axes in enumerate(figure.subplots(1, columns, squeeze=False)[0]):
-        part = slice(column * per_column, (column + 1) * per_column)
-        _bars(axes, [figures["f1"] for _, figures in shown[part]], names[part], ".2f", places=per_column)
-        axes.set_xlim(0, 1.14)
-        axes.set_xticks([0, 0.5, 1])
-    which = "each class" if len(shown) == len(ranked) else f"the {len(shown)} lowest of {len(ranked)} classes"
-    figure.suptitle(f"F1 of {which} (number of images)", fontsize=12)
-    _save(figure, path)
-
-
-def plot_f1_differences(per_class: Mapping[str, dict[str, dict]], path: Path) -> None:
-    """For each model but the first, its F1 of each class minus the first model's, the greatest gain on top.
-
-    per_class: by model and class, with "f1" and "support". Of many classes the 120 largest differences are drawn.
-    """
-    first, *others = per_class
-    differences = {name: _differences(per_class[first], per_class[name]) for name in others}
-    longest = len(differences[others[0]])
-    columns, per_column = _columns(longest)
-    height = 0.9 + _height([name for name, _ in differences[others[0]]], 8, 0.24) * per_column
-    figure = Figure(figsize=(max(7, 4.8 * columns), height * len(others) + 0.2), layout="constrained")
-    which = f", the {longest} largest of {len(per_class[first])}" if longest < len(per_class[first]) else ""
-    panels = figure.subfigures(len(others), 1, squeeze=False)[:, 0]
-    for panel, (model, rows) in zip(panels, differences.items(), strict=True):
-        panel.suptitle(wrapped(f"F1 of {model} minus F1 of {first}{which} (number of images)", 90), fontsize=11)
-        reach = max(0.02, max(abs(value) for _, value in rows)) * 1.5
-        for column, axes in enumerate(panel.subplots(1, columns, squeeze=False)[0]):
-            names, values = zip(*rows[column * per_column : (column + 1) * per_column], strict=True)
-            colours = [RIGHT if value >= 0 else WRONG for value in values]
-            _bars(axes, values, names, "+.3f", colours=colours, places=per_column)
-            axes.set_xlim(-reach, reach)
-            axes.axvline(0, color="black", linewidth=0.8)
-    _save(figure, path)
-
-
-def _differences(first: dict[str, dict], other: dict[str, dict]) -> list[tuple[str, float]]:
-    """(class with its number of images, difference), the largest ones, from gain to loss."""
-    found = [(f"{name} ({row['support']})", other[name]["f1"] - row["f1"]) for name, row in first.items()]
-    largest = sorted(found, key=lambda entry: -abs(entry[1]))[:MOST_BARS]
-    return [(wrapped(name, 34), value) for name, value in sorted(largest, key=lambda entry: (-entry[1], entry[0]))]
-
-
 # Retrieval
 
 
@@ -226,9 +126,8 @@ def plot_recall(metrics: dict[str, dict[str, float]], path: Path) -> None:
         for direction, each in metrics.items()
     }
     _pair_of_bars(axes, series, recalls)
-    axes.set_ylabel("fraction of queries")
-    axes.set_title("Queries with the right answer among the first K")
-    _save(figure, path, legend_columns=1)
+    axes.set(ylabel="fraction of queries", title="Queries with the right answer among the first K")
+    save(figure, path, legend_columns=1)
 
 
 def plot_similarities(matched: np.ndarray, unmatched: np.ndarray, path: Path) -> None:
@@ -237,10 +136,12 @@ def plot_similarities(matched: np.ndarray, unmatched: np.ndarray, path: Path) ->
     axes = figure.add_subplot()
     values = {f"unmatched ({len(unmatched):,} pairs)": unmatched, f"matched ({len(matched):,} pairs)": matched}
     _histograms(axes, values, (WRONG, RIGHT))
-    axes.set_xlabel("cosine similarity of image and text (dashed: mean)")
-    axes.set_ylabel("share of pairs")
-    axes.set_title("Similarity of matched and of unmatched pairs")
-    _save(figure, path, legend_columns=2)
+    axes.set(
+        xlabel="cosine similarity of image and text (dashed: mean)",
+        ylabel="share of pairs",
+        title="Similarity of matched and of unmatched pairs",
+    )
+    save(figure, path, legend_columns=2)
 
 
 def plot_margins(margins: dict[str, np.ndarray], path: Path) -> None:
@@ -254,7 +155,7 @@ def plot_margins(margins: dict[str, np.ndarray], path: Path) -> None:
         axes.set_xlabel("similarity of best right minus best wrong answer (dashed: mean)")
     figure.axes[0].set_ylabel("share of queries")
     figure.suptitle("Margin between the right answer and the best wrong one", fontsize=12)
-    _save(figure, path)
+    save(figure, path)
 
 
 def _histograms(axes: Axes, values: dict[str, np.ndarray], colours: Sequence[str]) -> None:
@@ -280,14 +181,14 @@ def plot_candidates(image: Image.Image, name: str, answers: Sequence[Answer[str]
     show_image(picture, image)
     picture.set_title(wrapped(name, 28), fontsize=8)
     colours = [RIGHT if answer.right else WRONG for answer in answers]
-    _bars(axes, [answer.score for answer in answers], labels, ".3f", colours=colours, heights=heights, size=9)
+    horizontal_bars(axes, [answer.score for answer in answers], labels, ".3f", colours=colours, heights=heights, size=9)
     for label, answer in zip(axes.get_yticklabels(), answers, strict=True):
         label.set_color(RIGHT if answer.right else "black")
     axes.axvline(0, color="black", linewidth=0.8)
     axes.margins(x=0.12)
     axes.set_xlabel("cosine similarity")
     figure.suptitle("One image and candidate captions (blue: its own; red: others)", fontsize=12)
-    _save(figure, path)
+    save(figure, path)
 
 
 # Zero-shot
@@ -306,17 +207,16 @@ def plot_prompts(study: PromptStudy, templates: Sequence[str], path: Path) -> No
     alone = [*alone[:half], *alone[-half:]] if left_out > 0 else alone
     accuracy = [*together.values(), *(value for value, _ in alone)]
     names = [wrapped(name, 48) for name in [*together, *(name for _, name in alone)]]
-    figure = Figure(figsize=(8.5, 1.1 + _height(names, 9, 0.26) * len(names)), layout="constrained")
+    figure = Figure(figsize=(8.5, 1.1 + row_height(names, 9, 0.26) * len(names)), layout="constrained")
     axes = figure.add_subplot()
     axes.axvline(study.ensemble["accuracy"], color=RIGHT, linestyle=":", linewidth=1.2, zorder=0)
-    _bars(axes, accuracy, names, ".3f", colours=[RIGHT] * len(together) + [PALE] * len(alone), size=9)
+    horizontal_bars(axes, accuracy, names, ".3f", colours=[RIGHT] * len(together) + [PALE] * len(alone), size=9)
     for text in axes.texts:
         text.set_bbox({"color": "white", "pad": 0.5})  # the dotted line must not cross a number
-    axes.set_xlim(0, max(accuracy) * 1.12 or 1)
-    axes.set_xlabel("accuracy on the test images (dotted: all templates together)")
+    axes.set(xlim=(0, max(accuracy) * 1.12 or 1), xlabel="accuracy on the test images (dotted: all templates together)")
     without = f", {left_out} in the middle left out" if left_out > 0 else ""
     axes.set_title(f"Prompts: each template alone{without}", fontsize=12)
-    _save(figure, path)
+    save(figure, path)
 
 
 def plot_reliability(before: Reliability, after: Reliability, path: Path) -> None:
@@ -337,12 +237,11 @@ def plot_reliability(before: Reliability, after: Reliability, path: Path) -> Non
         temperatures = " and ".join(f"{temperature:.3g}" for temperature in found.temperatures)
         axes.set_title(f"{title}, {temperatures}\nECE {found.ece:.3f}", fontsize=11)
         counts.bar(centres, found.counts / found.counts.sum(), 0.9 / BINS, color="grey")
-        counts.set_xlabel("confidence")
-        counts.set_xlim(0, 1)
+        counts.set(xlabel="confidence", xlim=(0, 1))
     grid[0, 0].set_ylabel("accuracy")
     grid[1, 0].set_ylabel("share of\nthe images")
     figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
-    _save(figure, path)
+    save(figure, path)
 
 
 # Probe
@@ -356,7 +255,7 @@ def plot_classifiers(figures: Mapping[str, Mapping[str, float]], chance: float, 
     _pair_of_bars(axes, series, [title.replace(" ", "\n") for title in figures])
     axes.axhline(chance, color="grey", linestyle=":", label=f"the most frequent class ({chance:.3f})")
     axes.set_title("Classifiers on frozen image embeddings")
-    _save(figure, path, legend_columns=3)
+    save(figure, path, legend_columns=3)
 
 
 def plot_few_shot(curves: Mapping[str, Sequence[FewShot]], full: Mapping[str, float], path: Path) -> None:
@@ -375,12 +274,14 @@ def plot_few_shot(curves: Mapping[str, Sequence[FewShot]], full: Mapping[str, fl
     ticks = sorted({point.shots for curve in curves.values() for point in curve})
     axes.set_xticks(ticks, map(str, ticks))
     axes.minorticks_off()  # their labels would be formulas
-    axes.set_xlabel("training images per class (whiskers: standard deviation over draws; dashed: all images)")
-    axes.set_ylabel("accuracy")
-    axes.set_ylim(0, 1.04)
+    axes.set(
+        xlabel="training images per class (whiskers: standard deviation over draws; dashed: all images)",
+        ylabel="accuracy",
+        ylim=(0, 1.04),
+    )
     axes.grid(alpha=0.3)
     axes.set_title("Accuracy with few labels")
-    _save(figure, path, legend_columns=2)
+    save(figure, path, legend_columns=2)
 
 
 # Generic prompts
@@ -399,20 +300,16 @@ def plot_temperatures(
     above.set_ylim(0, most * 1.16)
     maximum = f"maximum, log {prompts} = {most:.3f}"
     above.text(0.02, most * 1.03, maximum, color="dimgrey", transform=above.get_yaxis_transform())
-    above.set_ylabel("mean entropy (nats)")
-    above.set_title("Entropy of the softmax over the prompts")
+    above.set(ylabel="mean entropy (nats)", title="Entropy of the softmax over the prompts")
     for key, style, colour, name in (("accuracy", "o-", RIGHT, "linear SVM"), ("mlp_accuracy", "s-", WRONG, "MLP")):
         below.plot(temperatures, [sweep[t][key] for t in temperatures], style, color=colour, label=name)
     for (name, value), line in zip(references.items(), ("-.", "--", ":"), strict=True):
         below.axhline(value, color="dimgrey", linestyle=line, linewidth=1.2, label=f"{name} ({value:.3f})")
-    below.set_ylim(0, 1.04)
-    below.set_xscale("log")
+    below.set(ylim=(0, 1.04), xscale="log")
     below.set_xticks(temperatures, [f"{t:g}" for t in temperatures], rotation=45)
     below.minorticks_off()
-    below.set_xlabel("temperature")
-    below.set_ylabel("accuracy")
-    below.set_title("Accuracy of classifiers on the softmax over the prompts")
-    _save(figure, path, legend_columns=1)
+    below.set(xlabel="temperature", ylabel="accuracy", title="Accuracy of classifiers on the softmax over the prompts")
+    save(figure, path, legend_columns=1)
 
 
 def plot_entropies(entropies: Mapping[float, np.ndarray], prompts: int, path: Path) -> None:
@@ -431,28 +328,7 @@ def plot_entropies(entropies: Mapping[float, np.ndarray], prompts: int, path: Pa
         axes.set_xlim(0, most * 1.05)
     figure.supxlabel(f"entropy of an image over the prompts (dashed: log {prompts} = {most:.2f})", fontsize=10)
     figure.supylabel("share of images", fontsize=10)
-    _save(figure, path)
-
-
-def plot_heat_map(means: np.ndarray, classes: Sequence[str], prompts: Sequence[str], path: Path) -> None:
-    """Similarity of each class (c, K) to each prompt, above or below the mean of all classes."""
-    above = means - means.mean(axis=0)
-    most = max(float(np.abs(above).max()), 1e-6)
-    names = [wrapped(prompt, PROMPT_WIDTH) for prompt in prompts]
-    edges = np.cumsum([0.0, *(name.count("\n") + 1 for name in names)])  # a prompt is as wide as it has lines
-    row, size = (0.24, 8) if len(classes) <= 40 else (0.15, 7)
-    tall = row * min(len(classes), LABELLED_CLASSES)
-    figure = Figure(figsize=(max(0.22 * edges[-1], 2) + 3.4, tall + 4.4), layout="constrained")
-    axes = figure.add_subplot()
-    image = axes.pcolormesh(edges, np.arange(len(classes) + 1), above, cmap="RdBu_r", vmin=-most, vmax=most)
-    figure.colorbar(image, ax=axes, label="similarity above the mean of all classes", shrink=min(1, 4 / tall))
-    axes.set_xticks((edges[1:] + edges[:-1]) / 2, names, rotation=90, fontsize=8)
-    step = -(-len(classes) // LABELLED_CLASSES)
-    labels = [wrapped(name, 72) for name in classes[::step]]
-    axes.set_yticks(np.arange(0, len(classes), step) + 0.5, labels, fontsize=size)
-    axes.invert_yaxis()
-    axes.set_title("Mean cosine similarity of the classes to the prompts")
-    _save(figure, path)
+    save(figure, path)
 
 
 def plot_carriers(prompts: Sequence[str], between: Sequence[float], lost: Sequence[float], path: Path) -> None:
@@ -468,7 +344,7 @@ def plot_carriers(prompts: Sequence[str], between: Sequence[float], lost: Sequen
         (left, between[: len(names)], "share of its variance between classes"),
         (right, lost[: len(names)], "accuracy the SVM loses when it is shuffled"),
     ):
-        _bars(axes, values, names, ".3f", heights=heights)
+        horizontal_bars(axes, values, names, ".3f", heights=heights)
         axes.axvline(0, color="black", linewidth=0.8)
         least, most = min(0.0, *values), max(0.0, *values)
         room = 0.18 * max(most - least, 1e-3)  # for the numbers, on both sides of zero
@@ -477,7 +353,7 @@ def plot_carriers(prompts: Sequence[str], between: Sequence[float], lost: Sequen
         axes.set_xlabel(label)
     which = "" if len(names) == len(prompts) else f", {len(names)} of {len(prompts)}"
     figure.suptitle(f"Prompts that separate the classes{which}", fontsize=12)
-    _save(figure, path)
+    save(figure, path)
 
 
 # Comparison
@@ -488,7 +364,7 @@ def plot_intervals(figures: Mapping[str, Mapping[str, Interval]], path: Path) ->
     columns = min(3, len(figures))
     rows = -(-len(figures) // columns)
     names = [wrapped(name, 30) for name in next(iter(figures.values()))]
-    height = 0.9 + _height(names, 9, 0.4) * len(names)
+    height = 0.9 + row_height(names, 9, 0.4) * len(names)
     figure = Figure(figsize=(3.4 * columns + 1.6, height * rows + 0.3), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False, sharey=True)
     for axes, (title, values) in zip(grid.flat, figures.items(), strict=False):
@@ -506,7 +382,7 @@ def plot_intervals(figures: Mapping[str, Mapping[str, Interval]], path: Path) ->
     for axes in grid.flat[len(figures) :]:
         axes.axis("off")
     figure.suptitle("95% intervals", fontsize=12)
-    _save(figure, path)
+    save(figure, path)
 
 
 def plot_training(trainings: Mapping[str, Training], path: Path) -> None:
@@ -526,8 +402,9 @@ def plot_training(trainings: Mapping[str, Training], path: Path) -> None:
             if training.memory_from is not None:  # more negatives from here on: the loss jumps, nothing broke
                 axes.axvline(training.memory_from, color=colour[name], linestyle=":", linewidth=1)
         dotted = " (dotted: memory bank used from here on)" if any(trainings[n].memory_from for n in names) else ""
-        axes.set_xlabel(("epoch" if all(trainings[name].in_epochs for name in names) else "step") + dotted)
-        axes.set_ylabel("loss")
+        axes.set(
+            xlabel=("epoch" if all(trainings[name].in_epochs for name in names) else "step") + dotted, ylabel="loss"
+        )
         axes.set_title("Training loss" if together else "Training loss, own scale", fontsize=11)
         axes.legend(frameon=False, fontsize=9)
     if timed:
@@ -538,4 +415,4 @@ def plot_training(trainings: Mapping[str, Training], path: Path) -> None:
         axes.margins(y=0.12)
         axes.set_ylabel("seconds")
         axes.set_title("Mean time of an epoch", fontsize=11)
-    _save(figure, path)
+    save(figure, path)

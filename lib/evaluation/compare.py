@@ -11,7 +11,8 @@ import torch
 from lib.data.classes.class_names import renamed
 from lib.data.evaluation_set import EvaluationSet
 from lib.errors import InputError
-from lib.evaluation.charts import plot_confusions, plot_f1_differences, plot_intervals, plot_training
+from lib.evaluation.charts import plot_intervals, plot_training
+from lib.evaluation.class_charts import plot_confusions, plot_f1_differences
 from lib.evaluation.classification import class_embeddings, zeroshot_scores
 from lib.evaluation.compare_statistics import (
     DIRECTIONS,
@@ -57,9 +58,9 @@ def compare(options: Compare, device: torch.device) -> Outcome | None:
 
 def short_names(models: tuple[str, ...]) -> tuple[str, ...]:
     """Names that tell the models apart: as few of the last folders of their paths as are needed."""
-    parts = [[part for part in PurePath(model).parts if part not in INNER_FOLDERS] or [model] for model in models]
-    for length in range(1, max(map(len, parts)) + 1):
-        names = tuple("/".join(each[-length:]) for each in parts)
+    paths = [[name for name in PurePath(model).parts if name not in INNER_FOLDERS] or [model] for model in models]
+    for length in range(1, max(map(len, paths)) + 1):
+        names = tuple("/".join(path[-length:]) for path in paths)
         if len(set(names)) == len(names):
             return names
     return models
@@ -125,11 +126,7 @@ def _bounded(value: str, bounds: tuple[float, float] | None) -> str:
 
 
 def classifier_pictures(
-    metrics: dict,
-    labels: np.ndarray,
-    predicted: dict[str, np.ndarray],
-    classes: Sequence[str],
-    open_image: OpenImage,
+    metrics: dict, labels: np.ndarray, predicted: dict[str, np.ndarray], classes: Sequence[str], open_image: OpenImage
 ) -> list[Picture]:
     """Charts, and images on which models differ; labels, predicted: (n,); open_image takes a row of them."""
     models = metrics["models"]

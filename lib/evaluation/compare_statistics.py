@@ -90,11 +90,7 @@ def classification_comparison(
 
 
 def retrieval_comparison(
-    names: Sequence[str],
-    ranks: Sequence[tuple[Tensor, Tensor]],
-    caption_image: np.ndarray,
-    resamples: int,
-    seed: int,
+    names: Sequence[str], ranks: Sequence[tuple[Tensor, Tensor]], caption_image: np.ndarray, resamples: int, seed: int
 ) -> dict:
     """Figures of each model with 95% intervals of its recalls, and the differences of each two.
 

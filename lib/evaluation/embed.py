@@ -150,8 +150,8 @@ def image_loader(
     pin = torch.device(device).type == "cuda"
     pixels, reasons = torch.empty(0, 3, pipeline.size, pipeline.size, dtype=torch.uint8), list[str]()
     # All ranks run equally many forwards, as FSDP needs: the batches do not depend on what the workers send.
-    for part, part_reasons in loader:
-        pixels, reasons = torch.cat([pixels, part]), reasons + list(part_reasons)
+    for piece, piece_reasons in loader:
+        pixels, reasons = torch.cat([pixels, piece]), reasons + list(piece_reasons)
         while len(pixels) >= batch_size:
             yield _pinned(pixels[:batch_size], pin), reasons[:batch_size]
             pixels, reasons = pixels[batch_size:], reasons[batch_size:]

@@ -10,7 +10,8 @@ import torch
 from tqdm import tqdm
 
 from lib.errors import InputError
-from lib.evaluation.charts import plot_class_f1, plot_classifiers, plot_confusions, plot_few_shot
+from lib.evaluation.charts import plot_classifiers, plot_few_shot
+from lib.evaluation.class_charts import plot_class_f1, plot_confusions
 from lib.evaluation.classification import class_figures
 from lib.evaluation.probe_classifiers import FAMILIES, Chosen, Family, FewShot, choose, few_shot
 from lib.evaluation.report import Outcome, Picture, Rows, decimals, skipped_table

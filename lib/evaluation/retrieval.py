@@ -15,15 +15,7 @@ from lib.evaluation.charts import plot_candidates, plot_margins, plot_recall, pl
 from lib.evaluation.embed import Embedded
 from lib.evaluation.image_sheets import plot_image_queries, plot_text_queries
 from lib.evaluation.report import Outcome, Picture, Rows, decimals, skipped_table, words
-from lib.evaluation.retrieval_answers import (
-    Gallery,
-    Matched,
-    candidates,
-    examples,
-    free_query,
-    image_query,
-    text_query,
-)
+from lib.evaluation.retrieval_answers import Gallery, Matched, candidates, examples, free_query, image_query, text_query
 from lib.evaluation.retrieval_ranks import (
     keep_readable,
     retrieval_ranks,

@@ -192,7 +192,7 @@ def _count_exactly(rows: Side, columns: Side, near: np.ndarray, axis: int) -> np
     wrong = rows.key[places[0]] != columns.key[places[1]]
     row, column = (place[wrong] for place in places)
     side, place = ((rows, row), (columns, column))[axis]
-    if len(row) > DENSE * len(rows.key) * len(columns.key):  # one product of the whole block is less work
+    if len(row) > DENSE * len(rows.key) * len(columns.key):  # one product of the whole block is faster
         similarity = (rows.embeds.double() @ columns.embeds.double().T).float().numpy()[row, column]
     elif len(row):
         similarity = similarity_of_pairs(rows.embeds[row], columns.embeds[column]).numpy()

@@ -1,7 +1,9 @@
-"""The subject of a task: a model, one split of the data, and the flags to run it with."""
+"""The subject of a task: a model, one split of the data, and the embeddings stored for both."""
 
+import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -12,21 +14,21 @@ import torch
 from torch import Tensor
 
 from lib.backends import Precision, auto_workers, choose_precision
-from lib.data.durable import fingerprint
+from lib.data.durable import Damaged, fingerprint, load_checked, save_checked
 from lib.data.evaluation_set import EvaluationSet
 from lib.data.fields import Columns
 from lib.data.pipeline import ImagePipeline
 from lib.data.recognize import Output
 from lib.data.remote.fetch import default_fetcher
 from lib.data.sources import EvaluationData
-from lib.distributed import rank_and_world_size
+from lib.distributed import gather_objects, rank_and_world_size
 from lib.errors import InputError, on_rank_0
 from lib.evaluation.embed import Embedded, embed_images, embed_texts
 from lib.evaluation.origin import trained_on
 from lib.evaluation.report import data_facts
-from lib.evaluation.stored import StoredEmbeddings
 from lib.evaluation.subset import limited
 from lib.evaluation.tasks import CommonFlags
+from lib.files import without_secrets
 from lib.runs.checkpoint import BEST, newest_whole
 from lib.towers import TwoTowers
 from lib.towers.model_files import CONFIG, OPEN_CLIP_CONFIG, check_local, find_model, reading
@@ -68,6 +70,55 @@ class Model:
         towers, precision = self.towers, self.precision.identity()
         texts = self.processing.text_identity()
         return fingerprint(_FORMAT, *precision, towers.description, repr(towers), towers, form, texts)
+
+
+@dataclass(frozen=True)
+class StoredEmbeddings:
+    """A folder of embeddings, one file per name; all ranks call each method together."""
+
+    folder: Path
+
+    def find(self, name: str) -> Embedded | None:
+        """Embeddings stored under the name, on every rank; None unless every rank can read them."""
+        file = self._file(name)
+        found = _read(file)
+        # Ranks on other machines may not see the file, and all must take the same branch: embedding is collective.
+        if not all(gather_objects(found is not None)):
+            return None
+        _print_once(f"{name.partition('-')[0]} embeddings from an earlier evaluation: {file}")
+        return found
+
+    def keep(self, name: str, embedded: Embedded) -> None:
+        """Store embeddings for later evaluations; prints a line if the folder cannot be written."""
+        # An image that the network did not deliver today may be there tomorrow.
+        if rank_and_world_size()[0] > 0 or any(reason == "unreachable" for _, reason in embedded.skipped):
+            return
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            tensors = {"embeds": embedded.embeds.contiguous(), "valid": embedded.valid}
+            save_checked(tensors, self._file(name), {"skipped": without_secrets(json.dumps(embedded.skipped))})
+        except OSError as fault:
+            _print_once(f"embeddings are not stored for later evaluations: {fault}; name another --cache-dir")
+
+    def _file(self, name: str) -> Path:
+        return self.folder / f"{name}.safetensors"
+
+
+def _read(file: Path) -> Embedded | None:
+    if not file.is_file():
+        return None
+    with suppress(Damaged):
+        tensors, metadata = load_checked(file)
+        skipped = [(key, reason) for key, reason in json.loads(metadata["skipped"])]
+        return Embedded(tensors["embeds"], tensors["valid"], skipped)
+    _print_once(f"{file} is damaged: its embeddings are computed again")
+    return None
+
+
+def _print_once(line: str) -> None:
+    """Print on rank 0."""
+    if rank_and_world_size()[0] == 0:
+        print(line, flush=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,41 +198,40 @@ class Subject:
     def embed_images(self) -> Embedded:
         """Embeddings of all images of the split, with a progress bar on rank 0; all ranks call this together."""
         keys, contents = self.data.image_keys, self.data.images.identity(np.arange(len(self.data)))
-        name = f"image-{fingerprint(self.model.identity, keys, contents)}"
-        found = self.stored.find(name)
-        if found is None:
-            with self.model.precision.autocast():
-                found = embed_images(
-                    self.model.towers,
-                    self.data,
-                    self.model.pipeline,
-                    device=self.model.precision.device,
-                    batch_size=self.options.run.batch_size,
-                    workers=self._workers,
-                    progress=True,
-                )
-            self.stored.keep(name, found)
-        return found
+        return self._stored_or(
+            f"image-{fingerprint(self.model.identity, keys, contents)}",
+            lambda: embed_images(
+                self.model.towers,
+                self.data,
+                self.model.pipeline,
+                device=self.model.precision.device,
+                batch_size=self.options.run.batch_size,
+                workers=self._workers,
+                progress=True,
+            ),
+        )
 
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
         """Texts (m) -> (m, D), each distinct one encoded once, with a progress bar; all ranks call this together."""
         distinct = sorted(set(texts))
-        name = f"text-{fingerprint(self.model.identity, distinct)}"
+
+        def embed() -> Embedded:
+            towers, tokenize, run = self.model.towers, self.model.processing.tokenize, self.options.run
+            device = self.model.precision.device
+            embeds = embed_texts(towers, distinct, tokenize, device=device, batch_size=run.batch_size, progress=True)
+            return Embedded(embeds, torch.ones(len(embeds), dtype=torch.bool), [])
+
+        found = self._stored_or(f"text-{fingerprint(self.model.identity, distinct)}", embed)
+        row_of = {text: row for row, text in enumerate(distinct)}
+        return found.embeds[[row_of[text] for text in texts]]
+
+    def _stored_or(self, name: str, embed: Callable[[], Embedded]) -> Embedded:
         found = self.stored.find(name)
         if found is None:
             with self.model.precision.autocast():
-                embeds = embed_texts(
-                    self.model.towers,
-                    distinct,
-                    self.model.processing.tokenize,
-                    device=self.model.precision.device,
-                    batch_size=self.options.run.batch_size,
-                    progress=True,
-                )
-            found = Embedded(embeds, torch.ones(len(embeds), dtype=torch.bool), [])
+                found = embed()
             self.stored.keep(name, found)
-        row_of = {text: row for row, text in enumerate(distinct)}
-        return found.embeds[[row_of[text] for text in texts]]
+        return found
 
 
 def model_folder(model: str) -> str:

@@ -1,6 +1,7 @@
 """The tasks of evaluate.py: the flags of each, and the function that carries it out.
 
-A new task is a class here, its line in `Task`, and a file with its function.
+A new task is a class here, its line in `Task`, and a file with its function. `measure` runs on all ranks together; rank
+0 gets the outcome, the others None. `faults` lists flags whose values cannot work, a clause each.
 """
 
 import math
@@ -48,7 +49,6 @@ class DataFlags(Settings):
     """Run what follows `pipe:` in --data as a command that writes a tar."""
 
     def faults(self) -> list[str]:
-        """Flags whose values cannot work, a clause each."""
         return super().faults() + self.at_least_one("limit")
 
 
@@ -71,7 +71,6 @@ class RunFlags(Settings):
     """Seed of everything that is drawn at random."""
 
     def faults(self) -> list[str]:
-        """Flags whose values cannot work, a clause each."""
         return [*super().faults(), *self.at_least_one("batch_size"), *self._out_of_range()]
 
     def _out_of_range(self) -> Iterator[str]:
@@ -99,7 +98,6 @@ class CommonFlags:
             raise InputError("; ".join(faults))
 
     def faults(self) -> list[str]:
-        """Flags whose values cannot work, a clause each."""
         return self.data.faults() + self.run.faults()
 
 
@@ -111,7 +109,6 @@ class OneModel(CommonFlags):
     """Run, checkpoint or export folder, or the hub id or folder of a CLIP or SigLIP model."""
 
     def faults(self) -> list[str]:
-        """Flags whose values cannot work, a clause each."""
         return super().faults() + ["--model '' is empty: name a folder or a hub id"] * (not self.model)
 
 
@@ -127,13 +124,11 @@ class Retrieval(OneModel):
     """Name of the image that the report compares with candidate captions; default: one drawn by --seed."""
 
     def faults(self) -> list[str]:
-        """Flags whose values cannot work, a clause each."""
         return super().faults() + [
             f"--query {query!r} is empty: write a text or leave it out" for query in self.query if not query.strip()
         ]
 
     def measure(self, device: "torch.device") -> "Outcome | None":
-        """Carry out the task on all ranks together; rank 0 gets the outcome, the others None."""
         from lib.evaluation.retrieval import retrieval
 
         return retrieval(self, device)
@@ -149,7 +144,6 @@ class Zeroshot(OneModel):
     """YAML file with names to use instead of the data's: a list in its order, or a mapping "data's name: name"."""
 
     def measure(self, device: "torch.device") -> "Outcome | None":
-        """Carry out the task on all ranks together; rank 0 gets the outcome, the others None."""
         from lib.evaluation.zeroshot import zeroshot
 
         return zeroshot(self, device)
@@ -165,13 +159,11 @@ class Probe(OneModel):
     """Random draws of these few images; the curves show mean and deviation."""
 
     def faults(self) -> list[str]:
-        """Flags whose values cannot work, a clause each."""
         faults = [f"--shots {shots} must be at least 1" for shots in self.shots if shots < 1]
         faults += [f"--draws {self.draws} must be at least 1"] if self.draws < 1 else []
         return super().faults() + faults
 
     def measure(self, device: "torch.device") -> "Outcome | None":
-        """Carry out the task on all ranks together; rank 0 gets the outcome, the others None."""
         from lib.evaluation.probe import probe
 
         return probe(self, device)
@@ -189,14 +181,12 @@ class Agnostic(OneModel):
     """Standardize the probabilities for the classifiers; without it those of a high temperature hardly differ."""
 
     def faults(self) -> list[str]:
-        """Flags whose values cannot work, a clause each."""
         bad = [t for t in self.temperatures if not 0 < t < math.inf]
         faults = [f"--temperatures {t:g} must be above 0" for t in bad]
         faults += [] if self.temperatures else ["--temperatures needs at least one"]
         return super().faults() + faults
 
     def measure(self, device: "torch.device") -> "Outcome | None":
-        """Carry out the task on all ranks together; rank 0 gets the outcome, the others None."""
         from lib.evaluation.agnostic import agnostic
 
         return agnostic(self, device)
@@ -218,7 +208,6 @@ class Compare(CommonFlags):
     """Bootstrap samples for the intervals."""
 
     def faults(self) -> list[str]:
-        """Flags whose values cannot work, a clause each."""
         faults = super().faults()
         different = {Path(model).resolve() for model in self.models}
         if len(different) < 2 or len(different) < len(self.models):
@@ -230,7 +219,6 @@ class Compare(CommonFlags):
         return faults
 
     def measure(self, device: "torch.device") -> "Outcome | None":
-        """Carry out the task on all ranks together; rank 0 gets the outcome, the others None."""
         from lib.evaluation.compare import compare
 
         return compare(self, device)

@@ -49,23 +49,12 @@ def validate(
     if evaluation_set.classes is None and evaluation_set.captions is None:
         raise InputError(f"{evaluation_set.name} has neither classes nor captions to validate with")
     embed_text = partial(
-        embed_texts,
-        towers,
-        tokenize=processing.tokenize,
-        device=device,
-        batch_size=batch_size,
-        progress=progress,
+        embed_texts, towers, tokenize=processing.tokenize, device=device, batch_size=batch_size, progress=progress
     )
     # Without augmentation, so that figures of different steps compare.
     pipeline = ImagePipeline(processing.image_size, processing.resize, "none")
     embedded = embed_images(
-        towers,
-        evaluation_set,
-        pipeline,
-        device=device,
-        batch_size=batch_size,
-        workers=workers,
-        progress=progress,
+        towers, evaluation_set, pipeline, device=device, batch_size=batch_size, workers=workers, progress=progress
     )
     metrics: dict = {}
     if evaluation_set.classes is not None:

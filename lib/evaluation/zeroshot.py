@@ -8,7 +8,8 @@ import torch
 
 from lib.data.classes.class_names import renamed
 from lib.evaluation.calibration import Reliability, calibrate, calibration_table
-from lib.evaluation.charts import plot_class_f1, plot_confusions, plot_prompts, plot_reliability
+from lib.evaluation.charts import plot_prompts, plot_reliability
+from lib.evaluation.class_charts import plot_class_f1, plot_confusions
 from lib.evaluation.classification import ensemble, prompt_embeddings, zeroshot_metrics, zeroshot_scores
 from lib.evaluation.image_sheets import plot_predictions
 from lib.evaluation.prompt_study import PromptStudy, study_prompts
@@ -41,17 +42,17 @@ def zeroshot(options: Zeroshot, device: torch.device) -> Outcome | None:
     images = embedded.valid.nonzero().flatten().numpy()
     test = Labelled(embedded.embeds[images], np.asarray(labels)[images])
     chooser = None
-    chosen_on = "one half of these images and measured on the other, and vice versa: there is no validation split"
+    chosen_on = "one half of these images and measured on the other, and vice versa: there is no other validation split"
     if validation is not None and validated is not None:
         chooser = readable(validation.data, validated, own_classes)
         chosen_on = f"{validation.data.name}, {len(chooser.labels)} images"
-    parts = folds(test, chooser, options.run.seed)
+    held_out = folds(test, chooser, options.run.seed)
     class_embeds = ensemble(prompt_embeds)
     metrics = zeroshot_metrics(test.rows, test.labels, class_embeds, classes)
-    study = study_prompts(test, prompt_embeds, parts)
+    study = study_prompts(test, prompt_embeds, held_out)
     scale = subject.model.towers.logit_scale.exp().item()
     scores = zeroshot_scores(test.rows, class_embeds)
-    before, after = calibrate(scores, test.labels, class_embeds, parts, scale)
+    before, after = calibrate(scores, test.labels, class_embeds, held_out, scale)
 
     facts = subject.facts(embedded)
     facts |= {"classes": str(len(classes)), "prompt templates": str(len(templates)), "chosen on": chosen_on}
