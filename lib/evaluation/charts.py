@@ -64,7 +64,10 @@ def show_image(axes: Axes, image: Image.Image, colour: str | None = None) -> Non
         spine.set(color=colour or "lightgrey", linewidth=3 if colour else 1)
 
 
-def save(figure: Figure, path: Path, *, legend_columns: int = 0) -> None:
+def save(figure: Figure, path: Path, title: str = "", *, legend_columns: int = 0) -> None:
+    """Write the figure with a title above and, with columns, a legend below all of its charts."""
+    if title:
+        figure.suptitle(title, fontsize=12)
     if legend_columns:
         figure.legend(loc="outside lower center", ncols=legend_columns, frameon=False)
     figure.savefig(path, dpi=DPI)
@@ -154,8 +157,7 @@ def plot_margins(margins: dict[str, np.ndarray], path: Path) -> None:
         axes.set_title(f"{words(direction)}: {above} ({len(values):,} queries)", fontsize=11)
         axes.set_xlabel("similarity of best right minus best wrong answer (dashed: mean)")
     figure.axes[0].set_ylabel("share of queries")
-    figure.suptitle("Margin between the right answer and the best wrong one", fontsize=12)
-    save(figure, path)
+    save(figure, path, "Margin between the right answer and the best wrong one")
 
 
 def _histograms(axes: Axes, values: dict[str, np.ndarray], colours: Sequence[str]) -> None:
@@ -187,8 +189,7 @@ def plot_candidates(image: Image.Image, name: str, answers: Sequence[Answer[str]
     axes.axvline(0, color="black", linewidth=0.8)
     axes.margins(x=0.12)
     axes.set_xlabel("cosine similarity")
-    figure.suptitle("One image and candidate captions (blue: its own; red: others)", fontsize=12)
-    save(figure, path)
+    save(figure, path, "One image and candidate captions (blue: its own; red: others)")
 
 
 # Zero-shot
@@ -352,8 +353,7 @@ def plot_carriers(prompts: Sequence[str], between: Sequence[float], lost: Sequen
         axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.set_xlabel(label)
     which = "" if len(names) == len(prompts) else f", {len(names)} of {len(prompts)}"
-    figure.suptitle(f"Prompts that separate the classes{which}", fontsize=12)
-    save(figure, path)
+    save(figure, path, f"Prompts that separate the classes{which}")
 
 
 # Comparison
@@ -381,8 +381,7 @@ def plot_intervals(figures: Mapping[str, Mapping[str, Interval]], path: Path) ->
         axes.grid(axis="x", alpha=0.3)
     for axes in grid.flat[len(figures) :]:
         axes.axis("off")
-    figure.suptitle("95% intervals", fontsize=12)
-    save(figure, path)
+    save(figure, path, "95% intervals")
 
 
 def plot_training(trainings: Mapping[str, Training], path: Path) -> None:

@@ -67,8 +67,7 @@ def plot_class_f1(per_class: Mapping[str, dict], path: Path) -> None:
         axes.set_xlim(0, 1.14)
         axes.set_xticks([0, 0.5, 1])
     which = "each class" if len(shown) == len(ranked) else f"the {len(shown)} lowest of {len(ranked)} classes"
-    figure.suptitle(f"F1 of {which} (number of images)", fontsize=12)
-    save(figure, path)
+    save(figure, path, f"F1 of {which} (number of images)")
 
 
 def plot_f1_differences(per_class: Mapping[str, dict[str, dict]], path: Path) -> None:

@@ -24,7 +24,7 @@ from lib.evaluation.compare_statistics import (
 from lib.evaluation.image_sheets import plot_differing, plot_text_queries
 from lib.evaluation.origin import Training, trained_on, training_of
 from lib.evaluation.report import OpenImage, Outcome, Picture, Rows, data_facts, decimals, skipped_table, words
-from lib.evaluation.retrieval_answers import SHOWN, Gallery, Matched, text_query
+from lib.evaluation.retrieval_answers import SHOWN, Gallery, Matched, match, text_query
 from lib.evaluation.retrieval_ranks import keep_readable, retrieval_ranks
 from lib.evaluation.subject import Model, Subject, check_there
 from lib.evaluation.subset import spread
@@ -179,16 +179,9 @@ def _compare_retrieval(
     if not subject.measures:
         return None
     valid = torch.stack([embedded.valid for embedded, _ in answers]).all(dim=0)
-    images, captions, caption_image = keep_readable(valid, image_of_text)
-    kept, rows = [texts[row] for row in captions], images.numpy()
+    _, captions, caption_image = keep_readable(valid, image_of_text)
     models = {
-        name: Matched(
-            embedded.embeds[images],
-            text_embeds[captions],
-            kept,
-            caption_image,
-            lambda row: data.open_image(int(rows[row])),
-        )
+        name: match(data, embedded.embeds, valid, text_embeds[captions])[0]
         for name, (embedded, text_embeds) in zip(names, answers, strict=True)
     }
     ranks = [retrieval_ranks(each.image_embeds, each.text_embeds, caption_image) for each in models.values()]

@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lib.evaluation.charts import DPI, RIGHT, WRONG, shorten, show_image, wrapped
+from lib.evaluation.charts import RIGHT, WRONG, save, shorten, show_image, wrapped
 from lib.evaluation.report import OpenImage
 from lib.evaluation.retrieval_answers import SHOWN, Answer, ImageQuery, TextQuery
 
@@ -41,8 +41,7 @@ def plot_text_queries(queries: Sequence[TextQuery], open_image: OpenImage, title
             row[1].set_title(f"its own\n{query.own.score:.3f}", fontsize=9, color=RIGHT)
         for place, (axes, answer) in enumerate(zip(row[1 + missed :], query.found, strict=False), 1):
             _show_answer(axes, answer, place, open_image)
-    figure.suptitle(title, fontsize=12)
-    figure.savefig(path, dpi=DPI)
+    save(figure, path, title)
 
 
 def _found(query: TextQuery | ImageQuery) -> bool:
@@ -66,8 +65,7 @@ def plot_image_queries(queries: Sequence[ImageQuery], open_image: OpenImage, tit
         show_image(picture, open_image(query.image))
         text.axis("off")
         _write_lines(text, lines, 0.98, LINE / height, 9.5)
-    figure.suptitle(title, fontsize=12)
-    figure.savefig(path, dpi=DPI)
+    save(figure, path, title)
 
 
 def _captions(query: ImageQuery) -> Lines:
@@ -116,7 +114,7 @@ def plot_predictions(
         for axes, row in zip(panel.axes, rows, strict=False):
             show_image(axes, open_image(row), RIGHT if colour == RIGHT else None)
             axes.set_title(titles[row], fontsize=8.5)
-    figure.savefig(path, dpi=DPI)
+    save(figure, path)
 
 
 def plot_differing(
@@ -144,8 +142,7 @@ def plot_differing(
         line, column = divmod(place, DIFFERING_IN_ROW)
         show_image(grid[2 * line, column], open_image(row))
         _write_lines(grid[2 * line + 1, column], lines, 1.0, LINE / heights[line], 8.5)
-    figure.suptitle("Images on which the models differ", fontsize=12)
-    figure.savefig(path, dpi=DPI)
+    save(figure, path, "Images on which the models differ")
 
 
 def _predictions(row: int, labels: np.ndarray, predicted: dict[str, np.ndarray], classes: Sequence[str]) -> Lines:

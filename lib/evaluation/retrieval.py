@@ -6,16 +6,23 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from lib.data.evaluation_set import EvaluationSet
 from lib.errors import InputError
 from lib.evaluation.charts import plot_candidates, plot_margins, plot_recall, plot_similarities
-from lib.evaluation.embed import Embedded
 from lib.evaluation.image_sheets import plot_image_queries, plot_text_queries
 from lib.evaluation.report import Outcome, Picture, Rows, decimals, skipped_table, words
-from lib.evaluation.retrieval_answers import Gallery, Matched, candidates, examples, free_query, image_query, text_query
+from lib.evaluation.retrieval_answers import (
+    Gallery,
+    Matched,
+    candidates,
+    examples,
+    free_query,
+    image_query,
+    match,
+    text_query,
+)
 from lib.evaluation.retrieval_ranks import (
     keep_readable,
     retrieval_ranks,
@@ -46,7 +53,7 @@ def retrieval(options: Retrieval, device: torch.device) -> Outcome | None:
     query_embeds = subject.embed_texts(options.query) if options.query else text_embeds[:0]
     if not subject.measures:
         return None
-    matched, images = _matched(data, embedded, text_embeds, options.pairs)
+    matched, images = match(data, embedded.embeds, embedded.valid, text_embeds, pairs=options.pairs)
     ranks = retrieval_ranks(matched.image_embeds, matched.text_embeds, matched.caption_image)
     metrics = summarize_both(*ranks)
     similarities = matched_similarities(matched), unmatched_similarities(matched, seed)
@@ -64,21 +71,6 @@ def retrieval(options: Retrieval, device: torch.device) -> Outcome | None:
         "Similarities and margins": _scores_table(similarities, by_direction),
     }
     return Outcome(metrics, facts, tables | skipped_table(data, embedded), pictures)
-
-
-def _matched(data: EvaluationSet, embedded: Embedded, text_embeds: Tensor, pairs: bool) -> tuple[Matched, np.ndarray]:
-    """Images and captions to rank, without unread images, and the row in `data` of each of these images."""
-    texts, image_of_text = data.captioning
-    images, kept, caption_image = keep_readable(embedded.valid, image_of_text)
-    if pairs:
-        images, caption_image = images[caption_image], torch.arange(len(kept))
-    rows = images.numpy()
-    captions = [texts[row] for row in kept]
-
-    def open_image(row: int) -> Image.Image:
-        return data.open_image(int(rows[row]))
-
-    return Matched(embedded.embeds[images], text_embeds, captions, caption_image, open_image), rows
 
 
 def _chosen_image(options: Retrieval, data: EvaluationSet, images: np.ndarray, caption_image: Tensor) -> int:

@@ -10,7 +10,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from lib.data.evaluation_set import EvaluationSet
 from lib.evaluation.report import OpenImage
+from lib.evaluation.retrieval_ranks import keep_readable
 from lib.evaluation.subset import spread
 
 SHOWN = 5  # answers of a query
@@ -33,6 +35,23 @@ class Matched(NamedTuple):
     """(m,) int64, the image of each caption"""
     open_image: OpenImage
     """opens a row of image_embeds"""
+
+
+def match(
+    data: EvaluationSet, embeds: Tensor, valid: Tensor, text_embeds: Tensor, *, pairs: bool = False
+) -> tuple[Matched, np.ndarray]:
+    """Valid images with their captions, and the row in `data` of each of these images.
+
+    embeds: (n, D) and valid: (n,) of all images; text_embeds: of the captions of valid images. pairs: an image for
+    each of its captions, in place of one image with several.
+    """
+    texts, image_of_text = data.captioning
+    images, kept, caption_image = keep_readable(valid, image_of_text)
+    if pairs:
+        images, caption_image = images[caption_image], torch.arange(len(kept))
+    rows, captions = images.numpy(), [texts[row] for row in kept]
+    matched = Matched(embeds[images], text_embeds, captions, caption_image, lambda row: data.open_image(int(rows[row])))
+    return matched, rows
 
 
 class Answer(NamedTuple, Generic[Content]):

@@ -182,6 +182,7 @@ def _count(
     near = np.flatnonzero(np.logical_xor(sure, perhaps, out=perhaps))
     if axis == 1:
         return np.add.reduce(sure.view(np.uint8), axis=0, dtype=np.uint8), near
+    # Eight marks are bytes of one uint64, so that one addition counts all of them; 255 additions fit into a byte.
     eights = np.add.reduce(marks[0, : len(slab)].view(np.uint64), axis=1, dtype=np.uint64)
     return np.add.reduce(eights.view(np.uint8).reshape(-1, 8), axis=1, dtype=np.int64), near
 
