@@ -434,7 +434,7 @@ def test_one_image_and_long_captions_are_drawn_too(tmp_path, monkeypatch, count)
     name = "a/very/long/name/of/a/picture/" * 3
     similarities = matched_similarities(matched), unmatched_similarities(matched, 0)
     drawn = [
-        *retrieval.charts(retrieval.summarize_both(*ranks), similarities, margins(matched)),
+        *retrieval.report_charts(retrieval.summarize_both(*ranks), similarities, margins(matched)),
         retrieval.candidates_chart(matched, 0, name, (), unit(0, 5), 0),
         *retrieval.sheets(matched, *ranks, (), unit(0, 5)),
     ]

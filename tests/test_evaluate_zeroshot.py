@@ -307,7 +307,7 @@ def test_zeroshot_pictures_for_few_and_many_classes(monkeypatch, tmp_path, count
     study = study_prompts(test, prompts, parts)
     reliabilities = calibrate(scores.numpy(), labels, torch.eye(count), parts, 5.0)
     templates = [f"a template number {i} of $some length {{}}" for i in range(13)]
-    pictures = zeroshot.charts(metrics, study, reliabilities, classes, templates)
+    pictures = zeroshot.report_charts(metrics, study, reliabilities, classes, templates)
     pictures.append(zeroshot.example_sheet(labels, predicted, classes, SmallImages(2 * count, {}).open))
     names = ["confusion.png", "class_f1.png", "prompts.png", "calibration.png", "examples.png"]
     assert [picture.file for picture in pictures] == names

@@ -19,7 +19,7 @@ from lib.evaluation.class_charts import plot_heat_map
 from lib.evaluation.classification import two_figures
 from lib.evaluation.probe_classifiers import LINEAR_SVM, MLP, Chosen, accuracy, choose
 from lib.evaluation.report import Outcome, Picture, Rows, decimals, skipped_table
-from lib.evaluation.splits import Labelled, Splits, embed_splits
+from lib.evaluation.splits import Split, Splits, embed_splits
 from lib.evaluation.subject import Subject
 from lib.evaluation.tasks import Agnostic
 
@@ -138,7 +138,7 @@ def _accuracies(options: Agnostic, inputs: Splits) -> dict[str, float | bool]:
     return {**by_svm, **{f"mlp_{key}": value for key, value in by_mlp.items()}, "converged": svm.converged}
 
 
-def rank_carriers(prompts: list[str], test: Labelled[np.ndarray], svm: Chosen, seed: int) -> list[Carrier]:
+def rank_carriers(prompts: list[str], test: Split, svm: Chosen, seed: int) -> list[Carrier]:
     """The prompts, the one that separates the classes best first.
 
     test: similarities (n, K) and labels of the test images; svm: trained on such similarities.
@@ -155,7 +155,7 @@ def rank_carriers(prompts: list[str], test: Labelled[np.ndarray], svm: Chosen, s
     return sorted(carriers, key=lambda carrier: -carrier.between)
 
 
-def variance_between(data: Labelled[np.ndarray]) -> np.ndarray:
+def variance_between(data: Split) -> np.ndarray:
     """Eta squared of each column: (n, K) -> (K,), the variance of the class means over the whole variance."""
     rows = data.rows.astype(np.float64)
     classes, place = np.unique(data.labels, return_inverse=True)
@@ -165,7 +165,7 @@ def variance_between(data: Labelled[np.ndarray]) -> np.ndarray:
     return np.divide(explained, whole, out=np.zeros_like(whole), where=whole > 0)
 
 
-def class_means(data: Labelled[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+def class_means(data: Split) -> tuple[np.ndarray, np.ndarray]:
     """Numbers of the classes that occur (c,), and the mean of their rows (c, K)."""
     classes = np.unique(data.labels)
     return classes, np.stack([data.rows[data.labels == label].mean(axis=0) for label in classes])

@@ -16,9 +16,7 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import LinearSVC
 
-from lib.evaluation.splits import Labelled
-
-Rows = Labelled[np.ndarray]
+from lib.evaluation.splits import Labelled, Split
 
 HIDDEN, MLP_BATCH, MLP_STEPS = 256, 200, 1000
 
@@ -80,13 +78,10 @@ class Chosen(NamedTuple):
     """false if the solver stopped early; an MLP stops after its epochs by design, so it is always true"""
 
 
-def choose(
-    family: Family, train: Rows, validation: Rows, seed: int, *, settings: Sequence[float] | None = None,
-    standardize: bool = True,
-) -> Chosen:  # fmt: skip
+def choose(family: Family, train: Split, validation: Split, seed: int, *, standardize: bool = True) -> Chosen:
     """Fit every setting on the training rows, keep the most accurate on validation, and fit that one on both."""
     scores = []
-    for setting in settings or family.settings:
+    for setting in family.settings:
         model, _ = fit(family, setting, train, seed, standardize=standardize)
         scores.append((accuracy(model, validation), setting))
     best, setting = max(scores, key=lambda score: score[0])  # the first of equals
@@ -97,7 +92,7 @@ def choose(
 
 
 def fit(
-    family: Family, setting: float, train: Rows, seed: int, *, standardize: bool = True
+    family: Family, setting: float, train: Split, seed: int, *, standardize: bool = True
 ) -> tuple[Pipeline | ClassifierMixin, bool]:
     """One classifier on the training rows, standardized by their own mean and deviation; and if it converged."""
     classifier = family.build(setting, len(train.labels), seed)
@@ -109,7 +104,7 @@ def fit(
     return model, family is MLP or not stopped
 
 
-def accuracy(model: ClassifierMixin | Pipeline, data: Rows) -> float:
+def accuracy(model: ClassifierMixin | Pipeline, data: Split) -> float:
     """Share of the rows whose predicted class is the true one."""
     return float(accuracy_score(data.labels, model.predict(data.rows)))
 
@@ -135,7 +130,14 @@ class FewShot(NamedTuple):
         return float(np.std(self.accuracies, ddof=1)) if len(self.accuracies) > 1 else 0.0
 
 
-def few_shot(family: Family, train: Rows, validation: Rows, test: Rows, shots: int, seeds: Sequence[int]) -> FewShot:
+def few_shot(
+    family: Family,
+    train: Split,
+    validation: Split,
+    test: Split,
+    shots: int,
+    seeds: Sequence[int],
+) -> FewShot:
     """Accuracy after training on `shots` images of each class, drawn anew for every seed.
 
     The draws depend only on the seed and the labels: every classifier sees the same images, and more shots include

@@ -60,7 +60,7 @@ def retrieval(options: Retrieval, device: torch.device) -> Outcome | None:
     by_direction = margins(matched)
     image = _chosen_image(options, data, images, matched.caption_image)
     pictures = [
-        *charts(metrics, similarities, by_direction),
+        *report_charts(metrics, similarities, by_direction),
         candidates_chart(matched, image, data.image_keys[images[image]], options.query, query_embeds, seed),
         *sheets(matched, *ranks, options.query, query_embeds),
     ]
@@ -134,7 +134,7 @@ def _margins(queries: Tensor, candidates: Tensor, query_key: Tensor, candidate_k
 # The report
 
 
-def charts(
+def report_charts(
     metrics: dict, similarities: tuple[np.ndarray, np.ndarray], by_direction: dict[str, np.ndarray]
 ) -> list[Picture]:
     """Recalls, similarities of matched and of unmatched pairs, margins by direction."""

@@ -15,21 +15,25 @@ from lib.evaluation.subject import Subject
 
 VALIDATION_SHARE, TEST_SHARE = 0.2, 0.25
 
-Rows = TypeVar("Rows", np.ndarray, Tensor)
+Array = TypeVar("Array", np.ndarray, Tensor)
 
 
 @dataclass(frozen=True)
-class Labelled(Generic[Rows]):
+class Labelled(Generic[Array]):
     """Embedded images with their classes."""
 
-    rows: Rows
+    rows: Array
     """(n, F) float32: embeddings, or features computed from them"""
     labels: np.ndarray
     """(n,) int64"""
 
-    def take(self, places: np.ndarray) -> "Labelled[Rows]":
+    def take(self, places: np.ndarray) -> "Labelled[Array]":
         """Some of the images, by number."""
         return Labelled(self.rows[places], self.labels[places])
+
+
+Split = Labelled[np.ndarray]
+"""In scikit-learn's form"""
 
 
 class Fold(NamedTuple):
@@ -57,9 +61,9 @@ def folds(test: Labelled[Tensor], validation: Labelled[Tensor] | None, seed: int
 class Splits:
     """Embedded images with labels, and how they were divided."""
 
-    train: Labelled[np.ndarray]
-    validation: Labelled[np.ndarray]
-    test: Labelled[np.ndarray]
+    train: Split
+    validation: Split
+    test: Split
     classes: tuple[str, ...]
     embedded: Embedded
     """all images of the subject's split, which was kept to test on or was divided"""
@@ -144,8 +148,8 @@ def _all_classes(lists: Sequence[Sequence[str]]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for names in lists for name in names))
 
 
-def _as_arrays(subject: Subject, embedded: Embedded, classes: tuple[str, ...]) -> Labelled[np.ndarray]:
-    """The subject's readable images, in scikit-learn's form."""
+def _as_arrays(subject: Subject, embedded: Embedded, classes: tuple[str, ...]) -> Split:
+    """The subject's readable images."""
     found = readable(subject.data, embedded, classes)
     return Labelled(found.rows.numpy(), found.labels)
 

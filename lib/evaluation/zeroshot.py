@@ -60,7 +60,7 @@ def zeroshot(options: Zeroshot, device: torch.device) -> Outcome | None:
     tables |= {"Calibration": calibration_table(before, after)} | skipped_table(data, embedded)
     metrics |= {"prompts": study.metrics(classes, templates)}
     metrics |= {"calibration": {"before": before.metrics(), "after": after.metrics()}}
-    drawn = charts(metrics, study, (before, after), classes, templates)
+    drawn = report_charts(metrics, study, (before, after), classes, templates)
     examples = example_sheet(test.labels, scores.argmax(axis=1), classes, lambda row: data.open_image(int(images[row])))
     return Outcome(metrics, facts, tables, [*drawn, examples])
 
@@ -88,7 +88,7 @@ def confusions(confusion: Sequence[Sequence[int]], classes: Sequence[str]) -> Ro
     return rows
 
 
-def charts(
+def report_charts(
     metrics: dict,
     study: PromptStudy,
     reliabilities: tuple[Reliability, Reliability],
