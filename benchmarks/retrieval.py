@@ -1,10 +1,10 @@
-"""Time and memory of ranking strict pairs, beside the matrix products alone that it cannot do without.
+"""Time and memory of exact ranks of strict pairs, compared with the bare matrix products.
 
 python benchmarks/retrieval.py [--pairs 135930 --dimensions 512] writes benchmarks/results/retrieval.json. Two ways
 take turns, each in a process of its own on all cores:
 
-products: every image with every text, float32, block by block, and nothing done with them.
-ranks: what evaluate.py does, the exact ranks of both directions, ties counted against the model.
+products: every image with every text, float32, block by block, without using the results.
+ranks: as in evaluate.py, the exact ranks of both directions, ties counted against the model.
 """
 
 import json
@@ -35,14 +35,14 @@ WAYS = ("products", "ranks")
 
 @dataclass(frozen=True)
 class Settings:
-    """How much to rank and how often."""
+    """Size of the ranking, and number of turns."""
 
     pairs: int = 135_930
     """Images, and as many texts."""
     dimensions: int = 512
     """Of the embeddings."""
     signal: float = 0.1
-    """How much of its image is in a text, against one part of noise; 0: nothing can be found."""
+    """Weight of its image in a text's embedding, against a weight of 1 for noise; 0: nothing can be found."""
     repeats: int = 3
     """Turns of each way; the medians count."""
     output: Path = ROOT / "benchmarks" / "results" / "retrieval.json"
@@ -59,7 +59,7 @@ def main(settings: Settings) -> None:
     for _ in range(settings.repeats):
         for way, found in turns.items():
             found.append(in_a_process(settings, way))
-            print(told(way, found[-1]), flush=True)
+            print(described(way, found[-1]), flush=True)
     seconds = {way: statistics.median(turn["seconds"] for turn in found) for way, found in turns.items()}
     ratio = round(seconds["ranks"] / seconds["products"], 3)
     peak = max(turn["peak_bytes"] for turn in turns["ranks"])
@@ -71,7 +71,7 @@ def main(settings: Settings) -> None:
     settings.output.write_text(json.dumps(content, indent=1) + "\n")
 
 
-def told(way: str, turn: dict) -> str:
+def described(way: str, turn: dict) -> str:
     seconds, cpu_seconds = turn["seconds"], turn["cpu_seconds"]
     return f"{way:8}  {seconds:8.1f} s, {cpu_seconds:8.1f} s of CPU, {turn['peak_bytes'] / 2**30:5.2f} GiB"
 

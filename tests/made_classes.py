@@ -1,4 +1,4 @@
-"""Class folders of coloured squares and an untrained model, for tests of what is learnt from embeddings."""
+"""Class folders of coloured squares and an untrained model, for tests of classifiers on embeddings."""
 
 from pathlib import Path
 

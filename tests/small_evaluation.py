@@ -1,4 +1,4 @@
-"""Towers, images and evaluation sets small enough to see through, for tests of what is measured."""
+"""Small towers, images and evaluation sets, for tests of evaluation."""
 
 from typing import NamedTuple
 
