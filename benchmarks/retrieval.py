@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from lib.backends import usable_cores  # noqa: E402
-from lib.evaluation.retrieval.metrics import retrieval_ranks, summarize_ranks  # noqa: E402
+from lib.evaluation.retrieval_ranks import retrieval_ranks, summarize_ranks  # noqa: E402
 
 ROWS, COLUMNS = 2048, 8192  # block of the bare products: larger blocks are not faster
 WAYS = ("products", "ranks")

@@ -18,8 +18,7 @@ from lib.config import TrainConfig
 from lib.data import Chunk, StepChunks
 from lib.distributed import gather_objects, rank_and_world_size, sum_counts, sum_over_ranks
 from lib.errors import InputError, RunError, StoppedEarly, machine_errors_reported
-from lib.evaluation.best import BestMetric
-from lib.evaluation.validation import validate
+from lib.evaluation.validation import BestMetric, validate
 from lib.finish import finish, is_finished
 from lib.gradcache.step import StepResult, cached_step
 from lib.losses import Loss, Pairs

@@ -18,6 +18,8 @@ import torch
 import evaluate
 import lib.data.pack.__main__ as pack
 import lib.evaluation.measure
+import lib.evaluation.retrieval
+import lib.evaluation.zeroshot
 import lib.export.__main__ as export
 import lib.train  # noqa: F401 - imported once, for all children
 import train_clip

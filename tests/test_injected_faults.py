@@ -173,7 +173,7 @@ def test_a_full_disk_in_evaluate_and_export_is_told_in_one_line(server, unbroken
             if name.startswith(("out", ".out")):
                 assert full.code in (1, 2) and told_once(full, "No space left", name)
             else:
-                assert "embeddings are not kept for a next time" in full.printed
+                assert "embeddings are not stored for later evaluations" in full.printed
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a small disk")

@@ -1,4 +1,4 @@
-"""What was found for a query, and which queries are shown."""
+"""Answers to retrieval queries, for the sheets of a report: the images of a caption, the captions of an image."""
 
 from collections.abc import Sequence
 from functools import lru_cache
@@ -10,15 +10,48 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lib.evaluation.drawing import OpenImage, spread
-from lib.evaluation.retrieval.scores import Matched
+from lib.data.evaluation_set import EvaluationSet
+from lib.evaluation.report import OpenImage
+from lib.evaluation.retrieval_ranks import keep_readable
+from lib.evaluation.subset import spread
 
 SHOWN = 5  # answers of a query
-LOOKED_AT = 60  # candidates among which copies of an image are passed over
-
+LOOKED_AT = 60  # candidates among which copies of an image are skipped
 
 Content = TypeVar("Content", int, str)
-"""What answers: an image, by its row, or a caption."""
+"""An image, by its row, or a caption."""
+
+
+class Matched(NamedTuple):
+    """Embedded images and captions, and the image of each caption."""
+
+    image_embeds: Tensor
+    """(n, D)"""
+    text_embeds: Tensor
+    """(m, D)"""
+    captions: list[str]
+    """m captions"""
+    caption_image: Tensor
+    """(m,) int64, the image of each caption"""
+    open_image: OpenImage
+    """opens a row of image_embeds"""
+
+
+def match(
+    data: EvaluationSet, embeds: Tensor, valid: Tensor, text_embeds: Tensor, *, pairs: bool = False
+) -> tuple[Matched, np.ndarray]:
+    """Valid images with their captions, and the row in `data` of each of these images.
+
+    embeds: (n, D) and valid: (n,) of all images; text_embeds: of the captions of valid images. pairs: an image for
+    each of its captions, in place of one image with several.
+    """
+    texts, image_of_text = data.captioning
+    images, kept, caption_image = keep_readable(valid, image_of_text)
+    if pairs:
+        images, caption_image = images[caption_image], torch.arange(len(kept))
+    rows, captions = images.numpy(), [texts[row] for row in kept]
+    matched = Matched(embeds[images], text_embeds, captions, caption_image, lambda row: data.open_image(int(rows[row])))
+    return matched, rows
 
 
 class Answer(NamedTuple, Generic[Content]):
@@ -51,18 +84,18 @@ class ImageQuery(NamedTuple):
 
 
 class Gallery:
-    """Pictures by row, and which of them are the same, pixel by pixel."""
+    """Images by row; equal ones are recognized by their pixels."""
 
     def __init__(self, open_image: OpenImage):
         self.open = open_image
         self._digest = lru_cache(maxsize=None)(lambda row: _digest(open_image(row)))
 
     def same(self, first: int, second: int) -> bool:
-        """Whether two rows hold the same picture."""
+        """True if two rows hold the same image."""
         return first == second or self._digest(first) == self._digest(second)
 
     def distinct(self, rows: Sequence[int], count: int) -> list[int]:
-        """The first `count` rows that show different pictures."""
+        """The first `count` rows that show different images."""
         kept: list[int] = []
         for row in rows:
             if len(kept) == count:
@@ -77,7 +110,7 @@ def _digest(image: Image.Image) -> bytes:
 
 
 def examples(ranks: Tensor, succeed: bool, count: int) -> list[int]:
-    """Places of queries whose right answer is first, or is not: evenly spaced from the best rank to the worst."""
+    """Queries whose right answer is first, or is not: evenly spaced from the best rank to the worst."""
     chosen = (ranks == 1 if succeed else ranks > 1).nonzero().flatten()
     return spread(chosen[ranks[chosen].argsort(stable=True)].tolist(), count)
 
@@ -91,7 +124,7 @@ def text_query(matched: Matched, gallery: Gallery, caption: int, rank: int) -> T
 
 
 def free_query(matched: Matched, gallery: Gallery, text: str, embed: Tensor) -> TextQuery:
-    """The images found for a text that belongs to none."""
+    """The images found for a text of the user's, which no image has as its caption."""
     return TextQuery(text, None, None, _found_images(matched, gallery, embed, None))
 
 
@@ -110,7 +143,7 @@ def image_query(matched: Matched, image: int, rank: int) -> ImageQuery:
 
 
 def candidates(matched: Matched, image: int, free: Sequence[str], free_embeds: Tensor, seed: int) -> list[Answer[str]]:
-    """Captions to hold against one image: its own, the most similar wrong ones, some drawn at random, free texts.
+    """Captions to compare with one image: its own, the most similar wrong ones, random ones, and free texts.
 
     At most five of each kind and all free texts; the most similar first.
     """

@@ -1,4 +1,4 @@
-"""Calibration: whether a model that is 80% sure is right 80% of the time, before and after a fitted temperature."""
+"""Calibration: accuracy against confidence, before and after a fitted temperature."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,21 +8,22 @@ from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax
 from torch import Tensor
 
-from lib.evaluation.zeroshot.held_out import Fold
-from lib.evaluation.zeroshot.metrics import zeroshot_scores
+from lib.evaluation.classification import zeroshot_scores
+from lib.evaluation.report import Rows, decimals
+from lib.evaluation.splits import Fold
 
 BINS = 15  # as in Guo et al. 2017
-SCALES = (1e-2, 1e4)  # a cosine lies in [-1, 1]: beyond these bounds nothing is uncertain, or everything
+SCALES = (1e-2, 1e4)  # cosines lie in [-1, 1]: beyond these scales all classes are equally likely, or one is certain
 
 
 @dataclass(frozen=True)
 class Reliability:
-    """Confidence against accuracy, in bins of equal width of the confidence."""
+    """Accuracy against confidence, in bins of equal width of the confidence."""
 
     temperatures: list[float]
-    """1 / the scale of the similarities, one a fold"""
+    """1 / the scale of the similarities, one per fold"""
     ece: float
-    """expected calibration error: |accuracy - confidence| of the bins, weighted by their images"""
+    """expected calibration error: |accuracy - confidence| of the bins, weighted by their number of images"""
     nll: float
     """mean of -log p(true class)"""
     counts: np.ndarray
@@ -33,7 +34,7 @@ class Reliability:
     """(BINS,) mean, zero where a bin is empty"""
 
     def metrics(self) -> dict:
-        """As metrics.json has it."""
+        """Its entry in metrics.json."""
         return {"temperatures": self.temperatures, "ece": self.ece, "nll": self.nll}
 
 
@@ -46,7 +47,7 @@ def calibrate(
     """
     after = np.empty(len(labels))
     for fold in folds:
-        chooser = zeroshot_scores(fold.chooser.embeds, class_embeds)
+        chooser = zeroshot_scores(fold.chooser.rows, class_embeds)
         after[fold.rows] = fit_scale(chooser, fold.chooser.labels) if len(chooser) else scale
     fitted = [after[fold.rows[0]].item() for fold in folds if len(fold.rows)]
     return (
@@ -58,7 +59,7 @@ def calibrate(
 def fit_scale(scores: np.ndarray, labels: np.ndarray) -> float:
     """The scale whose softmax gives the labels the greatest likelihood (Guo et al. 2017, arXiv:1706.04599, 4.2).
 
-    scores: (n, K) cosines; labels: (n,). The likelihood is concave in the scale, so there is one such.
+    scores: (n, K) cosines; labels: (n,). The log-likelihood is concave in the scale, so there is one maximum.
     """
 
     def nll(log_scale: float) -> float:
@@ -94,3 +95,12 @@ def reliability(scores: np.ndarray, labels: np.ndarray, scale: np.ndarray, scale
 def _log_likelihood(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """log p of the labels: (n, K), (n,) -> (n,)."""
     return np.take_along_axis(log_softmax(logits, axis=1), labels[:, None], axis=1)[:, 0]
+
+
+def calibration_table(before: Reliability, after: Reliability) -> Rows:
+    """Temperature, calibration error and likelihood before and after fitting."""
+    rows = [["temperature", "value", "ECE", "negative log-likelihood"]]
+    for name, each in (("the model's own", before), ("fitted", after)):
+        temperatures = " / ".join(f"{temperature:.4g}" for temperature in each.temperatures)
+        rows.append([name, temperatures, decimals(each.ece), decimals(each.nll)])
+    return rows

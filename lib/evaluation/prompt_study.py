@@ -5,16 +5,17 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from sklearn.metrics import accuracy_score, f1_score
+from sklearn.metrics import f1_score
 from torch import Tensor
 
-from lib.evaluation.zeroshot.held_out import Fold, Labelled
-from lib.evaluation.zeroshot.metrics import ensemble, zeroshot_scores
+from lib.evaluation.classification import ensemble, two_figures, zeroshot_scores
+from lib.evaluation.report import Rows, decimals
+from lib.evaluation.splits import Fold, Labelled
 
 
 @dataclass(frozen=True)
 class PromptStudy:
-    """Figures on the test images, {"accuracy", "macro_f1"} each, and what was chosen in each fold."""
+    """Figures on the test images, {"accuracy", "macro_f1"} each, and the templates chosen in each fold."""
 
     ensemble: dict[str, float]
     """all templates together"""
@@ -30,7 +31,7 @@ class PromptStudy:
     """(K,) the best template of each class in each fold"""
 
     def metrics(self, classes: Sequence[str], templates: Sequence[str]) -> dict:
-        """As metrics.json has it; what was chosen is a list, with one template a fold."""
+        """Its entry in metrics.json; "chosen" lists one template per fold."""
         per_class = {
             name: [templates[fold[number]] for fold in self.chosen_per_class] for number, name in enumerate(classes)
         }
@@ -41,44 +42,62 @@ class PromptStudy:
             "best_template_per_class": self.best_per_class | {"chosen": per_class},
         }
 
+    def tables(self, classes: Sequence[str], templates: Sequence[str]) -> dict[str, Rows]:
+        """Figures of each template and of the chosen ones, and the templates chosen for each class."""
+        chosen = " / ".join(dict.fromkeys(templates[number] for number in self.chosen))
+        figures = {
+            "all templates together": self.ensemble,
+            f"best template, chosen on other images: {chosen}": self.best,
+            "best template per class, chosen on other images": self.best_per_class,
+        } | dict(zip(templates, self.alone, strict=True))
+        rows = [[name, decimals(each["accuracy"]), decimals(each["macro_f1"])] for name, each in figures.items()]
+        per_class = [
+            [name, " / ".join(dict.fromkeys(templates[fold[number]] for fold in self.chosen_per_class))]
+            for number, name in enumerate(classes)
+        ]
+        return {
+            "Prompts": [["template", "accuracy", "macro F1"], *rows],
+            "Best template of each class": [["class", "template"], *per_class],
+        }
 
-def study_prompts(test: Labelled, prompt_embeds: Tensor, folds: Sequence[Fold]) -> PromptStudy:
-    """Judge templates on the test images, what has to be chosen first on each fold's chooser.
+
+def study_prompts(test: Labelled[Tensor], prompt_embeds: Tensor, folds: Sequence[Fold]) -> PromptStudy:
+    """Figures of templates on the test images; each fold's chooser selects the best ones.
 
     prompt_embeds: (K, T, D), unit norm, as `prompt_embeddings` returns it.
     """
-    alone = predictions_alone(test.embeds, prompt_embeds)
+    alone = predictions_alone(test.rows, prompt_embeds)
     best, best_per_class = np.empty_like(test.labels), np.empty_like(test.labels)
     chosen, chosen_per_class = [], []
     for fold in folds:
         template, per_class = choose_templates(fold.chooser, prompt_embeds)
         best[fold.rows] = alone[template][fold.rows]
-        # Each class is its own best template's direction.
+        # (K, D): each class is represented by its own best template.
         class_embeds = prompt_embeds[torch.arange(len(prompt_embeds)), torch.from_numpy(per_class)]
-        best_per_class[fold.rows] = zeroshot_scores(test.part(fold.rows).embeds, class_embeds).argmax(axis=1)
+        best_per_class[fold.rows] = zeroshot_scores(test.take(fold.rows).rows, class_embeds).argmax(axis=1)
         chosen.append(template)
         chosen_per_class.append(per_class)
-    together = zeroshot_scores(test.embeds, ensemble(prompt_embeds)).argmax(axis=1)
+    together = zeroshot_scores(test.rows, ensemble(prompt_embeds)).argmax(axis=1)
     return PromptStudy(
-        _figures(test.labels, together),
-        [_figures(test.labels, predicted) for predicted in alone],
-        _figures(test.labels, best),
-        _figures(test.labels, best_per_class),
+        two_figures(test.labels, together),
+        [two_figures(test.labels, predicted) for predicted in alone],
+        two_figures(test.labels, best),
+        two_figures(test.labels, best_per_class),
         chosen,
         chosen_per_class,
     )
 
 
-def choose_templates(chooser: Labelled, prompt_embeds: Tensor) -> tuple[int, np.ndarray]:
-    """The template with the best accuracy, and for each class (K,) the one with this class's best F1.
+def choose_templates(chooser: Labelled[Tensor], prompt_embeds: Tensor) -> tuple[int, np.ndarray]:
+    """The template with the best accuracy, and for each class (K,) the one with the best F1 of this class.
 
-    F1, because recall alone would choose prompts that draw every image to their class. Of templates that are
+    F1, because recall alone would choose prompts that attract every image to their class. Of templates that are
     equal for a class, the one with the better accuracy is taken, then the first.
     """
     count = len(prompt_embeds)
     if len(chooser.labels) == 0:
         return 0, np.zeros(count, dtype=np.int64)
-    predictions = predictions_alone(chooser.embeds, prompt_embeds)
+    predictions = predictions_alone(chooser.rows, prompt_embeds)
     accuracy = np.array([np.mean(chooser.labels == predicted) for predicted in predictions])
     every = np.arange(count)
     f1 = [f1_score(chooser.labels, each, labels=every, average=None, zero_division=0) for each in predictions]
@@ -93,10 +112,3 @@ def predictions_alone(image_embeds: Tensor, prompt_embeds: Tensor) -> list[np.nd
         zeroshot_scores(image_embeds, prompt_embeds[:, number]).argmax(axis=1)
         for number in range(prompt_embeds.shape[1])
     ]
-
-
-def _figures(labels: np.ndarray, predicted: np.ndarray) -> dict[str, float]:
-    return {
-        "accuracy": float(accuracy_score(labels, predicted)),
-        "macro_f1": float(f1_score(labels, predicted, average="macro", zero_division=0)),
-    }
