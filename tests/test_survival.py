@@ -18,9 +18,9 @@ from filelock import FileLock
 from safetensors.torch import load_file
 
 import train_clip
+from lib import losses
 from lib.errors import InputError, RunError, StoppedEarly, heard_signals, one_line_errors
 from lib.gradcache.random_state import batch_norm_statistics, restore_statistics
-from lib.losses import tiled as losses
 from lib.runs import folder as run_folder
 from lib.runs import signals as stopping
 from lib.runs.reporter import Reporter, read_metrics

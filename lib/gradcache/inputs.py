@@ -14,7 +14,7 @@ from torch import Tensor
 from lib.backends.device import fork_rng
 from lib.data.batch import joined_rows
 from lib.gradcache.random_state import RandomState
-from lib.losses.positives import Identified, Ids
+from lib.losses.positives import Ids
 
 Inputs = dict[str, Tensor]
 """Inputs of the towers' forward, by name."""
@@ -22,7 +22,7 @@ Inputs = dict[str, Tensor]
 TEXT_INPUTS = ("input_ids", "attention_mask", "text_pooled")
 
 
-class TowerChunk(Identified, Protocol):
+class TowerChunk(Protocol):
     """One chunk of pairs (see lib.data.Chunk): group, sample_id and text_id (C,), and what the forward takes.
 
     `inputs` names pixel_values, or image_pooled where the image trunk is frozen and its output stored; and input_ids
@@ -31,6 +31,12 @@ class TowerChunk(Identified, Protocol):
 
     @property
     def inputs(self) -> Inputs: ...
+    @property
+    def group(self) -> Tensor: ...
+    @property
+    def sample_id(self) -> Tensor: ...
+    @property
+    def text_id(self) -> Tensor: ...
 
 
 class Chunks(Protocol):
