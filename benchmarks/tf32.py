@@ -12,10 +12,9 @@ import measured  # noqa: F401  (puts lib on the path)
 import torch
 import torch.nn.functional as F
 import tyro
-from lib.losses.blocks import LossShare, Pairs
 from torch import Tensor
 
-from lib.losses import Loss, infonce, sigmoid
+from lib.losses import Loss, LossShare, Pairs, infonce, sigmoid
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,6 @@ import torch
 import torch.nn.functional as F
 from accelerate.state import AcceleratorState
 from conftest import ROOT
-from lib.losses.blocks import Pairs
 from test_shared_texts import prompted_chunks
 from toy import ToyTowers, toy_chunks
 
@@ -32,7 +31,7 @@ from lib.data.ahead import ImageBuffer
 from lib.errors import StoppedEarly
 from lib.gradcache.prefetch import on_device
 from lib.gradcache.step import GradCache, cached_step
-from lib.losses import infonce, sigmoid
+from lib.losses import Pairs, infonce, sigmoid
 from lib.losses.objective import dense_infonce, dense_sigmoid
 from lib.runs import reporter as report
 from lib.runs.reporter import read_metrics

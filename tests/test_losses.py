@@ -7,7 +7,7 @@ import pytest
 import torch
 from naive import naive_infonce, naive_sigmoid, random_pairs
 
-from lib.losses import LossShare, Pairs, infonce, sigmoid
+from lib.losses import LossShare, Pairs, infonce, positives, sigmoid
 from lib.losses import tiles as logit_tiles
 from lib.losses.objective import Objective, dense_infonce, dense_sigmoid
 
@@ -334,3 +334,96 @@ def test_one_hand_computed_value():
     assert nce == pytest.approx(torch.log1p(torch.exp(-one)).item())
     pairwise = sigmoid(fresh, None, one, zero, slice(0, 2)).loss
     assert pairwise == pytest.approx((torch.log1p(torch.exp(-one)) + torch.log(torch.tensor(2.0))).item())
+
+
+def float32_errors(fresh: Pairs, remembered: Pairs | None, scale: float, **options) -> dict[str, float]:
+    """Largest differences of InfoNCE in float32 from float64, relative to the largest element."""
+    rows, numbers = slice(0, len(fresh)), (torch.tensor(scale), torch.tensor(0.0))
+    share = infonce(fresh, remembered, *numbers, rows, **options)
+    exact = (None if pairs is None else doubled(pairs) for pairs in (fresh, remembered))
+    twin = infonce(*exact, *(number.double() for number in numbers), rows, **options)
+    errors = {}
+    for name in ("loss", "image_embeds", "text_embeds", "logit_scale"):
+        ours, expected = getattr(share, name), getattr(twin, name)
+        errors[name] = ((ours - expected).abs().max() / expected.abs().max().clamp(min=1e-30)).item()
+    return errors
+
+
+@pytest.mark.parametrize("memory", [False, True])
+@pytest.mark.parametrize("through", ["both", "anchors"])
+@pytest.mark.parametrize("classes", [32, 10, 2])
+def test_infonce_in_float32_is_within_1e_5_of_float64(classes, through, memory):
+    for spread in (3.0, 0.3):
+        fresh, old = learnt(512, classes, spread), None
+        if memory:
+            old = learnt(512, classes, 1.3 * spread)
+            old = replace(old, sample_id=old.sample_id + 300)
+        for scale in (1.0, 30.0, 100.0):
+            errors = float32_errors(fresh, old, scale, through=through, tile=200)
+            assert max(errors.values()) <= 1e-5, (spread, scale, errors)
+
+
+@pytest.mark.parametrize(("spread", "largest"), [(0.3, 1e-4), (0.1, 1e-5), (0.03, 1e-5)])
+def test_infonce_of_pairs_that_are_nearly_perfect_keeps_its_digits_in_float32(spread, largest):
+    """Losses from 3e-5 down to 1e-17, where 1 - p of a positive is far below what float32 resolves next to 1."""
+    fresh = learnt(512, 512, spread)
+    for scale in (30.0, 100.0):
+        assert infonce(fresh, None, torch.tensor(scale), torch.tensor(0.0), slice(0, 512)).loss < largest
+        errors = float32_errors(fresh, None, scale, tile=200)
+        assert max(errors.values()) <= 1e-5 * (2 if scale > 30 else 1), (scale, errors)
+
+
+def test_negative_control_p_less_target_in_float32_loses_all_digits():
+    fresh, count, scale = learnt(512, 512, 0.1), 512, 30.0
+    exact = infonce(doubled(fresh), None, *(torch.tensor(x).double() for x in (scale, 0.0)), slice(0, count))
+    logits = scale * fresh.image_embeds @ fresh.text_embeds.T
+    slope = logits.softmax(1) + logits.softmax(0) - 2 * torch.eye(count)
+    plain = slope @ fresh.text_embeds * scale / (2 * count)
+    assert (plain - exact.image_embeds).abs().max() > 1e-2 * exact.image_embeds.abs().max()
+
+
+@pytest.mark.parametrize("classes", [32, 10, 2])
+def test_what_infonce_loses_on_tight_classes_is_the_rounding_of_its_logits(classes):
+    """Logits near 100 that differ by 0.2 have lost digits before the loss; it adds next to nothing to that."""
+    fresh, scale, count = learnt(512, classes, 0.1), 100.0, 512
+    assert max(float32_errors(fresh, None, scale).values()) <= 1e-4
+    share = infonce(fresh, None, torch.tensor(scale), torch.tensor(0.0), slice(0, count))
+    logits = ((fresh.image_embeds * scale) @ fresh.text_embeds.T).double()  # as float32 rounds them
+    positive = (fresh.group[:, None] == fresh.group).double()
+    slope = logits.softmax(1) + logits.softmax(0) - 2 * positive / positive.sum(1, keepdim=True)
+    expected = slope @ fresh.text_embeds.double() * scale / (2 * count)
+    assert (share.image_embeds - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("order", ["rising", "falling", "drawn"])
+@pytest.mark.parametrize("all_excluded", [False, True])
+def test_softmax_over_tiles_at_any_range_of_logits(order, all_excluded):
+    """In float32 at the largest scale, whichever tile holds what dominates; a memory may have no candidate at all."""
+    generator = torch.Generator().manual_seed(3)
+    fresh, old = random_pairs(9, DIM, seed=1), random_pairs(27, DIM, seed=2, first_id=100)
+    by_cosine = (old.text_embeds @ fresh.image_embeds[0]).argsort(descending=order == "falling")
+    if order != "drawn":
+        old = replace(old, text_embeds=old.text_embeds[by_cosine], image_embeds=old.image_embeds[by_cosine])
+    stale = torch.rand(27, generator=generator) < 0.3
+    old = replace(old, sample_id=torch.where(stale, torch.arange(27) % 9, old.sample_id))
+    if all_excluded:
+        fresh, old = replace(fresh, text_id=torch.zeros(9).long()), replace(old, text_id=torch.zeros(27).long())
+    single = (replace(p, image_embeds=p.image_embeds.float(), text_embeds=p.text_embeds.float()) for p in (fresh, old))
+    options = {"same_text": "exclude"}
+    share = infonce(*single, torch.tensor(100.0), torch.tensor(0.0), slice(0, 9), tile=7, **options)
+    scale = torch.tensor(100.0, dtype=torch.float64)
+    twin = autograd(naive_infonce, fresh, old, scale, torch.zeros_like(scale), **options)
+    for name in ("loss", "image_embeds", "text_embeds", "logit_scale"):
+        torch.testing.assert_close(getattr(share, name).double(), getattr(twin, name), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("same_text", ["exclude", "positive", "negative"])
+@pytest.mark.parametrize("loss", [partial(infonce, label_smoothing=0.1), infonce, sigmoid])
+def test_masks_that_hold_nothing_change_nothing(loss, same_text, monkeypatch):
+    """As on a GPU, which would have to be waited for to learn that no id occurs on both sides."""
+    fresh = random_pairs(17, DIM, seed=1, groups=9, texts=9)
+    fresh = replace(fresh, negative_texts=random_pairs(9, DIM, seed=2).text_embeds)
+    remembered = remembered_pairs(9, fresh, texts=9)
+    found = loss(fresh, remembered, SCALE, BIAS, slice(0, 17), same_text=same_text, tile=3)
+    monkeypatch.setattr(positives, "_equal", lambda anchors, others: anchors[:, None] == others)
+    assert_same(loss(fresh, remembered, SCALE, BIAS, slice(0, 17), same_text=same_text, tile=3), found)

@@ -11,7 +11,7 @@ from lib.losses.positives import Pairs, SameText
 from lib.losses.tiles import Logits, LossShare, Tile
 
 Through = Literal["both", "anchors"]
-"""both: gradients of anchors and candidates; anchors: with a memory, stop gradients of candidates, double the others."""
+"""both: gradients of anchors and candidates; anchors: with a memory, stop those of candidates and double the others."""
 
 
 @torch.no_grad()
@@ -96,33 +96,33 @@ class Softmax:
         """From the sums over all candidates, what `slope` needs, in `dtype`; `merge` as in infonce."""
         near = torch.where(self.positives > 0, self.positive_logits / self.positives, self.lse)
         # The log-sum-exp of log-counts is the log of the sum of counts, so one exchange does.
-        merged = merge(torch.stack([self.lse, self.positives.log(), self.candidates.log()]))
-        self.lse, (positives, candidates) = merged[0], merged[1:].exp().clamp_(min=1)
+        counts = [self.positives] + ([self.candidates] if self.smoothing else [])
+        self.lse, *counts = merge(torch.stack([self.lse, *(count.log() for count in counts)]))
+        positives, candidates = counts[0].exp().clamp_(min=1), counts[-1].exp().clamp_(min=1)
         self.target, self.target_of_all = (1 - self.smoothing) / positives, self.smoothing / candidates
-        # p = exp(logit - lse) = p0 exp(logit - reference), with the positives' mean logit for reference, so that a learnt
-        # positive's exponential is about 1; e^60 is the largest that any becomes.
+        # p = exp(logit - lse) = p0 exp(logit - reference): the positives' mean logit is the reference, so that the
+        # exponential of a learnt positive is about 1. None exceeds e^60.
         self.reference = torch.maximum(near, self.lse - 60).to(dtype)
         p0 = (self.reference - self.lse).exp()
         self.p0, self.p0_less_target = p0.to(dtype), (p0 - self.target).to(dtype)
 
     def loss_of(self, rows: slice) -> Tensor:
-        """Sum of the rows' log-sum-exps less that of all logits times their targets; over all rows: of cross-entropies."""
+        """Sum of cross-entropies: of the rows' log-sum-exps, less all logits times their targets."""
         losses = -self.target * self.positive_logits - self.target_of_all * self.candidate_logits
         losses[rows] += self.lse[rows]
         return losses.sum()
 
     def slope(self, t: Tile, of: slice, axis: int, out: Tensor) -> Tensor:
         """d cross-entropy / d logits: p - target."""
-        reference, p0, p0_less_target = (
-            each[of].unsqueeze(axis) for each in (self.reference, self.p0, self.p0_less_target)
-        )
+        columns = (self.reference, self.p0, self.p0_less_target, self.target_of_all)
+        reference, p0, p0_less_target, target_of_all = (column[of].unsqueeze(axis) for column in columns)
         slope = _exp(torch.sub(t.logits, reference, out=out))
         if t.positive is None:
             slope.mul_(p0)
         else:  # p - target of a learnt positive is too small for a difference in float32: p0 (exp - 1) + (p0 - target)
             slope.sub_(t.positive).mul_(p0).addcmul_(t.positive, p0_less_target)
         if self.smoothing:
-            slope.sub_(self.target_of_all[of].unsqueeze(axis))
+            slope.sub_(target_of_all)
             if t.excluded is not None:
                 slope.masked_fill_(t.excluded, 0)
         return slope

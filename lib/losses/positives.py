@@ -16,7 +16,7 @@ NOBODY = torch.iinfo(torch.int64).min
 class Ids(NamedTuple):
     """Group, sample and text of some pairs, each (N,) int64; equal texts have one text_id."""
 
-    # Hashes of names and texts: equal on every rank and in every run, without a table that ranks would have to exchange.
+    # Hashes of names and texts: equal on all ranks and in every run, so that ranks need not exchange a table of them.
     group: Tensor
     sample_id: Tensor
     text_id: Tensor

@@ -35,12 +35,13 @@ def sigmoid(
     logits = Logits(fresh, remembered, logit_scale, logit_bias, rows, same_text)
     weight = positive_weight(pos_weight, fresh.ids, same_text).to(logits.scale)
     for t in logits.tiles(tile):
-        against = (
-            t.logits if t.positive is None else t.logits.mul_(torch.mul(t.positive, -2, out=t.spare).add_(1))
-        )  # -z S
-        logits.loss += wide_sum(weighted_softplus(against, t.positive, weight))
-        slope = against.sigmoid_()
-        logits.add(t, slope if t.positive is None else slope.mul_(t.positive.mul_(-1 - weight).add_(1)))
+        if t.positive is None:
+            logits.loss += wide_sum(weighted_softplus(t.logits, None, weight))
+            logits.add(t, t.logits.sigmoid_())
+        else:
+            against = t.logits.mul_(torch.mul(t.positive, -2, out=t.spare).add_(1))  # -z S
+            logits.loss += wide_sum(weighted_softplus(against, t.positive, weight))
+            logits.add(t, against.sigmoid_().mul_(t.positive.mul_(-1 - weight).add_(1)))  # times -weight for positives
     return logits.share(norm=len(fresh))
 
 

@@ -147,9 +147,8 @@ class Logits:
 
     def dense(self, block: Block) -> tuple[Tensor, Tensor, Tensor]:
         """The whole block as one tile, differentiable: logits, positives (1, else 0) and excluded, each (A, M)."""
-        others = (
-            block.others if block.others.ndim == 3 else block.others[None]
-        )  # (W, P, D): by each rank for its images
+        # Negative texts may be (W, P, D), where each of W ranks encodes them for its own images.
+        others = block.others if block.others.ndim == 3 else block.others[None]
         logits = ((block.anchors * self.scale).unflatten(0, (len(others), -1)) @ others.mT).flatten(0, 1)
         none = torch.zeros_like(logits)
         every = slice(None)
