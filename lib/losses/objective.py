@@ -5,6 +5,7 @@ The twins take each block as one tile, with its masks, and leave the gradients t
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -33,19 +34,20 @@ class Objective:
     dense: DenseLoss
 
     def of_run(self, positives: Literal["group", "pair"], same_text: SameText) -> "Objective":
-        """The objective with --positives and --same-text as a run has them."""
+        """The objective with --positives and --same-text of a run."""
+        loss, dense = partial(self.loss, same_text=same_text), partial(self.dense, same_text=same_text)
+        if positives == "pair":
+            loss, dense = partial(_only_the_diagonal, loss), partial(_only_the_diagonal, dense)
+        return replace(self, loss=loss, dense=dense)
 
-        def as_asked(loss: Callable) -> Callable:
-            def loss_of_run(fresh: Pairs, remembered: Pairs | None, *numbers: Any, tile: int | None = None) -> Any:
-                if positives == "pair":  # only the diagonal is positive, as in the papers
-                    fresh = replace(fresh, group=fresh.ids.each_its_group().group)
-                    remembered = remembered and replace(remembered, group=torch.full_like(remembered.group, -1))
-                options = {"tile": tile} if tile else {}
-                return loss(fresh, remembered, *numbers, same_text=same_text, **options)
 
-            return loss_of_run
-
-        return replace(self, loss=as_asked(self.loss), dense=as_asked(self.dense))
+def _only_the_diagonal(
+    loss: Callable, fresh: Pairs, remembered: Pairs | None, *given: Any, tile: int | None = None
+) -> Any:
+    """The loss with each pair as a group of its own, as in the papers: only the diagonal is positive."""
+    fresh = replace(fresh, group=fresh.ids.each_its_group().group)
+    remembered = remembered and replace(remembered, group=torch.full_like(remembered.group, -1))
+    return loss(fresh, remembered, *given, **({"tile": tile} if tile else {}))
 
 
 def dense_sigmoid(
