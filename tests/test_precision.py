@@ -15,7 +15,7 @@ from lib.backends.precision import LAUNCHED, Precision, choose_precision, full_f
 from lib.config import TrainConfig
 from lib.errors import InputError, RunError
 from lib.evaluation import subject
-from lib.losses import tiled as losses
+from lib import losses
 from lib.runs.reporter import read_metrics
 from lib.setup.announce import compile_lines
 from lib.towers import TwoTowers

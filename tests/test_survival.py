@@ -18,9 +18,9 @@ from filelock import FileLock
 from safetensors.torch import load_file
 
 import train_clip
+from lib import losses
 from lib.errors import InputError, RunError, StoppedEarly, heard_signals, one_line_errors
 from lib.gradcache.random_state import batch_norm_statistics, restore_statistics
-from lib.losses import tiled as losses
 from lib.runs import folder as run_folder
 from lib.runs import signals as stopping
 from lib.runs.reporter import Reporter, read_metrics
@@ -340,7 +340,7 @@ def test_a_lost_rank_ends_the_others(lost, how):
     ]
     try:
         assert ranks[1 - lost].wait(timeout=60) == 1
-        assert "--resume auto goes on" in ranks[1 - lost].stderr.read()
+        assert "--resume auto resumes" in ranks[1 - lost].stderr.read()
     finally:
         for rank in ranks:
             rank.kill()

@@ -17,11 +17,11 @@ from transformers import AutoModel, AutoProcessor
 
 import train_clip
 import train_siglip
+from lib import losses
 from lib.data import ImagePipeline, Prepare, TrainingData, open_sources
 from lib.errors import InputError, RunError
 from lib.gradcache import step as gradcache_step
 from lib.gradcache.random_state import RandomState
-from lib.losses import tiled as losses
 from lib.runs.reporter import read_metrics
 from lib.towers import TwoTowers
 from lib.towers.processing import Processing

@@ -1,4 +1,4 @@
-"""What a run tells: the plan, a progress bar, metrics.jsonl, trackers, summary.json and the loss curve."""
+"""Output of a run: printed lines, a progress bar, metrics.jsonl, trackers, summary.json and the loss curve."""
 
 import json
 import math
@@ -19,7 +19,7 @@ CURVE_SECONDS = 10.0  # between two drawings, of which each takes most of a seco
 
 
 class Reporter:
-    """Everything that a person or a script reads of a run; does nothing on ranks other than 0."""
+    """Writes everything that a person or a script reads of a run; does nothing on ranks other than 0."""
 
     def __init__(self, folder: Path, accelerator: Accelerator, steps: int, first_step: int) -> None:
         self.folder, self.accelerator = folder, accelerator
@@ -57,7 +57,7 @@ class Reporter:
             self.curve()
 
     def skipped(self, step: int, skips: Sequence[tuple[str, str, str]]) -> None:
-        """Name samples that could not be used: (shard or source, key, reason), met by any rank at this step."""
+        """Record samples that could not be used: (shard or source, key, reason), of any rank at this step."""
         for where, key, reason in skips:
             self._append(SKIPPED, {"step": step, "shard": where, "key": key, "reason": reason})
 
@@ -109,7 +109,7 @@ def read_metrics(folder: Path) -> list[dict]:
 
 
 def read_lines(file: Path) -> list[dict]:
-    """The lines of a JSONL file, none if there is no such file; lines that are damaged, as by a kill, are left out."""
+    """Read the lines of a JSONL file, none if there is no such file; damaged lines, as after a kill, are left out."""
     lines = []
     for line in file.read_text(errors="replace").splitlines() if file.exists() else []:
         with suppress(ValueError, RecursionError):
