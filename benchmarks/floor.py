@@ -1,4 +1,4 @@
-"""One step's gradients without shared negatives, which is the floor, and by the cached step; left on the parameters."""
+"""Gradients of one step on the parameters: by accumulation without shared negatives (the floor), or the cached step."""
 
 from collections.abc import Sequence
 
@@ -12,7 +12,7 @@ from lib.losses.positives import Ids
 
 
 def plain(towers: Autocast, chunks: Sequence[Chunk]) -> None:
-    """Each chunk's own loss, one after another."""
+    """Gradient accumulation: the loss of each chunk alone."""
     for chunk in chunks:
         output = towers(**chunk.to(towers.device).inputs)
         fresh = Pairs(output.image_embeds, output.text_embeds, *Ids.of(chunk.to(towers.device)))

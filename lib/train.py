@@ -18,8 +18,7 @@ from lib.config import TrainConfig
 from lib.data import Chunk, StepChunks
 from lib.distributed import gather_objects, rank_and_world_size, sum_counts, sum_over_ranks
 from lib.errors import InputError, RunError, StoppedEarly, machine_errors_reported
-from lib.evaluation.best import BestMetric
-from lib.evaluation.validation import validate
+from lib.evaluation.validation import BestMetric, validate
 from lib.finish import finish, is_finished
 from lib.gradcache.step import StepResult, cached_step
 from lib.losses import Loss, Pairs
@@ -176,7 +175,7 @@ def _update(run: Run, result: StepResult, before: BeforeStep, step: int) -> Upda
     if backend.loss_scale and math.isfinite(loss):  # fp16 overflow, no fault: the next step has a smaller loss scale
         progress.count_overflow(step, loss, grad_norm)
         return Update(result, loss, grad_norm, lr)
-    progress.count_nonfinite(step, loss, grad_norm, config.nonfinite_limit if config.on_nonfinite == "skip" else 0)
+    progress.count_nonfinite(step, loss, grad_norm, config.on_nonfinite == "skip")
     before.restore_statistics()
     return Update(result, loss, grad_norm, lr, applied=False)
 

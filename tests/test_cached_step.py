@@ -60,7 +60,7 @@ def same_text_of(case) -> str:
 
 
 def memory_of(kind: str, groups: int | None) -> Pairs | None:
-    """Eight slots; some of the remembered are stale copies of the batch's own samples."""
+    """Eight slots; some remembered pairs are stale copies of the batch's own samples."""
     memory = CrossBatchMemory(8, DIM, dtype=torch.float64)
     for step, size in enumerate(MEMORIES[kind]):
         pairs = random_pairs(size, DIM, seed=step, groups=groups, first_id=9 + 20 * step, texts=TEXTS)
@@ -145,7 +145,7 @@ def test_gradients_equal_plain_autograd_on_one_process(case):
 
 
 def all_cases_on_this_rank():
-    """Every case of the matrix on this rank: {case: (what the cached step gave, reductions)}."""
+    """Every case of the matrix on this rank: {case: (result of the cached step, reductions)}."""
     results = {}
     for case in MATRIX:
         reductions = []
@@ -192,7 +192,7 @@ def test_negative_control_scale_gradient_in_every_chunk(monkeypatch):
 
 
 def rank_local_negatives():
-    """What a loss over this rank's own rows only would give."""
+    """Result of a loss over this rank's own rows only."""
 
     def local(fresh, remembered, scale, bias, rows, same_text):
         own = Pairs(fresh.image_embeds[rows], fresh.text_embeds[rows], *fresh.ids.rows(rows))

@@ -1,4 +1,4 @@
-"""The house's own measure: what it counts as a file, a function and their lengths."""
+"""launch/house.py: how it counts files, functions and their lengths."""
 
 import subprocess
 import sys

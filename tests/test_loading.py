@@ -1,4 +1,4 @@
-"""How data reaches a step: workers and shared memory, what is read ahead, and chunks that are used as they come."""
+"""Loading of a step's data: workers, shared memory, reading ahead, and chunks used in order of arrival."""
 
 import errno
 import gc
@@ -153,7 +153,7 @@ def flags_of_mapping(address: int) -> list[str]:
 
 
 class Cudart:
-    """CUDA's functions that lock memory; refuses where it is told to."""
+    """CUDA's functions that lock memory; fails on request."""
 
     def __init__(self, refuses: bool) -> None:
         self.refuses, self.locked, self.calls = refuses, {}, []
@@ -214,7 +214,7 @@ def test_free_memory_is_that_of_the_container(tmp_path, monkeypatch, membership,
 
 @pytest.mark.parametrize("fault", ["raises", "cannot send", "is killed"])
 def test_a_worker_that_fails_ends_the_run_and_leaves_no_process(monkeypatch, fault):
-    """Neither a lost part nor a traceback that holds the workers may be waited for."""
+    """Neither a lost piece nor a traceback that holds the workers may block the end."""
 
     def failing(*given):
         if fault == "raises":
@@ -281,7 +281,7 @@ def test_a_thread_reads_no_further_than_there_is_room():
 
 
 def test_closing_does_not_wait_for_a_whole_chunk(monkeypatch):
-    """A chunk of many parts is given up between two of them."""
+    """A chunk of many pieces is abandoned between two of them."""
     data, begun = training_data(source(), workers=1, batch=24, chunk_size=24, part_size=1), []
     original = training.ReadAhead
 

@@ -110,7 +110,7 @@ def test_a_run_has_them_as_candidates_and_stores_their_outputs(tmp_path, capsys)
     run = train(tmp_path / "run", flag)
     assert "11 negative prompts more" in capsys.readouterr().out
     assert losses(run)[0] > losses(without)[0] + 0.1
-    stored = ("--freeze", "text.trunk", "--cache-text", f"--cache-dir={tmp_path}")
+    stored = ("--freeze", "text.trunk", f"--cache-dir={tmp_path}")
     kept, again = train(tmp_path / "kept", flag, *stored), train(tmp_path / "again", flag, *stored[:2])
     assert losses(kept) == pytest.approx(losses(again), rel=1e-5)
     assert any("text" in name for name in moved(run))

@@ -1,4 +1,4 @@
-"""When a run ends: patience, and where training and validation loss part; the scale that a schedule sets."""
+"""Early stopping, the step where overfitting starts, and a scheduled logit scale."""
 
 import json
 import shutil

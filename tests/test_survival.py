@@ -1,4 +1,4 @@
-"""What a run survives, and what it says: signals in a step, full disks, second jobs, lost ranks, broken numbers."""
+"""Failures and their messages: signals in a step, full disks, second jobs, lost ranks, NaN losses."""
 
 import io
 import json
@@ -200,10 +200,11 @@ def test_an_update_that_is_not_finite_is_left_out(broken_from, tmp_path):
     assert lines[1]["loss"] is None and lines[1]["xbm_filled"] == 48 and lines[2]["xbm_filled"] == 60
 
 
-def test_updates_are_left_out_up_to_a_limit(broken_from, tmp_path):
+def test_updates_are_left_out_up_to_a_limit(broken_from, tmp_path, monkeypatch):
+    monkeypatch.setattr("lib.runs.progress.NONFINITE_LIMIT", 2)
     broken_from(2, 3, 4)
     with pytest.raises(RunError, match="step 4: loss nan.*in 3 steps in a row"):
-        train(tmp_path / "run", "--on-nonfinite=skip", "--nonfinite-limit=2")
+        train(tmp_path / "run", "--on-nonfinite=skip")
 
 
 def test_a_failed_run_leaves_no_data_workers(broken_from, tmp_path):

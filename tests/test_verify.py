@@ -1,4 +1,4 @@
-"""--verify-gradients: it passes, changes nothing, and stops a build with a fault in any part that the run uses."""
+"""--verify-gradients passes, changes nothing, and stops a build with a fault in any feature of the run."""
 
 import os
 from functools import partial
@@ -16,7 +16,6 @@ from lib.backends import Backend
 from lib.errors import RunError
 from lib.gradcache import step
 from lib.losses import tiles as logit_tiles
-from lib.losses.blocks import SoftmaxPart
 from lib.runs.reporter import read_metrics
 
 FLAGS = [
@@ -45,7 +44,7 @@ def all_parts(folder: Path) -> list[str]:
     "flags",
     [
         ("--xbm-gradients=anchors", "--dropout=0.2"),
-        ("--remembered-positives=ignore", "--same-text=exclude", "--label-smoothing=0.1"),
+        ("--same-text=exclude", "--label-smoothing=0.1"),
         ("--positives=pair", "--same-text=positive", "--keep-graphs=4"),
     ],
 )
@@ -55,7 +54,13 @@ def test_it_passes_with_all_that_a_run_uses(flags, tmp_path, capsys):
 
 
 def broken_memory(patch):
-    patch.setattr(SoftmaxPart, "add_gradient", lambda self, lse: None)
+    add = logit_tiles.Logits.add
+
+    def but_of_memory(self, tile, *slopes):
+        if tile.block.d_others is not None:
+            add(self, tile, *slopes)
+
+    patch.setattr(logit_tiles.Logits, "add", but_of_memory)
 
 
 def broken_negatives(patch):
@@ -69,7 +74,7 @@ def broken_negatives(patch):
 
 def broken_tiles(patch):
     slices = logit_tiles._slices
-    patch.setattr(logit_tiles, "_slices", lambda length, side: list(slices(length, side))[-1:])
+    patch.setattr(logit_tiles, "_slices", lambda rows, side: list(slices(rows, side))[-1:])
 
 
 def broken_kept_graphs(patch):
@@ -140,7 +145,7 @@ def verified(folder: Path, kind: str) -> list[float]:
 
 
 def stopped(folder: Path, kind: str) -> bool:
-    """Whether scale gradients that are as many times too large as there are chunks stop the run."""
+    """True if scale gradients multiplied by the number of chunks stop the run."""
     surrogate = step.surrogate
     step.surrogate = lambda *given, final: surrogate(*given, final=True)
     try:

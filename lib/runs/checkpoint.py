@@ -20,8 +20,8 @@ from torch.utils._pytree import tree_map
 
 from lib.data.durable import find_damage, flush, read_manifest, save_tensors, seal
 from lib.errors import InputError
-from lib.towers.processing import Processing
 from lib.towers import TwoTowers
+from lib.towers.processing import Processing
 
 MANIFEST = "checkpoint.json"
 BEST = "best"

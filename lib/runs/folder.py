@@ -10,11 +10,10 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from lib.distributed import decided_by_rank_0
 from lib.config import TrainConfig
-from lib.files import fault_of
+from lib.distributed import decided_by_rank_0
 from lib.errors import InputError, raised_as
-from lib.files import write_text
+from lib.files import fault_of, write_text
 from lib.runs.reporter import METRICS
 
 LOCK, HOLDER = ".lock", ".lock_holder.json"

@@ -1,4 +1,4 @@
-"""Lines that a run prints about itself: the start-up plan, a line per step, and the counts of its data."""
+"""Lines that a run prints: the start-up plan with its warnings, metrics of a step, and counts of the data."""
 
 import dataclasses
 import os
@@ -66,11 +66,11 @@ def announce(run: Run, report: Reporter) -> dict[str, int]:
         else None,
         run.data.loading.warning,
         _cut_texts_warning(run),
-        f"left out: {counted(reason for _, reason in known_faults)}" if known_faults else None,
-        f"left out of the validation data: {counted(reason for _, reason in run.data.validation.skipped)}"
+        f"skipped: {counted(reason for _, reason in known_faults)}" if known_faults else None,
+        f"skipped in the validation data: {counted(reason for _, reason in run.data.validation.skipped)}"
         if run.data.validation and run.data.validation.skipped
         else None,
-        "there is one class alone: with --positives group all pairs are positives of each other"
+        "the data has one class: with --positives group all pairs are positives of each other"
         if run.data.source.classes and len(run.data.source.classes) == 1 and config.positives == "group"
         else None,
         *run.warnings,
@@ -144,7 +144,7 @@ def next_command(run: Run) -> str:
 
 
 def _steps_lines(run: Run) -> list[str]:
-    """How far the run goes; of one that goes on, from where, and which settings are not those it had."""
+    """Number of steps; for a resumed run also its first step and the settings that changed."""
     if not run.progress.first_step:
         return [f"steps      {run.progress.steps:,}"]
     changed = changed_settings(run.config, run.folder / CONFIG)
@@ -155,46 +155,48 @@ def _steps_lines(run: Run) -> list[str]:
 
 
 def compile_lines(config: TrainConfig, backend: Backend) -> list[str]:
-    """How the trunks run, or what would make them faster."""
+    """Compilation of the trunks, or the hint that it would be faster."""
     if config.compile:
-        return [f"compile    both trunks, by {config.compile_backend}, in the first step: it takes minutes longer"]
+        return ["compile    both trunks, in the first step: it takes minutes longer"]
     if backend.accelerator.device.type == "cpu" or backend.shards_weights:
         return []
     return ["compile    no: --compile makes steps faster once the first has compiled the trunks, for a minute or two"]
 
 
 def _text_lines(run: Run) -> list[str]:
-    """How many texts are different, with class prompts far fewer than there are pairs; how many are of two images."""
+    """Numbers of distinct texts and of captions that several images share; class prompts are few and often repeated."""
     distinct, batch = run.data.source.distinct_texts, run.step.plan.effective_batch
     once = ""
-    if distinct is not None and distinct < batch and run.config.shared_texts == "auto":
+    if distinct is not None and distinct < batch:
         once = (
             "; each is encoded once a step"
             if run.step.cache.share_texts
-            else ": each pair's is encoded, as dropout is its own"
+            else "; encoded once per pair, because the text tower uses dropout"
         )
     shared, same = run.data.source.shared_text_pairs, ""
     if shared:
         count_as = {"exclude": "no negatives", "positive": "positives", "negative": "negatives"}[run.same_text]
-        same = f"; {shared:,} captions are word for word those of another image: {count_as} of each other (--same-text)"
+        same = (
+            f"; {shared:,} captions are identical to a caption of another image: {count_as} of each other (--same-text)"
+        )
     known = [] if distinct is None else [f"texts      {distinct:,} distinct texts{once}{same}"]
     count = sum(len(next(iter(chunk.values()))) for chunk in run.step.cache.negatives)
     return known + ([f"           {count:,} negative prompts more, candidates of every image"] if count else [])
 
 
 def _cut_texts_warning(run: Run) -> str | None:
-    """How many texts are longer than the model reads, if there are any."""
+    """The number of texts that are longer than the model's context; None without any."""
     found, texts = run.data.text_lengths, "prompts" if run.data.source.templates else "captions"
     if not found or not found.cut:
         return None
     return (
-        f"{found.cut:,} of {found.looked_at:,} {texts} are longer than the model's {found.token_limit} tokens: their "
-        "ends are not read"
+        f"{found.cut:,} of {found.looked_at:,} {texts} are longer than the model's {found.token_limit} tokens and "
+        "are cut there"
     )
 
 
 def _validation_lines(run: Run) -> list[str]:
-    """What the run is validated on, and how often."""
+    """Validation data and the steps between evaluations."""
     data, every = run.data.validation, run.config.eval_every
     if data is None or not every:
         return []
@@ -211,7 +213,7 @@ def _rate_lines(run: Run) -> list[str]:
 
 
 def _stored_lines(prepare: Prepare) -> list[str]:
-    """What frozen trunks gave, where it is stored."""
+    """Stored outputs of frozen trunks."""
     lines = []
     for tower, outputs in (("image", prepare.image_outputs), ("text", prepare.text_outputs)):
         if outputs is not None:

@@ -31,8 +31,8 @@ from lib.setup.data import (
     sample_inputs,
     steps_of_epochs,
 )
-from lib.setup.fitting import Fitting
 from lib.setup.model import make_optimizer, make_towers
+from lib.setup.plan import make_plan, shares_texts
 from lib.setup.run import Data, Model, Run, Step, settings_of_the_weights
 from lib.towers import Family
 from lib.towers.averaging import WeightAverage
@@ -59,9 +59,9 @@ def make_run(config: TrainConfig, family: Family, backend: Backend, folder: Path
         negatives = negative_texts(config, source)
         prepare = make_prepare(config, towers, processing, source, negatives, fetcher.cache, backend.precision)
         # Plan, made while every rank still has all weights
-        fitting = Fitting(config, backend, towers, sample_inputs(source, prepare, device), resume_from)
-        share_texts = fitting.shares_texts()
-        plan = fitting.plan(prepare.image_bytes, state)
+        inputs = sample_inputs(source, prepare, device)
+        share_texts = shares_texts(backend, towers, inputs)
+        plan = make_plan(config, backend, towers, inputs, prepare.image_bytes, state.progress if state else None)
         loading = Loading.plan(config, state, prepare)
         plan = replace(plan, chunks_ahead=chunks_ahead(plan, loading.workers))
     steps, warmup = _steps_and_warmup(config, source)
@@ -93,12 +93,11 @@ def make_run(config: TrainConfig, family: Family, backend: Backend, folder: Path
             seed=config.seed,
             chunks_ahead=plan.chunks_ahead,
             part_size=loading.part_size,
-            shuffle_buffer=config.shuffle_buffer,
             pin_memory=device.type == "cuda",
         )
         memory = CrossBatchMemory(config.xbm_size, towers.embed_dim, device)
         text_lengths = TextLengths.of(source, processing) if accelerator.is_main_process else None
-        evaluated = average.module if average and config.eval_ema else towers
+        evaluated = average.module if average else towers
         run = Run(
             config,
             family,

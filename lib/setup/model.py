@@ -1,4 +1,4 @@
-"""From settings to the model: which towers, what of them trains, and at which rates."""
+"""From settings to the model: its towers, the parts that train, and their learning rates."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +22,7 @@ from lib.towers.trunk_options import checkpoint_activations
 def make_towers(
     config: TrainConfig, family: Family, source: Source, resume_from: Path | None, state: TrainingState | None
 ) -> tuple[TwoTowers, Processing, bool]:
-    """The towers with what trains of them, what they want of their inputs, and whether they are pretrained."""
+    """The towers with their trainable parts, their processing of inputs, and True if they are pretrained."""
     towers, processing = _load(config, family, source, resume_from)
     if config.resize != "auto":
         own_form = Resize(config.resize, channels=processing.resize.channels)
@@ -30,8 +30,7 @@ def make_towers(
     scheduled = ("scale",) if config.scale_schedule else ()
     set_trainable(towers, (*config.freeze, *scheduled), config.unfreeze)
     if config.lora:
-        alpha = 2 * config.lora if config.lora_alpha is None else config.lora_alpha
-        add_adapters(towers, config.lora, alpha, config.lora_dropout, config.seed)
+        add_adapters(towers, config.lora, 2 * config.lora, config.dropout, config.seed)
     if not any(parameter.requires_grad for parameter in towers.parameters()):
         raise InputError(f"--freeze {' '.join(config.freeze)} leaves nothing to train")
     if config.gradient_checkpointing:
@@ -44,7 +43,8 @@ def make_towers(
 
 def make_optimizer(config: TrainConfig, towers: TwoTowers, fused: bool) -> Optimizer:
     """The optimizer over what trains, with a rate for each part and block; see `build_optimizer` for fused."""
-    rates = Rates(config.lr, config.image_lr, config.text_lr, config.head_lr, config.layer_decay)
+    image_lr, text_lr = config.trunk_lr or (None, None)
+    rates = Rates(config.lr, image_lr, text_lr, config.head_lr, config.layer_decay)
     decay, beta2 = config.weight_decay, config.beta2
     return build_optimizer(towers, config.optimizer, rates=rates, weight_decay=decay, beta2=beta2, fused=fused)
 
@@ -59,11 +59,11 @@ def _load(
         model=None if config.image_tower else config.model,
         image_tower=config.image_tower,
         text_tower=config.text_tower,
-        projection=config.projection,
-        text_projection=config.text_projection,
+        projection=config.projection[0],
+        text_projection=config.projection[1] if len(config.projection) == 2 else "same",
         projection_dim=config.projection_dim,
         projection_hidden=config.projection_hidden,
-        projection_dropout=config.projection_dropout,
+        projection_dropout=config.dropout,
         image_size=config.image_size,
         resize=config.resize,
         texts=source.sample_texts,

@@ -139,7 +139,7 @@ class Run:
                 "data": self.data.training.state_dict(),
             },
             memory=batch.memory.state_dict() if batch.memory.size else {},
-            weights=whole.state_dict() if whole is not None and (self.config.lora or self.config.eval_ema) else {},
+            weights=whole.state_dict() if whole is not None and (self.config.lora or model.average) else {},
             average=model.average.state_dict() if model.average else {},
         )
         folder = checkpoint.save_checkpoint(
@@ -187,9 +187,9 @@ class Run:
 def settings_of_the_weights(config: TrainConfig) -> dict:
     """Settings without which a checkpoint's weights, moments, memory and step number mean nothing, as JSON values."""
     names = (
-        "model", "image_tower", "text_tower", "projection", "text_projection", "projection_dim", "projection_hidden",
-        "projection_dropout", "image_size", "dropout", "freeze", "unfreeze", "scale_schedule", "lora",
-        "lora_alpha", "lora_dropout", "optimizer", "effective_batch", "xbm_size", "captions", "seed",
+        "model", "image_tower", "text_tower", "projection", "projection_dim", "projection_hidden", "image_size",
+        "dropout", "freeze", "unfreeze", "scale_schedule", "lora", "optimizer", "effective_batch", "xbm_size",
+        "captions", "seed",
     )  # fmt: skip
     values = {name: getattr(config, name) for name in names}
     listed = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
