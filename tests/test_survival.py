@@ -341,7 +341,7 @@ def test_a_lost_rank_ends_the_others(lost, how):
     ]
     try:
         assert ranks[1 - lost].wait(timeout=60) == 1
-        assert "--resume auto goes on" in ranks[1 - lost].stderr.read()
+        assert "--resume auto resumes" in ranks[1 - lost].stderr.read()
     finally:
         for rank in ranks:
             rank.kill()
