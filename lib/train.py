@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 
 import torch
@@ -96,6 +97,7 @@ def _loop(
         step += 1
         chunks: StepChunks | Sequence[Chunk] = (data := TimedChunks(batch, step))
         if step == run.progress.first_step + 1:
+            data.read_first()
             chunks = prepare_first_step(run, objective, data, report)
         _set_scheduled_scale(run, step)
         remembered = memory.pairs() if run.step.switch.on else None
@@ -124,6 +126,10 @@ class TimedChunks(StepChunks):
     def __init__(self, chunks: StepChunks, step: int) -> None:
         super().__init__(len(chunks), self._timed(iter(chunks), step), chunks.ready)
         self.seconds = 0.0
+
+    def read_first(self) -> None:
+        """Read the first chunk now: data that cannot be read is an error before anything is computed."""
+        self._chunks = chain(list(islice(self._chunks, 1)), self._chunks)
 
     def _timed(self, chunks: Iterator[Chunk], step: int) -> Iterator[Chunk]:
         while True:
