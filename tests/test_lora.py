@@ -153,3 +153,22 @@ def test_a_checkpoint_of_another_rank_is_refused(tmp_path):
     resume = f"--resume={run / 'checkpoints' / 'step_000001'}"
     with pytest.raises(InputError, match="--lora 4 is not that of the checkpoint"):
         train(tmp_path / "other", "--lora=4", resume)
+
+
+def test_dropout_is_for_adapters_and_mlp_heads_of_pretrained_towers_too(tmp_path, encoders):
+    preset = train(tmp_path / "preset", "--steps=1")
+    model = f"--model={preset / 'export'}"
+    plain, dropped = (
+        losses(train(tmp_path / name, model, "--lora=2", "--steps=3", "--lr=0.1", *flags))
+        for name, flags in (("plain", ()), ("dropped", ("--dropout=0.5",)))
+    )
+    assert plain != dropped
+    pair = (f"--image-tower={encoders / 'vit'}", f"--text-tower={encoders / 'bert'}", "--image-size=32")
+    plain, dropped = (
+        losses(train(tmp_path / name, *pair, "--projection=mlp", "--steps=2", *flags))
+        for name, flags in (("heads", ()), ("dropped heads", ("--dropout=0.5",)))
+    )
+    assert plain != dropped
+    for number, flags in enumerate(((model,), pair)):
+        with pytest.raises(InputError, match="--dropout 0.5 is for the presets .*, for mlp heads and for --lora"):
+            train(tmp_path / f"refused {number}", *flags, "--steps=1", "--dropout=0.5")

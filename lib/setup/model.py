@@ -54,6 +54,9 @@ def _load(
 ) -> tuple[TwoTowers, Processing]:
     if resume_from:
         return TwoTowers.from_pretrained(resume_from), Processing.from_pretrained(resume_from)
+    # Refused by load_towers where no preset, mlp head or adapter would use it.
+    elsewhere = bool(config.lora) or (config.image_tower is not None and "mlp" in config.projection)
+    preset = config.image_tower is None and config.model in (*PRESETS, *SIZES)
     return load_towers(
         family=family,
         model=None if config.image_tower else config.model,
@@ -68,6 +71,6 @@ def _load(
         resize=config.resize,
         texts=source.sample_texts,
         use_bias=family == "siglip",
-        dropout=config.dropout,
+        dropout=0.0 if elsewhere and not preset else config.dropout,
         seed=config.seed,
     )

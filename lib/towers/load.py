@@ -52,7 +52,10 @@ def load_towers(
     use_bias = family == "siglip" if use_bias is None else use_bias
     name = f"{model}-{family}" if model in SIZES else model
     if dropout and name not in PRESETS:
-        raise InputError(f"--dropout {dropout} is for the presets {', '.join(SIZES)}; other models have their own")
+        raise InputError(
+            f"--dropout {dropout} is for the presets {', '.join(SIZES)}, for mlp heads and for --lora; other models "
+            "have their own"
+        )
     if image_tower or text_tower:
         image_tower, text_tower = _checked_pair(model, image_tower, text_tower)
         _check_text_projection(text_tower, text_projection)
