@@ -1,4 +1,4 @@
-"""The end of a run: curve, summary, and the checked export of its best model."""
+"""After the last step: loss curve, summary, and the checked export of the best model."""
 
 import copy
 import dataclasses
@@ -24,7 +24,7 @@ EXPORT = "export"
 
 
 def is_finished(run: Run) -> bool:
-    """Whether the export of the best (or last) step is there and whole, and the summary that is written after it."""
+    """True if the export of the best (or last) step is whole, and the summary that is written after it is there."""
 
     def decide() -> bool:
         record = read_manifest(run.folder / EXPORT, RECORD) or {}
@@ -41,9 +41,9 @@ def exported_step(run: Run, last: int) -> int:
 
 
 def finish(run: Run, report: Reporter, expected: dict[str, int], step: int, complete: bool, seconds: float) -> None:
-    """Curve, summary and, of a run that is complete, the export of the best checkpoint.
+    """Write curve and summary, and export the best checkpoint of a complete run.
 
-    expected: the plan's peaks of memory.
+    expected: predicted peaks of memory.
     """
     parting = find_parting(read_metrics(run.folder)) if run.accelerator.is_main_process else None
     summary: dict = {

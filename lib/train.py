@@ -2,18 +2,16 @@
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import closing
 from functools import partial
 from itertools import chain, islice
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from lib import backends
 from lib.backends.device import device_faults_reported
-from lib.backends.optim import scheduled_scale
 from lib.backends.precision import full_float32
 from lib.config import TrainConfig
 from lib.data import Chunk, StepChunks
@@ -21,11 +19,11 @@ from lib.distributed import gather_objects, rank_and_world_size, sum_counts, sum
 from lib.errors import InputError, RunError, StoppedEarly, machine_errors_reported
 from lib.evaluation.validation import BestMetric, validate
 from lib.finish import finish, is_finished
-from lib.gradcache.step import StepResult, cached_step
+from lib.gradcache.step import Chunks, StepResult, cached_step
 from lib.losses import Loss, Pairs
 from lib.losses.objective import Objective
 from lib.losses.xbm import Drift
-from lib.runs.checkpoint import newest_whole
+from lib.runs.checkpoint import resume_hint
 from lib.runs.folder import claimed_folder
 from lib.runs.reporter import SKIPPED, Reporter
 from lib.runs.signals import StepGivenUp, StopSignal
@@ -47,17 +45,9 @@ def train(config: TrainConfig, objective: Objective) -> None:
     with (
         claimed_folder(config, objective.family) as folder,
         Watchdog(),
-        machine_errors_reported(partial(_resume_hint, folder)),
+        machine_errors_reported(partial(resume_hint, folder)),
     ):
         _train(make_run(config, objective.family, backend, folder), objective)
-
-
-def _resume_hint(folder: Path) -> str:
-    """Message for a run's early end."""
-    newest = newest_whole(folder / "checkpoints")
-    if newest is None:
-        return f"there is no checkpoint yet in {folder}: --resume auto starts anew"
-    return f"--resume auto resumes from {newest}"
 
 
 def _train(run: Run, objective: Objective) -> None:
@@ -73,7 +63,7 @@ def _train(run: Run, objective: Objective) -> None:
         return
     # The batches are closed whatever happens: at its end the process waits for the data workers, who wait for it.
     data = closing(run.data.training.steps(progress.first_step, progress.first_step if over else progress.steps))
-    stop = StopSignal(run.accelerator.device, partial(_resume_hint, run.folder))
+    stop = StopSignal(run.accelerator.device, partial(resume_hint, run.folder))
     # The bar is ended before a fault is printed, or both would share a line.
     with device_faults_reported(run.step.plan.chunk_pairs), closing(report), stop, data as batches:
         step = _loop(run, objective, best, batches, stop, report)
@@ -83,30 +73,26 @@ def _train(run: Run, objective: Objective) -> None:
 
 
 def _loop(
-    run: Run,
-    objective: Objective,
-    best: BestMetric,
-    batches: Iterator[StepChunks],
-    stop: StopSignal,
-    report: Reporter,
+    run: Run, objective: Objective, best: BestMetric, batches: Iterator[StepChunks], stop: StopSignal, report: Reporter
 ) -> int:
     """Data to step, and what is due after it; returns the last step that was done."""
     step, loss, memory = run.progress.first_step, objective.loss, run.step.memory
     before, began = BeforeStep.of(run), time.perf_counter()
     for batch in batches:
         step += 1
-        chunks: StepChunks | Sequence[Chunk] = (data := TimedChunks(batch, step))
+        chunks: Chunks = (data := TimedChunks(batch, step))
         if step == run.progress.first_step + 1:
             data.read_first()
             chunks = prepare_first_step(run, objective, data, report)
-        _set_scheduled_scale(run, step)
+        run.set_scheduled_scale(step)
         remembered = memory.pairs() if run.step.switch.on else None
         try:
             with run.backend.gradients_of_a_step():
                 result = cached_step(run.step.cache, chunks, loss, remembered, between_chunks=stop.look)
         except StepGivenUp:
             step -= 1
-            _give_up(run, before, step)
+            before.restore(run)
+            run.save_unless_saved(step)
             stop.obeyed = True
             break
         update = _update(run, result, before, step)
@@ -144,21 +130,6 @@ class TimedChunks(StepChunks):
             if chunk is None:
                 return
             yield chunk
-
-
-def _set_scheduled_scale(run: Run, step: int) -> None:
-    if run.config.scale_schedule:
-        with run.backend.editing(run.model.towers.logit_scale):
-            scale = scheduled_scale(run.config.scale_schedule, step, run.progress.steps)
-            run.model.towers.set_scale_and_bias(scale, None)
-
-
-def _give_up(run: Run, before: BeforeStep, step: int) -> None:
-    """Go back to the end of `step` and save it, unless the newest checkpoint holds it or nothing was learned."""
-    before.restore(run)
-    newest = newest_whole(run.checkpoints)
-    if step > run.progress.first_step and (newest is None or int(newest.name.removeprefix("step_")) != step):
-        run.save(step)
 
 
 def _update(run: Run, result: StepResult, before: BeforeStep, step: int) -> Update:
@@ -236,10 +207,7 @@ def _evaluate(run: Run, loss: Loss, best: BestMetric, step: int, report: Reporte
         )
     report.evaluation(step, metrics)
     value = best.value(metrics)
-    if best.better(value, progress.best.get("value")):
-        progress.best, progress.stale = {"step": step, "metric": best.name, "value": value}, 0
-    else:
-        progress.stale += 1
+    progress.note_evaluation(step, best.name, value, best.better(value, progress.best.get("value")))
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -421,6 +422,31 @@ def test_a_checkpoint_of_other_settings_is_refused(finished, tmp_path, flag, mes
     ]
     with pytest.raises(InputError, match=message):
         train_clip.main([*flags, flag])
+
+
+@pytest.mark.parametrize(
+    ("earlier", "refused"),
+    [
+        ({"projection": "linear", "text_projection": "same"}, None),
+        ({"projection": "linear"}, None),
+        ({"projection": "linear", "dropout": 0.0, "projection_dropout": 0.2, "lora_dropout": 0.0}, None),
+        ({"projection": "linear", "dropout": 0.0, "projection_dropout": 0.3}, "--dropout 0.2 is not that of the check"),
+        ({"projection": "linear", "text_projection": "mlp"}, "--projection .* is not that of the checkpoint"),
+        ({"projection": "mlp", "text_projection": "same"}, "--projection .* is not that of the checkpoint"),
+    ],
+)
+def test_a_checkpoint_with_a_flag_for_each_head_still_resumes(finished, tmp_path, earlier, refused):
+    """Earlier versions had --text-projection and --projection-dropout, too."""
+    checkpoint = Path(shutil.copytree(finished / "checkpoints" / "step_000004", tmp_path / "step_000004"))
+    manifest = json.loads((checkpoint / "checkpoint.json").read_text())
+    manifest["progress"]["settings"] |= earlier
+    (checkpoint / "checkpoint.json").write_text(json.dumps(manifest))
+    flags = [*FLAGS, f"--resume={checkpoint}", f"--output-dir={tmp_path / 'run'}"]
+    with pytest.raises(InputError, match=refused) if refused else nullcontext():
+        train_clip.main(flags)
+    if not refused:
+        steps = [line["step"] for line in read_metrics(tmp_path / "run") if "loss" in line]
+        assert steps == list(range(5, STEPS + 1))
 
 
 def test_every_broken_file_gets_through_a_run(shared, tmp_path):

@@ -24,6 +24,8 @@ from lib.losses import Loss, LossShare, Pairs
 from lib.losses.positives import Ids
 from lib.towers import TowerOutput
 
+Chunks = StepChunks | Sequence[Chunk]
+
 Recompute = Literal["all", "head", "none"]
 """Parts of a tower that run again in pass 2: all of it, only its head (frozen trunk), or nothing (frozen tower)."""
 
@@ -99,7 +101,7 @@ class Embedded:
 
 def cached_step(
     cache: GradCache,
-    chunks: StepChunks | Sequence[Chunk],
+    chunks: Chunks,
     loss: Loss,
     remembered: Pairs | None,
     between_chunks: Callable[[], None] = lambda: None,
@@ -120,9 +122,7 @@ def cached_step(
     return StepResult(gradients.loss, replace(fresh, negative_texts=None), difference)
 
 
-def embed(
-    cache: GradCache, chunks: StepChunks | Sequence[Chunk], between_chunks: Callable[[], None] = lambda: None
-) -> Embedded:
+def embed(cache: GradCache, chunks: Chunks, between_chunks: Callable[[], None]) -> Embedded:
     """Pass 1: embed every chunk as soon as it is ready, without graph except for the first `keep_graphs` forwards."""
     all_kept = cache.keep_graphs >= len(chunks)
     texts = DistinctTexts(pin=cache.device.type == "cuda") if cache.share_texts else None
@@ -147,9 +147,7 @@ def embed(
     return Embedded(forwards, kept, images, text_embeds, negatives, texts.row if texts else None)
 
 
-def forwards_of(
-    chunks: StepChunks | Sequence[Chunk], negatives: Sequence[Inputs], texts: DistinctTexts | None
-) -> Iterator[Forward]:
+def forwards_of(chunks: Chunks, negatives: Sequence[Inputs], texts: DistinctTexts | None) -> Iterator[Forward]:
     """Yield the forwards of a step: negative texts, then each chunk as soon as it is ready.
 
     With `texts` a chunk's forward has its images alone, and the distinct texts of all chunks follow. The last forward
@@ -234,9 +232,7 @@ def _cache(forwards: list[Forward], d_images: Tensor, d_texts: Tensor, d_negativ
         forward.d_images, forward.d_texts = its_images, its_texts
 
 
-def backward(
-    cache: GradCache, embedded: Embedded, gradients: LossShare, between_chunks: Callable[[], None] = lambda: None
-) -> Tensor:
+def backward(cache: GradCache, embedded: Embedded, gradients: LossShare, between_chunks: Callable[[], None]) -> Tensor:
     """Pass 2: run every chunk again with its graph, and backward of its surrogate; return the replay difference, ()."""
     kept, recomputed = embedded.forwards[: embedded.kept], embedded.forwards[embedded.kept :]
     difference = torch.zeros((), device=cache.device)

@@ -182,6 +182,14 @@ def newest_whole(root: Path) -> Path | None:
     return next((folder for folder in reversed(step_folders(root).values()) if is_whole(folder)), None)
 
 
+def resume_hint(run_folder: Path) -> str:
+    """Message that names the checkpoint from which a run that ends early would resume."""
+    newest = newest_whole(run_folder / "checkpoints")
+    if newest is None:
+        return f"there is no checkpoint yet in {run_folder}: --resume auto starts anew"
+    return f"--resume auto resumes from {newest}"
+
+
 def is_whole(folder: Path) -> bool:
     """True if every file that checkpoint.json names is there with its size."""
     return read_manifest(folder, MANIFEST) is not None

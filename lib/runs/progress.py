@@ -35,6 +35,13 @@ class Progress:
         """True if no step follows this one."""
         return step >= self.steps or self.out_of_patience
 
+    def note_evaluation(self, step: int, metric: str, value: float, better: bool) -> None:
+        """Keep a better value as the best so far; count the evaluations without one."""
+        if better:
+            self.best, self.stale = {"step": step, "metric": metric, "value": value}, 0
+        else:
+            self.stale += 1
+
     def patience_ended(self) -> str:
         """Message for a run that --patience ends."""
         return (

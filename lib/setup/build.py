@@ -155,11 +155,16 @@ def _load_state(folder: Path | None, accelerator: Accelerator) -> TrainingState 
 
 
 def _check_same_run(config: TrainConfig, family: str, progress: dict) -> None:
-    saved, its_family = progress["settings"], progress.get("family", family)
+    saved, its_family = _saved_settings(progress), progress.get("family", family)
     if its_family != family:
         raise InputError(
             f"--resume {config.resume}: the checkpoint is one of train_{its_family}.py; resume with that script, or "
             "start anew from its weights with --model CHECKPOINT_FOLDER"
+        )
+    if config.lora and saved.get("lora_alpha") not in (None, 2 * config.lora):
+        raise InputError(
+            f"--resume {config.resume}: its adapters were trained with --lora-alpha {saved['lora_alpha']}, and are now "
+            "always scaled by 2 x --lora; start anew from its weights with --model CHECKPOINT_FOLDER"
         )
     for name, value in settings_of_the_weights(config).items():
         if saved.get(name, value) != value:  # a setting that was not yet there when it was saved
@@ -167,3 +172,14 @@ def _check_same_run(config: TrainConfig, family: str, progress: dict) -> None:
                 f"{flag(name)} {value} is not that of the checkpoint ({saved[name]}); resume with the same, or start "
                 "anew from its weights with --model CHECKPOINT_FOLDER"
             )
+
+
+def _saved_settings(progress: dict) -> dict:
+    """A checkpoint's settings; earlier versions had flags for each tower's head, and for each place of dropout."""
+    saved = dict(progress["settings"])
+    image_head, text_head = saved.get("projection"), saved.get("text_projection", "same")
+    if isinstance(image_head, str):
+        saved["projection"] = [image_head] if text_head in ("same", image_head) else [image_head, text_head]
+    if "projection_dropout" in saved:
+        saved["dropout"] = saved["dropout"] or saved["projection_dropout"] or saved.get("lora_dropout", 0.0)
+    return saved

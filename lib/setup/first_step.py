@@ -1,13 +1,11 @@
 """Before the first update: start the bias where the data wants it, and verify the gradients if asked."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import nn
 
 from lib.data import Chunk, StepChunks
 from lib.distributed import gather_rows
-from lib.gradcache.step import gather_ids
+from lib.gradcache.step import Chunks, gather_ids
 from lib.gradcache.verify import verify_gradients
 from lib.losses import Pairs
 from lib.losses.objective import Objective
@@ -17,9 +15,7 @@ from lib.runs.reporter import Reporter
 from lib.setup.run import Run
 
 
-def prepare_first_step(
-    run: Run, objective: Objective, chunks: StepChunks, report: Reporter
-) -> StepChunks | Sequence[Chunk]:
+def prepare_first_step(run: Run, objective: Objective, chunks: StepChunks, report: Reporter) -> Chunks:
     """Start the bias and verify the gradients, where either is due; return the step's chunks, still to be computed."""
     towers = run.model.towers
     starts_fresh = run.progress.first_step == 0 and not towers.pretrained_bias

@@ -8,7 +8,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from lib.backends import Backend
-from lib.backends.optim import move_schedule
+from lib.backends.optim import move_schedule, scheduled_scale
 from lib.config import TrainConfig
 from lib.data import EvaluationSet, Prepare, Source, TrainingData
 from lib.files import json_without_secrets
@@ -104,6 +104,13 @@ class Run:
             return self.config.same_text
         return "negative" if self.data.source.templates else "exclude"
 
+    def set_scheduled_scale(self, step: int) -> None:
+        """Set the scale of this step where --scale-schedule replaces learning it."""
+        if self.config.scale_schedule:
+            with self.backend.editing(self.model.towers.logit_scale):
+                scale = scheduled_scale(self.config.scale_schedule, step, self.progress.steps)
+                self.model.towers.set_scale_and_bias(scale, None)
+
     def whole_towers(self) -> TwoTowers | None:
         """`model.evaluated` with all of its weights, on the main process at least; all ranks call it."""
         model = self.model
@@ -157,6 +164,12 @@ class Run:
                 checkpoint.mark_best(folder)
             checkpoint.prune(self.checkpoints, self.config.keep_checkpoints, progress.best.get("step"))
         return folder
+
+    def save_unless_saved(self, step: int) -> None:
+        """Save after an abandoned step, unless nothing was learned or the newest checkpoint is that of `step`."""
+        newest = checkpoint.newest_whole(self.checkpoints)
+        if step > self.progress.first_step and (newest is None or int(newest.name.removeprefix("step_")) != step):
+            self.save(step)
 
     def restore(self, state: TrainingState) -> None:
         """Resume from a checkpoint's training state; the weights were loaded with the towers."""
