@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, T5Tokenizer
 
 from lib.errors import InputError
 from lib.towers import TwoTowers, load_towers
-from lib.towers.open_clip_names import from_open_clip, to_open_clip
+from lib.towers.open_clip_files import from_open_clip, to_open_clip
 from lib.towers.processing import Processing, build_tokenizer
 
 open_clip = pytest.importorskip("open_clip", reason="needs open_clip_torch, an optional package")
@@ -221,7 +221,7 @@ def test_names_lead_both_ways(kind, tmp_path):
         ({"multimodal_cfg": {"layers": 2}}, "model_cfg.multimodal_cfg"),
         ({"vision_cfg": {"image_size": [32, 64]}}, "not square"),
         ({"vision_cfg": {"layers": 3}}, "the files lack 16 of the model's weights"),
-        ({"vision_cfg": {"layers": 1}}, "encoder.layers.1.*tells nothing of"),
+        ({"vision_cfg": {"layers": 1}}, "encoder.layers.1.*does not mention"),
         ({"vision_cfg": {"patch_size": 16}}, "is of shape"),
     ],
 )

@@ -16,7 +16,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from lib.backends.optim import load_moments
 from lib.backends.replicated import Backend, copy_buffers, copy_on_host, on_host
 from lib.towers import TwoTowers
-from lib.towers.blocks import blocks
+from lib.towers.trainable import blocks
 
 
 class FullyShardedBackend(Backend):

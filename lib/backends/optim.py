@@ -12,7 +12,7 @@ from transformers import get_scheduler
 
 from lib.errors import InputError
 from lib.towers import TwoTowers
-from lib.towers.blocks import blocks, depths
+from lib.towers.trainable import blocks, depths
 
 
 @dataclass(frozen=True)

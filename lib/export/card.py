@@ -15,7 +15,7 @@ from lib.export.formats import HUGGING_FACE, OPEN_CLIP, Format
 from lib.export.hugging_face import COMPOSED
 from lib.runs.reporter import CONFIG, flatten, read_metrics, read_summary
 from lib.towers import PRESETS, TwoTowers
-from lib.towers.presets import SIZES
+from lib.towers.load import SIZES
 from lib.towers.processing import Processing
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")

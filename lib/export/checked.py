@@ -10,8 +10,8 @@ from lib.export.formats import HUGGING_FACE, Format
 from lib.export.sample import Sample, expected_logits
 from lib.files import write_text
 from lib.towers import TwoTowers
+from lib.towers.image_form import TOLERANCE as PIXEL_TOLERANCE
 from lib.towers.image_form import difference_of_files
-from lib.towers.measured_form import TOLERANCE as PIXEL_TOLERANCE
 from lib.towers.model_files import quiet
 from lib.towers.processing import Processing
 

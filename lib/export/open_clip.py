@@ -17,7 +17,7 @@ from lib.export.sample import PROBABILITIES, Sample, check_tokens
 from lib.export.timm_shape import EPS, mlp_ratio, timm_name, timm_shape
 from lib.files import write_text
 from lib.towers import TwoTowers
-from lib.towers.open_clip_names import to_open_clip
+from lib.towers.open_clip_files import to_open_clip
 from lib.towers.processing import Processing
 
 RESIZE = {"crop": "shortest", "squash": "squash", "pad": "longest"}

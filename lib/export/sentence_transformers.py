@@ -21,8 +21,8 @@ from lib.export import hugging_face
 from lib.export.hugging_face import COMPOSED
 from lib.export.sample import PROBABILITIES, Sample, check_tokens
 from lib.towers import TwoTowers
-from lib.towers.classifiers import Resizable
 from lib.towers.encoders import HALF_MODELS
+from lib.towers.image_classifiers import is_of_another_size
 from lib.towers.processing import Processing
 from lib.towers.tower import ImageTower, TextTower
 
@@ -172,7 +172,7 @@ def _head_modules(head: nn.Module) -> list["Module"]:
 
 def _wrapped(trunk: nn.Module, name: str, image_size: int) -> PreTrainedModel:
     """A model of timm as transformers loads it, without its classifier."""
-    fitted = isinstance(trunk, Resizable) and image_size != trunk.default_cfg["input_size"][-1]
+    fitted = is_of_another_size(trunk, image_size)
     config = TimmWrapperConfig(architecture=name, model_args={"img_size": image_size} if fitted else {})
     model = TimmWrapperModel(config)
     with raised_as(

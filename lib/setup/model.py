@@ -12,8 +12,8 @@ from lib.data.resize import Resize
 from lib.errors import InputError
 from lib.runs.checkpoint import TrainingState
 from lib.towers import PRESETS, Family, TwoTowers, load_towers
+from lib.towers.load import SIZES
 from lib.towers.lora import add_adapters
-from lib.towers.presets import SIZES
 from lib.towers.processing import Processing
 from lib.towers.trainable import set_trainable
 from lib.towers.trunk_options import checkpoint_activations
@@ -30,8 +30,7 @@ def make_towers(
     scheduled = ("scale",) if config.scale_schedule else ()
     set_trainable(towers, (*config.freeze, *scheduled), config.unfreeze)
     if config.lora:
-        alpha = 2 * config.lora if config.lora_alpha is None else config.lora_alpha
-        add_adapters(towers, config.lora, alpha, config.lora_dropout, config.seed)
+        add_adapters(towers, config.lora, config.lora_dropout, config.seed)
     if not any(parameter.requires_grad for parameter in towers.parameters()):
         raise InputError(f"--freeze {' '.join(config.freeze)} leaves nothing to train")
     if config.gradient_checkpointing:

@@ -1,4 +1,4 @@
-"""The form of a model's inputs: one form of texts and images for training, evaluation and export."""
+"""Processing of a model's inputs: the same tokens and images for training, evaluation and export."""
 
 import json
 import re
@@ -26,6 +26,7 @@ from transformers import (
     SiglipImageProcessor,
     SiglipProcessor,
 )
+from transformers.image_processing_utils import BaseImageProcessor
 
 from lib.data.resize import Resize, ResizeFlag
 from lib.towers.image_form import DEFAULT_FORMS, ImageForm, model_image_form, read_image_form
@@ -35,10 +36,10 @@ from lib.towers.text_form import is_canonical, load_tokenizer, text_length
 
 ModelType = Literal["clip", "chinese_clip", "altclip", "siglip", "siglip2", "two_towers"]
 
-# Of a text no more than this is tokenized: 248 tokens are some 1200 characters, and a caption may be a whole book.
+# Only the beginning of a text is tokenized: 248 tokens are some 1200 characters, and a caption may be a whole book.
 MAX_CHARACTERS = 8192
 _COUNTED_AT_ONCE = 1000
-# Of letters, digits or marks in a row; training a BPE takes time that grows with the square of that.
+# Letters, digits or marks in a row: the time to train a BPE grows with the square of that.
 _MAX_RUN = 256
 _LONG_RUN = re.compile(rf"[^\W\d_]{{{_MAX_RUN + 1},}}|\d{{{_MAX_RUN + 1},}}|(?:[^\w\s]|_){{{_MAX_RUN + 1},}}")
 
@@ -77,8 +78,8 @@ class Processing:
     def tokenize(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         """Returns input_ids and attention_mask, both (C, L) int64.
 
-        Of a text only the first MAX_CHARACTERS are looked at; the tokens are the same unless nearly all of these are
-        white space or punctuation that the tokenizer drops.
+        Only the first MAX_CHARACTERS of a text are read; the tokens are the same unless nearly all of these are white
+        space or punctuation that the tokenizer drops.
         """
         tokens = self.tokenizer(
             self._shortened(texts),
@@ -91,7 +92,7 @@ class Processing:
         return tokens["input_ids"], tokens["attention_mask"]
 
     def count_cut(self, texts: Sequence[str]) -> int:
-        """How many of the texts have more tokens than max_length, so that their ends are not read."""
+        """Count the texts with more tokens than max_length: their ends are not read."""
         # A token is a character of ASCII or more, and most captions are short.
         most = self.max_length - self.tokenizer.num_special_tokens_to_add() - 1
         long = [text for text in texts if len(text) > most or not text.isascii()]
@@ -102,12 +103,12 @@ class Processing:
         texts = self._shortened(texts)
         if not self.tokenizer.is_fast:
             return sum(len(ids) > self.max_length for ids in self.tokenizer(texts, verbose=False)["input_ids"])
-        # As in `tokenize`: these settings stay in the tokenizer, and are saved with it.
+        # The settings of `tokenize`: they stay in the tokenizer, and are saved with it.
         tokens = self.tokenizer(texts, padding=self.padding, truncation=True, max_length=self.max_length)
         return sum(bool(encoding.overflowing) for encoding in tokens.encodings or ())
 
     def _shortened(self, texts: Sequence[str]) -> list[str]:
-        """The beginnings of the texts, in the form that the tokenizer is given."""
+        """The beginnings of the texts, in canonical form where the model wants that."""
         texts = [text[:MAX_CHARACTERS] for text in texts]
         return [canonical_form(text) for text in texts] if self.canonical else texts
 
@@ -125,15 +126,13 @@ class Processing:
 
     @property
     def image_form(self) -> ImageForm:
-        """What images of any shape are made to."""
+        """Size, normalization and way of resizing of the images."""
         return ImageForm(self.image_size, self.image_mean, self.image_std, self.resize)
 
-    def image_processor(
-        self,
-    ) -> CLIPImageProcessor | MobileViTImageProcessor | SiglipImageProcessor | Siglip2ImageProcessor:
-        """The transformers image processor that does to a PIL image what our own pipeline does.
+    def image_processor(self) -> BaseImageProcessor:
+        """The image processor of transformers that gives the pixels of our own pipeline.
 
-        SigLIP 2's own keeps an image's proportions; it does the same to square ones alone.
+        SigLIP 2's own keeps an image's proportions; it gives the same for square ones alone.
         """
         square, side = {"height": self.image_size, "width": self.image_size}, self.resize.side or self.image_size
         form = {
@@ -167,7 +166,7 @@ class Processing:
     def from_pretrained(cls, name: str | Path | ModelFolder, resize: ResizeFlag = "auto") -> "Processing":
         """Read what `save_pretrained` wrote, or the files of a CLIP or SigLIP model by folder or hub id.
 
-        resize: as in `lib.towers.measured_form.measured_form`.
+        resize: as in `lib.towers.image_form.measured_form`.
         """
         model = find_model("--model", name, weights=False)
         with reading(model.flag, model.name):
@@ -241,8 +240,8 @@ def build_tokenizer(
 ) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE tokenizer on the given texts, without a network; it can encode any text.
 
-    The same texts give the same tokenizer. Of each it learns from the first MAX_CHARACTERS, without what is no word:
-    runs of more than 256 letters, digits or marks. canonical: it puts texts into SigLIP's form by itself.
+    The same texts give the same tokenizer. It learns from the first MAX_CHARACTERS of each, without runs of more than
+    256 letters, digits or marks, which are no words. canonical: it puts texts into SigLIP's form by itself.
     """
     tokenizer = Tokenizer(models.BPE())
     steps = [normalizers.NFC(), normalizers.Lowercase()]

@@ -1,13 +1,21 @@
 """Tokenizers of model folders, in the form of texts that the model was trained with, checked against its encoder."""
 
+import gzip
 import re
+from pathlib import Path
 
-from tokenizers import Tokenizer, normalizers
-from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from tokenizers import Regex, Tokenizer, normalizers
+from transformers import (
+    AutoTokenizer,
+    CLIPTokenizer,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 from lib.errors import raised_as
-from lib.towers.model_files import NO_CODE, ModelFolder, is_open_clip
-from lib.towers.open_clip_files import open_clip_tokenizer
+from lib.towers.model_files import NO_CODE, OPEN_CLIP_CONFIG, ModelFolder, find_model, is_open_clip
+from lib.towers.open_clip_files import open_clip_content
 
 # Captions and prompts are short: an encoder of documents that could read 512 tokens or more is not given that many.
 MAX_TEXT_LENGTH = 128
@@ -17,6 +25,14 @@ OWN_LENGTH = ("clip_text_model", "siglip_text_model", "siglip2_text_model")
 OFFSET_POSITIONS = ("altclip_text_model", "camembert", "mpnet", "roberta", "xlm-roberta")
 # T5 and its kin list a hundred of these, which mT5's vocabulary has and SigLIP's embedding of it has not.
 _SENTINEL = re.compile(r"▁?<extra_id_\d+>")
+_SPACES = [normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()]
+_PUNCTUATION = normalizers.Replace(Regex(r"[!-/:-@\[-`{-~]"), "")
+# What open_clip does to texts before the tokenizer, where that is more than to collapse white space.
+_CLEAN: dict[str, list[normalizers.Normalizer]] = {
+    "whitespace": [],
+    "lower": [normalizers.Lowercase()],
+    "canonicalize": [normalizers.Replace("_", " "), _PUNCTUATION, normalizers.Lowercase(), *_SPACES],
+}
 
 
 def text_length(tokenizer: PreTrainedTokenizerBase, text_config: PretrainedConfig) -> int:
@@ -38,7 +54,7 @@ def load_tokenizer(
     InputError where there is none, or where its tokens are not those of the text encoder.
     """
     if is_open_clip(model.path):
-        tokenizer, steps = open_clip_tokenizer(model, text_config)
+        tokenizer, steps = _of_open_clip(model, text_config)
     else:
         tokenizer = _of_transformers(model, None if own_config else text_config)
         steps = _ignored_steps(tokenizer, text_config)
@@ -74,6 +90,41 @@ def is_canonical(tokenizer: PreTrainedTokenizerBase) -> bool:
 def _of_transformers(model: ModelFolder, config: PretrainedConfig | None) -> PreTrainedTokenizerBase:
     with raised_as(_no_tokenizer, ValueError, KeyError):
         return AutoTokenizer.from_pretrained(model.path, config=config, **NO_CODE)
+
+
+def _of_open_clip(
+    model: ModelFolder, text_config: PretrainedConfig
+) -> tuple[PreTrainedTokenizerBase, list[normalizers.Normalizer]]:
+    """The tokenizer in the folder, else the hub's that the settings name, else CLIP's own out of open_clip's package.
+
+    Returns it with the steps that open_clip applies to texts before it.
+    """
+    text = open_clip_content(model)["model_cfg"]["text_cfg"]
+    name, options = text.get("hf_tokenizer_name"), text.get("tokenizer_kwargs") or {}
+    clean = options.get("clean", "whitespace")
+    if clean not in _CLEAN or any(value for key, value in options.items() if key != "clean"):
+        raise model.fault(f"{OPEN_CLIP_CONFIG} has tokenizer_kwargs {options}, of which only clean is read here")
+    if any((model.path / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json", "vocab.json")):
+        tokenizer = AutoTokenizer.from_pretrained(model.path, config=text_config, **NO_CODE)
+    elif name:
+        other = find_model(model.flag, name, weights=False)
+        tokenizer = AutoTokenizer.from_pretrained(other.path, **NO_CODE)
+    else:
+        tokenizer = _clip_tokenizer(model)
+    return tokenizer, _CLEAN[clean]
+
+
+def _clip_tokenizer(model: ModelFolder) -> PreTrainedTokenizerBase:
+    """CLIP's vocabulary of 49,408 tokens out of the package, as transformers' tokenizer."""
+    remedy = "its folder has no tokenizer, and CLIP's vocabulary comes with open_clip: pip install open_clip_torch"
+    with raised_as(lambda _: model.fault(remedy), ImportError):
+        from open_clip.tokenizer import bytes_to_unicode, default_bpe
+    lines = gzip.decompress(Path(default_bpe()).read_bytes()).decode("utf-8").split("\n")
+    letters = list(bytes_to_unicode().values())
+    merges = [tuple(line.split()) for line in lines[1 : 49408 - 2 - 2 * len(letters) + 1]]
+    tokens = [*letters, *(f"{letter}</w>" for letter in letters), *map("".join, merges)]
+    vocabulary = {token: i for i, token in enumerate([*tokens, "<|startoftext|>", "<|endoftext|>"])}
+    return CLIPTokenizer(vocab=vocabulary, merges=merges)
 
 
 def _no_tokenizer(fault: Exception) -> OSError:
