@@ -282,7 +282,7 @@ def test_a_push_that_fails_is_told_in_one_line_and_the_export_stays(run, hub, mo
 @pytest.mark.parametrize(("offline", "words"), [(True, "HF_HUB_OFFLINE is set"), (False, "nobody is logged in")])
 def test_without_network_or_login_nothing_is_begun(run, hub, offline, words, monkeypatch, tmp_path):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
-    monkeypatch.setattr("lib.export.hub.get_token", lambda: None)
+    monkeypatch.setattr("lib.export.__main__.get_token", lambda: None)
     shutil.rmtree(run / "export")
     with pytest.raises(InputError, match=words):
         main([str(run), "--push-to-hub", "me/model"])

@@ -186,7 +186,7 @@ def test_by_hub_id_and_as_halves(tmp_path, monkeypatch):
 @pytest.mark.parametrize("kind", ["clip with bias", "siglip"])
 def test_our_own_export_for_open_clip_loads_again(kind, tmp_path):
     from lib.export import export, noise_and_texts
-    from lib.export.formats import OPEN_CLIP
+    from lib.export.open_clip import OPEN_CLIP
 
     towers, processing = made_towers(kind, tmp_path / "start")
     export(towers, processing, tmp_path / "export", noise_and_texts(processing), form=OPEN_CLIP)

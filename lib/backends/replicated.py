@@ -23,7 +23,7 @@ class Backend:
     """
 
     shards_weights = False
-    """Each rank holds a part of the weights: all ranks must run the same forwards, of the towers as a whole."""
+    """Each rank holds a shard of the weights: all ranks must run the same forwards, of the towers as a whole."""
 
     def __init__(self, accelerator: Accelerator, precision: Precision) -> None:
         self.accelerator, self.precision = accelerator, precision
@@ -33,20 +33,27 @@ class Backend:
         self.optimizer: Optimizer
 
     def prepare(self, towers: TwoTowers, optimizer: Optimizer, largest_norm: float) -> nn.Module:
-        """Take the towers and their optimizer over, and return the module that all passes go through.
+        """Take over the towers and their optimizer; returns the module that all passes run through.
 
         largest_norm: that of `clip_gradients`, for kinds that clip within their update.
         """
         self.towers, self.optimizer = towers, optimizer
         self.precision.wrap(towers)
+        self._twin = self._copy_on_host() if self.shards_weights and self.accelerator.is_main_process else None
         self.wrapped = self._wrap(largest_norm)
         return self.wrapped
 
     def _wrap(self, largest_norm: float) -> nn.Module:
         return self.accelerator.prepare(self.towers) if self.accelerator.num_processes > 1 else self.towers
 
+    def _copy_on_host(self) -> TwoTowers:
+        """A float32 copy in the host's memory, for whole weights while `towers` will hold shards of them."""
+        twin = copy.deepcopy(self.towers)
+        vars(twin).pop("forward", None)  # the precision's, which would run the original
+        return twin.cpu()
+
     def state_bytes(self, weights: int, trained: int, moments: int) -> int:
-        """What weights, gradients and optimizer take on one rank's device.
+        """Bytes of weights, gradients and optimizer on one rank's device.
 
         weights, trained: bytes of all weights, and of those that train; moments: that the optimizer keeps of each.
         """
@@ -78,20 +85,20 @@ class Backend:
         return norm
 
     def step(self) -> None:
-        """Update the weights from the clipped gradients, and drop these."""
+        """Update the weights from the clipped gradients, and clear these."""
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.loss_scale:
             self.loss_scale.update(finite=True)
 
     def drop_gradients(self) -> None:
-        """Leave the update out, as something was not finite; lowers the loss scale, if there is one."""
+        """Skip the update, because a value was not finite; lowers the loss scale, if there is one."""
         self.forget_gradients()
         if self.loss_scale:
             self.loss_scale.update(finite=False)
 
     def forget_gradients(self) -> None:
-        """Let the next step's gradients start from nothing."""
+        """Let the next step's gradients start from zero."""
         self.optimizer.zero_grad()
 
     def gradients(self) -> dict[str, Tensor]:
@@ -106,14 +113,28 @@ class Backend:
 
     def whole_towers(self) -> TwoTowers | None:
         """The towers with all of their weights on the main process; on the others None where weights are sharded."""
-        return self.towers
+        if not self.shards_weights:
+            return self.towers
+        twins = dict(self._twin.named_parameters()) if self._twin else {}
+        for name, parameter in self.towers.named_parameters():
+            with self._gathered(parameter) as whole:  # one at a time: all of them may not fit next to the shards
+                if self._twin:
+                    twins[name].data.copy_(whole)
+        if self._twin:  # buffers are whole on every rank
+            for copied, buffer in zip(self._twin.buffers(), self.towers.buffers(), strict=True):
+                copied.copy_(buffer)
+        return self._twin
+
+    def _gathered(self, parameter: nn.Parameter) -> AbstractContextManager[Tensor]:
+        """The whole of a sharded parameter within the context, on every rank."""
+        raise NotImplementedError
 
     def moments(self) -> dict[str, dict]:
-        """What the optimizer remembers of each parameter, by name; complete on the main process."""
+        """The optimizer's state of each parameter, by name; complete on the main process."""
         return moments_by_name(self.optimizer, self.towers)
 
     def load_moments(self, moments: dict[str, dict]) -> None:
-        """Put back what `moments` gave, on this or another kind and number of ranks."""
+        """Restore the result of `moments`, on this or another kind and number of ranks."""
         load_moments(self.optimizer, self.towers, moments)
 
     def autocast(self) -> AbstractContextManager:
@@ -124,17 +145,3 @@ class Backend:
 def on_host(tensor: Tensor) -> Tensor:
     """A copy in the host's memory."""
     return tensor.detach().to("cpu", copy=True)
-
-
-def copy_on_host(towers: TwoTowers) -> TwoTowers:
-    """A copy in the host's memory, in float32, to put whole weights into where `towers` will hold parts of them."""
-    twin = copy.deepcopy(towers)
-    vars(twin).pop("forward", None)  # the precision's, which would run the original
-    return twin.cpu()
-
-
-def copy_buffers(towers: TwoTowers, twin: TwoTowers | None) -> None:
-    """Give the copy the buffers of the towers, which are whole on every rank."""
-    if twin is not None:
-        for copied, buffer in zip(twin.buffers(), towers.buffers(), strict=True):
-            copied.copy_(buffer)

@@ -18,8 +18,8 @@ from transformers import CLIPProcessor, PretrainedConfig, PreTrainedModel, TimmW
 
 from lib.errors import InputError, raised_as
 from lib.export import hugging_face
+from lib.export.formats import PROBABILITIES, Format, Sample, check_tokens, importing
 from lib.export.hugging_face import COMPOSED
-from lib.export.sample import PROBABILITIES, Sample, check_tokens
 from lib.towers import TwoTowers
 from lib.towers.encoders import HALF_MODELS
 from lib.towers.image_classifiers import is_of_another_size
@@ -34,13 +34,7 @@ FLAG = "--format sentence-transformers"
 
 def check(towers: TwoTowers) -> None:
     """Raise InputError where the package is missing, or has no module for one of the towers."""
-    with raised_as(
-        lambda fault: InputError(
-            f"{FLAG} checks the files with sentence-transformers 6.0 or newer, which cannot be imported ({fault}): "
-            "pip install 'sentence-transformers>=6.0'"
-        ),
-        ImportError,
-    ):
+    with importing("sentence-transformers", "'sentence-transformers>=6.0'"):
         from sentence_transformers.base.modules import Normalize, Router, Transformer  # noqa: F401
     settings = towers.description
     if settings["model_type"] != COMPOSED:
@@ -60,7 +54,7 @@ def check(towers: TwoTowers) -> None:
     if towers.image.interpolate:
         raise InputError(
             f"{FLAG}: the image tower was made for {settings['image_config']['image_size']} pixels and runs at "
-            f"{towers.image_size}, which sentence-transformers cannot ask of it; use --format onnx"
+            f"{towers.image_size}, which sentence-transformers cannot request; use --format onnx"
         )
 
 
@@ -178,7 +172,7 @@ def _wrapped(trunk: nn.Module, name: str, image_size: int) -> PreTrainedModel:
     with raised_as(
         lambda fault: InputError(
             f"{FLAG}: timm builds {name} with weights of other shapes for images of {image_size} pixels; use --format "
-            "onnx, or train at the size that its name tells"
+            "onnx, or train at the size in its name"
         ),
         RuntimeError,
     ):
@@ -202,7 +196,7 @@ def logits(towers: TwoTowers, processing: Processing, folder: Path, sample: Samp
 
 
 def _framed(pixels: Tensor, processing: Processing) -> Tensor:
-    """A picture of which the image processor makes these pixels: it resizes nothing, and cuts the frame off."""
+    """A picture from which the image processor makes these pixels: it resizes nothing, and cuts the frame off."""
     if processing.resize.channels == "bgr":
         pixels = pixels.flip(0)
     frame = (processing.resize.side or processing.image_size) - processing.image_size
@@ -211,7 +205,6 @@ def _framed(pixels: Tensor, processing: Processing) -> Tensor:
 
 
 def usage(towers: TwoTowers, processing: Processing, name: str, on_hub: bool) -> str:
-    """Python that loads the files and gets logits; name: a hub id or a folder."""
     scale, bias = towers.logit_scale.exp().item(), towers.logit_bias.item()
     summand = f" + {bias!r}" if bias else ""
     return f"""from PIL import Image
@@ -221,3 +214,6 @@ model = SentenceTransformer("{name}")
 texts, image = ["a photo of a cat", "a photo of a dog"], Image.open("picture.jpg").convert("RGB")
 logits = {scale!r} * model.similarity(model.encode([image]), model.encode(texts)){summand}
 {PROBABILITIES[towers.use_bias]}"""
+
+
+SENTENCE_TRANSFORMERS = Format(check, write, logits, usage, "sentence-transformers")

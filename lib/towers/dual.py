@@ -6,20 +6,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import (
-    AltCLIPModel,
-    AutoConfig,
-    AutoModel,
-    ChineseCLIPModel,
-    CLIPModel,
-    PretrainedConfig,
-    PreTrainedModel,
-    Siglip2Model,
-    SiglipModel,
-)
+from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 
 from lib.data.resize import ResizeFlag
 from lib.errors import InputError
@@ -29,11 +20,11 @@ from lib.towers.open_clip_files import from_open_clip, renamed
 from lib.towers.tower import ImageTower, Parts, Pooling, TextTower
 
 DUAL_MODELS = {
-    "clip": CLIPModel,
-    "chinese_clip": ChineseCLIPModel,
-    "altclip": AltCLIPModel,
-    "siglip": SiglipModel,
-    "siglip2": Siglip2Model,
+    "clip": transformers.CLIPModel,
+    "chinese_clip": transformers.ChineseCLIPModel,
+    "altclip": transformers.AltCLIPModel,
+    "siglip": transformers.SiglipModel,
+    "siglip2": transformers.Siglip2Model,
 }
 TEXT_POOLINGS: dict[str, Pooling] = {
     "clip_text_model": "pooler",
@@ -69,7 +60,6 @@ def dual_parts(
     """Take a model apart; it is not to be used as a whole afterwards. The scale is the model's own."""
     model.config.architectures = [type(model).__name__]
     description = plain_settings(model.config) | {"image_form": asdict(image_form)}
-    text_pooling = TEXT_POOLINGS[model.config.text_config.model_type]
     if model.config.model_type.startswith("siglip"):
         image_head, text_head = nn.Identity(), model.text_model.head
         model.text_model.head = nn.Identity()
@@ -77,16 +67,10 @@ def dual_parts(
     else:
         image_head, text_head = model.visual_projection, model.text_projection
         embed_dim = model.config.projection_dim
-    return Parts(
-        ImageTower(model.vision_model, image_head, "pooler"),
-        TextTower(model.text_model, text_head, text_pooling),
-        description,
-        embed_dim,
-        image_form,
-        model.logit_scale.item(),
-        bias,
-        pretrained_bias,
-    )
+    image = ImageTower(model.vision_model, image_head, "pooler")
+    text = TextTower(model.text_model, text_head, TEXT_POOLINGS[model.config.text_config.model_type])
+    log_scale = model.logit_scale.item()
+    return Parts(image, text, description, embed_dim, image_form, log_scale, bias, pretrained_bias)
 
 
 def plain_settings(config: PretrainedConfig) -> dict:

@@ -5,18 +5,9 @@ import json
 from typing import Literal, NamedTuple
 
 import torch
+import transformers
 from torch import Tensor, nn
-from transformers import (
-    AltCLIPTextModel,
-    AltCLIPVisionModel,
-    AutoConfig,
-    AutoModel,
-    ChineseCLIPTextModel,
-    PretrainedConfig,
-    PreTrainedModel,
-    Siglip2TextModel,
-    SiglipTextModel,
-)
+from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 
 from lib.towers.dual import DUAL_MODELS, TEXT_POOLINGS, check_complete, load_dual_model, load_model
 from lib.towers.model_files import NO_CODE, ModelFolder, find_model, is_open_clip
@@ -27,11 +18,11 @@ from lib.towers.tower import Pooling, patch_size_of
 _SENTENCE_POOLINGS: dict[str, Pooling] = {"mean_tokens": "mean", "cls_token": "cls", "mean": "mean", "cls": "cls"}
 # Halves of dual encoders that AutoModel does not know.
 HALF_MODELS = {
-    "altclip_text_model": AltCLIPTextModel,
-    "altclip_vision_model": AltCLIPVisionModel,
-    "chinese_clip_text_model": ChineseCLIPTextModel,
-    "siglip_text_model": SiglipTextModel,
-    "siglip2_text_model": Siglip2TextModel,
+    "altclip_text_model": transformers.AltCLIPTextModel,
+    "altclip_vision_model": transformers.AltCLIPVisionModel,
+    "chinese_clip_text_model": transformers.ChineseCLIPTextModel,
+    "siglip_text_model": transformers.SiglipTextModel,
+    "siglip2_text_model": transformers.Siglip2TextModel,
 }
 # Where a dual encoder keeps each half, and the projection after it.
 _HALVES = {"image": ("vision_model", "visual_projection"), "text": ("text_model", "text_projection")}
@@ -101,7 +92,7 @@ def new_encoder(settings: dict) -> PreTrainedModel:
     """
     config = AutoConfig.for_model(**settings)
     if config.model_type == "chinese_clip_text_model":  # within its model it has no pooler
-        encoder = ChineseCLIPTextModel(config, add_pooling_layer=False)
+        encoder = transformers.ChineseCLIPTextModel(config, add_pooling_layer=False)
     elif config.model_type in HALF_MODELS:
         encoder = HALF_MODELS[config.model_type](config)
     else:

@@ -8,24 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import transformers
 from PIL import Image
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor
-from transformers import (
-    AltCLIPProcessor,
-    AutoConfig,
-    ChineseCLIPProcessor,
-    CLIPImageProcessor,
-    CLIPProcessor,
-    MobileViTImageProcessor,
-    PretrainedConfig,
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
-    Siglip2ImageProcessor,
-    Siglip2Processor,
-    SiglipImageProcessor,
-    SiglipProcessor,
-)
+from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.image_processing_utils import BaseImageProcessor
 
 from lib.data.resize import Resize, ResizeFlag
@@ -44,11 +31,11 @@ _MAX_RUN = 256
 _LONG_RUN = re.compile(rf"[^\W\d_]{{{_MAX_RUN + 1},}}|\d{{{_MAX_RUN + 1},}}|(?:[^\w\s]|_){{{_MAX_RUN + 1},}}")
 
 PROCESSORS = {
-    "clip": CLIPProcessor,
-    "chinese_clip": ChineseCLIPProcessor,
-    "altclip": AltCLIPProcessor,
-    "siglip": SiglipProcessor,
-    "siglip2": Siglip2Processor,
+    "clip": transformers.CLIPProcessor,
+    "chinese_clip": transformers.ChineseCLIPProcessor,
+    "altclip": transformers.AltCLIPProcessor,
+    "siglip": transformers.SiglipProcessor,
+    "siglip2": transformers.Siglip2Processor,
 }
 
 
@@ -142,16 +129,18 @@ class Processing:
         }
         if self.patch_size:
             patches = (self.image_size // self.patch_size) ** 2
-            return Siglip2ImageProcessor(patch_size=self.patch_size, max_num_patches=patches, **form)
+            return transformers.Siglip2ImageProcessor(patch_size=self.patch_size, max_num_patches=patches, **form)
         if self.resize.way == "squash" and side == self.image_size and self.resize.channels == "rgb":
-            return SiglipImageProcessor(size=square, **form)
+            return transformers.SiglipImageProcessor(size=square, **form)
         # a centre crop that is larger than the picture pads it with black
         size = {
             "crop": {"shortest_edge": side},
             "squash": {"height": side, "width": side},
             "pad": {"max_height": side, "max_width": side},
         }[self.resize.way]
-        kind = MobileViTImageProcessor if self.resize.channels == "bgr" else CLIPImageProcessor
+        kind = (
+            transformers.MobileViTImageProcessor if self.resize.channels == "bgr" else transformers.CLIPImageProcessor
+        )
         return kind(size=size, crop_size=square, **form)
 
     def save_pretrained(self, folder: str | Path) -> None:
