@@ -192,7 +192,7 @@ def test_every_export_has_a_card_from_the_runs_own_files(run):
     for words in (
         "SiglipModel with",
         "the pairwise sigmoid loss",
-        "| base model | none: drawn weights (preset tiny) |",
+        "| base model | none: random weights (preset tiny) |",
         "| data | digits, 1,442 images, 128 pairs read |",
         "| batch | 32 pairs in a step",
         "| contrasted with | 31 other pairs of the step, and up to 32 remembered ones |",

@@ -16,7 +16,7 @@ from lib.towers import TwoTowers
 
 
 class Backend:
-    """How the towers run on the ranks; the base of the other kinds, and itself one process or DDP.
+    """The towers on the ranks: one process or DDP here; FSDP2 and ZeRO override it.
 
     After `prepare`, the order of an optimizer step is: `gradients_of_a_step` around everything that runs `backward`,
     `clip_gradients`, then `step`, or `drop_gradients` where something is not finite. All ranks call all methods.
@@ -60,11 +60,14 @@ class Backend:
         return weights + trained * (1 + moments)
 
     def no_sync(self) -> AbstractContextManager:
-        """Within it, forward and backward accumulate gradients without reducing them over the ranks."""
+        """A context in which forward and backward accumulate gradients without reducing them over the ranks.
+
+        DDP decides in its forward whether the backward will reduce: the context has to enclose both.
+        """
         return self.accelerator.no_sync(self.wrapped) if self.accelerator.num_processes > 1 else nullcontext()
 
     def gradients_of_a_step(self) -> AbstractContextManager:
-        """Around all passes of one optimizer step."""
+        """The context of all passes of one optimizer step."""
         return nullcontext()
 
     def backward(self, value: Tensor) -> None:
@@ -108,7 +111,7 @@ class Backend:
 
     @contextmanager
     def editing(self, *parameters: nn.Parameter) -> Iterator[None]:
-        """Within it these parameters may be changed in place, by the same value on all ranks; `scale` and `bias`."""
+        """A context in which scale and bias may be changed in place, by the same value on all ranks."""
         yield
 
     def whole_towers(self) -> TwoTowers | None:

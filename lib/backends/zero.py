@@ -1,6 +1,6 @@
 """DeepSpeed ZeRO: every rank holds a shard of the moments (1), of the gradients too (2), and of the weights (3)."""
 
-# DeepSpeed gives parameters attributes of its own (ds_tensor, ds_shape, all_gather), which torch's types do not know.
+# DeepSpeed adds attributes to parameters (ds_tensor, ds_shape, all_gather), which torch's types do not know.
 # mypy: disable-error-code="attr-defined"
 
 import logging
@@ -205,8 +205,8 @@ class ZeroBackend(Backend):
 def _not_broadcast(scalars: Iterable[nn.Parameter]) -> Iterator[None]:
     """Let ZeRO 1 and 2 start without sending scale and bias from rank 0: all ranks have loaded the same.
 
-    They would be sent as bytes, which a scalar cannot be viewed as. The mark is DeepSpeed's own, of what ranks do not
-    share.
+    They would be sent as bytes, and a scalar cannot be viewed as bytes. The mark is DeepSpeed's own, for parameters
+    that ranks do not share.
     """
     for parameter in scalars:
         parameter.ds_optim_param = True

@@ -45,8 +45,8 @@ class ExportConfig:
     """Folder of a run."""
     format: Literal["hf", "sentence-transformers", "open_clip", "onnx"] = "hf"
     """hf: for transformers (a composed pair: for this program); sentence-transformers: for it, composed pairs too;
-    open_clip: for CLIP models with a vision transformer and SigLIP; onnx: each tower as a graph. docs/models.md says
-    which model has which formats."""
+    open_clip: for CLIP models with a vision transformer and SigLIP; onnx: each tower as a graph. docs/models.md lists
+    the formats of each model."""
     checkpoint: str = "best"
     """best (the last, where nothing was evaluated), last, step_000100, or the path of a model folder. Where the run
     kept no checkpoint, best and last are RUN/export."""
@@ -58,7 +58,7 @@ class ExportConfig:
     """Make that repository a private one, where it is new."""
 
     def check(self) -> None:
-        """Raise InputError for what cannot work, before anything is loaded."""
+        """Raise InputError for flags that cannot work, before anything is loaded."""
         if not self.run.is_dir():
             raise InputError(f"RUN {self.run} is no folder; give the --output-dir of a training run")
         if self.private and not self.push_to_hub:
@@ -87,7 +87,7 @@ class ExportConfig:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Export as the command line (or `arguments`) says."""
+    """Export by the flags of the command line (or `arguments`)."""
     config: ExportConfig = parse(
         ExportConfig,
         arguments,

@@ -135,7 +135,7 @@ def _base_models(config: Mapping) -> Sequence[str]:
 
 def _described(base: str) -> str:
     if base in (*PRESETS, *SIZES):
-        return f"none: drawn weights (preset {base})"
+        return f"none: random weights (preset {base})"
     return _public(base)
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 from torchvision.transforms.functional import to_pil_image
-from transformers import CLIPProcessor, PretrainedConfig, PreTrainedModel, TimmWrapperConfig, TimmWrapperModel
+from transformers import CLIPProcessor, PreTrainedModel, TimmWrapperConfig, TimmWrapperModel
 
 from lib.errors import InputError, raised_as
 from lib.export import hugging_face
@@ -85,7 +85,7 @@ def _whole_model(towers: TwoTowers, processing: Processing, scratch: Path) -> "T
     asked: dict = {}
     if not towers.text.masked:  # SigLIP's texts have one length, and its text encoder attends to their padding
         asked["text"] = {"padding": "max_length", "return_attention_mask": False}
-    if processing.patch_size:  # SigLIP 2's processor as a whole has a number of its own
+    if processing.patch_size:  # SigLIP 2's processor as a whole has another number
         asked["image"] = {
             "patch_size": processing.patch_size,
             "max_num_patches": (processing.image_size // processing.patch_size) ** 2,
@@ -102,8 +102,9 @@ def _whole_model(towers: TwoTowers, processing: Processing, scratch: Path) -> "T
 
 
 def _text_modules(tower: TextTower, processing: Processing, scratch: Path) -> list["Module"]:
-    config = _save(tower.trunk, scratch)
-    if config.model_type == "clip_text_model":  # transformers looks for a whole CLIP's processor there
+    assert isinstance(tower.trunk, PreTrainedModel)
+    tower.trunk.save_pretrained(scratch)
+    if tower.trunk.config.model_type == "clip_text_model":  # transformers looks for a whole CLIP's processor there
         CLIPProcessor(processing.image_processor(), processing.tokenizer).save_pretrained(scratch)
     else:
         processing.tokenizer.save_pretrained(scratch)
@@ -114,17 +115,12 @@ def _image_modules(towers: TwoTowers, processing: Processing, scratch: Path) -> 
     trunk, settings = towers.image.trunk, towers.description["image_config"]
     if settings["model_type"] == "timm":
         trunk = _wrapped(trunk, settings["name"], processing.image_size)
-    _save(trunk, scratch)
+    assert isinstance(trunk, PreTrainedModel)  # towers of torchvision are refused
+    trunk.save_pretrained(scratch)
     # SigLIP 2's image encoder takes patches, into which our own tower cuts the images.
     replace(processing, patch_size=towers.image.patch_size).image_processor().save_pretrained(scratch)
     blank = to_pil_image(torch.zeros(3, processing.image_size, processing.image_size, dtype=torch.uint8))
     return _modules(towers.image, "image", blank, scratch)
-
-
-def _save(trunk: nn.Module, folder: Path) -> PretrainedConfig:
-    assert isinstance(trunk, PreTrainedModel)  # towers of torchvision are refused, those of timm are wrapped
-    trunk.save_pretrained(folder)
-    return trunk.config
 
 
 def _modules(tower: ImageTower | TextTower, side: str, example: object, scratch: Path) -> list["Module"]:
@@ -150,7 +146,7 @@ def _modules(tower: ImageTower | TextTower, side: str, example: object, scratch:
 
 
 def _head_modules(head: nn.Module) -> list["Module"]:
-    """A module for each linear layer of a head, with the activation behind it; dropout belongs to training."""
+    """A module for each linear layer of a head, with the activation after it; dropout is for training only."""
     from sentence_transformers.base.modules import Dense
 
     modules: list[Module] = []

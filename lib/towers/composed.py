@@ -3,6 +3,7 @@
 import math
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,8 @@ from lib.towers.model_files import ModelFolder, is_open_clip, reading
 from lib.towers.processing import Processing, make_processing, read_settings
 from lib.towers.text_form import load_tokenizer
 from lib.towers.tower import Head, ImageTower, Parts, Pooling, TextTower
+
+AnyTower = TypeVar("AnyTower", ImageTower, TextTower)
 
 
 def new_pair(
@@ -142,10 +145,7 @@ def _image_tower(
     with raised_as(refused, RuntimeError, ValueError, AssertionError):
         tower = ImageTower(trunk, nn.Identity(), pooling or image_pooling(trunk, noise, interpolate), interpolate)
         pooled, again = tower.pooled(noise), tower.pooled(noise.expand(2, -1, -1, -1))
-    _check_repeatable(pooled, again, model)
-    stop_unused(trunk, pooled, missing, model)
-    tower.head = head.build(pooled.shape[1])
-    return tower
+    return _finished(tower, head, pooled, again, missing, model)
 
 
 @torch.enable_grad()
@@ -160,24 +160,26 @@ def _text_tower(
     tokens = torch.arange(4)[None]
     tower = TextTower(trunk, nn.Identity(), pooling)
     pooled, again = (tower.pooled(each, torch.ones_like(each)) for each in (tokens, tokens.expand(2, -1)))
-    _check_repeatable(pooled, again, model)
-    stop_unused(trunk, pooled, missing, model)
-    tower.head = head.build(pooled.shape[1])
-    return tower
+    return _finished(tower, head, pooled, again, missing, model)
 
 
-def _check_repeatable(pooled: Tensor, again: Tensor, model: ModelFolder) -> None:
-    """Refuse an encoder in eval mode whose output for the same input changes: it can be neither cached nor evaluated.
+def _finished(
+    tower: AnyTower, head: Head, pooled: Tensor, again: Tensor, missing: set[str], model: ModelFolder
+) -> AnyTower:
+    """Put the head on; refuse a trunk in eval mode whose output for the same input changes.
 
-    pooled: (1, H); again: (2, H), of a batch of the same input twice. Sums in another order change a part of 1e-6.
+    Such outputs could be neither stored nor evaluated. pooled: (1, H); again: (2, H), of a batch of the same input
+    twice. Sums in another order change 1e-6 of an output.
     """
     apart = ((again - pooled).norm(dim=1) / pooled.norm()).max().item()
     if apart > 1e-3:
         raise model.fault(
-            f"it gives another output for the same input each time (they differ by {apart:.0%} of their norm), as "
-            "encoders that mask at random do; use another encoder, or set what masks to 0 in its config.json, such as "
-            "mask_ratio"
+            f"it gives another output for the same input each time (they differ by {apart:.0%} of their norm), as do "
+            "encoders that mask at random; use another encoder, or turn masking off in its config.json (mask_ratio 0)"
         )
+    stop_unused(tower.trunk, pooled, missing, model)
+    tower.head = head.build(pooled.shape[1])
+    return tower
 
 
 def _encoder_form(model: ModelFolder, config: PretrainedConfig, resize: ResizeFlag) -> ImageForm:

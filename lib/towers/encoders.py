@@ -1,4 +1,4 @@
-"""Encoders of transformers for composed pairs: how they are loaded, what they take, and which output is pooled."""
+"""Encoders of transformers for composed pairs: loading, inputs and pooling."""
 
 import inspect
 import json
@@ -32,8 +32,8 @@ class Encoder(NamedTuple):
     """A pretrained encoder of transformers.
 
     missing: names of weights that the files lack.
-    projection: the head that belongs to it, if the half of a dual encoder was asked for as `NAME#image` or
-        `NAME#text`: CLIP's projection, nothing for SigLIP, whose halves give embeddings. None: it wants a fresh one.
+    projection: the trained head of a half of a dual encoder, requested as `NAME#image` or `NAME#text`: CLIP's
+        projection; an identity for SigLIP, whose halves return embeddings. None: it needs a fresh head.
     """
 
     trunk: PreTrainedModel
@@ -48,23 +48,13 @@ def split_half(name: str) -> tuple[str, str | None]:
 
 
 def find_half(flag: str, name: str) -> tuple[ModelFolder, str | None]:
-    """The folder of an encoder or dual encoder, under its whole name, and which half of it the name asks for."""
+    """The folder of an encoder or dual encoder, under its whole name, and the half that the name requests."""
     folder_or_id, half = split_half(name)
     return find_model(flag, folder_or_id)._replace(name=name), half
 
 
 def load_encoder(model: ModelFolder, asked: str | None, side: Literal["image", "text"]) -> Encoder:
     """The image or text encoder in the folder, or that half of its dual encoder; asked: as `split_half` returns it."""
-    encoder = _load_half(model, asked, side)
-    config, reads = encoder.trunk.config, encoder.trunk.main_input_name
-    if side == "image" and reads != "pixel_values":
-        raise model.fault(f"a model of type {config.model_type!r} does not read images")
-    if side == "text" and (reads != "input_ids" or config.is_encoder_decoder):
-        raise model.fault(f"a model of type {config.model_type!r} is not a text encoder without a decoder")
-    return encoder
-
-
-def _load_half(model: ModelFolder, asked: str | None, side: Literal["image", "text"]) -> Encoder:
     if asked not in (None, side):
         raise model.fault(f"this is the {asked} half; write {split_half(model.name)[0]}#{side}")
     if is_open_clip(model.path):
@@ -72,17 +62,21 @@ def _load_half(model: ModelFolder, asked: str | None, side: Literal["image", "te
     else:
         settings = {"model_type": AutoConfig.from_pretrained(model.path, **NO_CODE).model_type}
     model_type = settings["model_type"]
-    if model_type not in DUAL_MODELS:
+    if model_type in DUAL_MODELS:
+        dual, missing, _ = load_dual_model(model, settings)
+        half, projection = _HALVES[side]
         if asked:
-            raise model.fault(f"a model of type {model_type!r} has no halves; leave out #{asked}")
-        loaded = load_model(HALF_MODELS.get(model_type, AutoModel), model)
-        return Encoder(loaded.model, loaded.missing, None)
-    dual, missing, _ = load_dual_model(model, settings)
-    half, projection = _HALVES[side]
+            check_complete(missing & {f"{projection}.weight"}, model)
+        own = {key.removeprefix(f"{half}.") for key in missing if key.startswith(f"{half}.")}
+        return Encoder(getattr(dual, half), own, getattr(dual, projection, nn.Identity()) if asked else None)
     if asked:
-        check_complete(missing & {f"{projection}.weight"}, model)
-    own = {key.removeprefix(f"{half}.") for key in missing if key.startswith(f"{half}.")}
-    return Encoder(getattr(dual, half), own, getattr(dual, projection, nn.Identity()) if asked else None)
+        raise model.fault(f"a model of type {model_type!r} has no halves; leave out #{asked}")
+    trunk, missing, _ = load_model(HALF_MODELS.get(model_type, AutoModel), model)
+    if side == "image" and trunk.main_input_name != "pixel_values":
+        raise model.fault(f"a model of type {model_type!r} does not read images")
+    if side == "text" and (trunk.main_input_name != "input_ids" or trunk.config.is_encoder_decoder):
+        raise model.fault(f"a model of type {model_type!r} is not a text encoder without a decoder")
+    return Encoder(trunk, missing, None)
 
 
 def new_encoder(settings: dict) -> PreTrainedModel:
@@ -125,9 +119,9 @@ def image_pooling(trunk: PreTrainedModel, pixel_values: Tensor, interpolate: boo
 
 
 def text_pooling(model: ModelFolder, config: PretrainedConfig) -> Pooling:
-    """The pooling that a sentence-transformers folder asks for, or a dual encoder's own; else the mean over tokens.
+    """The pooling in a sentence-transformers folder's settings, or a dual encoder's own; else the mean over tokens.
 
-    Without training for sentences their mean says more about one than [CLS] does (Reimers and Gurevych 2019,
+    Without training for sentences, the mean represents one better than [CLS] does (Reimers and Gurevych 2019,
     arXiv:1908.10084, table 1).
     """
     if config.model_type in TEXT_POOLINGS:

@@ -83,7 +83,7 @@ def _load_torchvision(rest: str, value: str, image_size: int | None, resize: Res
         state = "cannot be read" if file.exists() else f"is not in {file.parent} and cannot be fetched"
         return InputError(
             f"--image-tower {value}: its file of weights {file.name} {state} ({reason_of(fault)}). Put {url} into "
-            f"{file.parent}, or start from drawn weights with torchvision:{name}:{RANDOM}"
+            f"{file.parent}, or start from random weights with torchvision:{name}:{RANDOM}"
         )
 
     with raised_as(unreadable, OSError, RuntimeError, EOFError, UnpicklingError):
@@ -131,8 +131,8 @@ def _not_loaded(value: str, fault: Exception) -> InputError:
     if value.startswith("timm:local-dir:"):
         where = "Give a folder in timm's format: config.json with architecture and pretrained_cfg, model.safetensors"
     return InputError(
-        f"--image-tower {value}: its weights cannot be loaded ({reason_of(fault)}). {where}; {value}:{RANDOM} draws "
-        "them"
+        f"--image-tower {value}: its weights cannot be loaded ({reason_of(fault)}). {where}; {value}:{RANDOM} starts "
+        "from random weights"
     )
 
 

@@ -1,4 +1,4 @@
-"""Form of the images that a model was made for: size, normalization, and how they become square.
+"""Form of a model's images: size, normalization, and the way of resizing to a square.
 
 It is measured, not read: hundreds of image processors have settings of their own, with defaults in their code. So the
 model's own preparation is run on a probe image, and so is ours, until one of our forms gives the same pixels.
@@ -45,7 +45,7 @@ Normalization = tuple[tuple[float, ...], tuple[float, ...]]
 
 @dataclass(frozen=True)
 class ImageForm:
-    """The size, normalization and way of resizing that an image encoder was made for."""
+    """The size, normalization and way of resizing of an image encoder's inputs."""
 
     size: int
     mean: tuple[float, ...]
@@ -74,7 +74,7 @@ class ImageForm:
 
 @dataclass(frozen=True)
 class Preparation:
-    """A model's own preparation of images, and what its settings say of it: that is tried first."""
+    """A model's own preparation of images, with the values in its settings, which are tried first."""
 
     process: Callable[[Image.Image], Tensor]
     """From an image to normalized pixels (3, H, W)."""
@@ -82,7 +82,7 @@ class Preparation:
     """To which it may resize."""
     interpolation: str | None = None
     normalization: Normalization | None = None
-    """Mean and standard deviation, with more digits than what is measured."""
+    """Mean and standard deviation, with more digits than measured ones have."""
     of_squares: bool = False
     """It keeps the proportions of other images; these are squashed here."""
 
@@ -98,7 +98,7 @@ DEFAULT_FORMS = {
 
 
 def model_image_form(settings: dict) -> ImageForm:
-    """The image form that a model's config.json names; what its type usually has where it says nothing."""
+    """The image form in a model's config.json; without one, the usual form of its type."""
     if "image_form" in settings:
         return ImageForm.of(settings["image_form"])
     form, vision = DEFAULT_FORMS[settings["model_type"]], settings.get("vision_config") or {}
@@ -168,8 +168,8 @@ def difference_of_files(form: ImageForm, folder: Path) -> float | None:
 def measured_form(own: Preparation, default: ImageForm, name: str, resize: ResizeFlag = "auto") -> ImageForm:
     """The form that gives the pixels of a model's own preparation, found by running both on probe images.
 
-    default: for what cannot be measured. name: the flag and its value, for errors. resize: another way than auto takes
-    over size, normalization and channels, and nothing else.
+    default: for what cannot be measured. name: the flag and its value, for errors. resize: ways other than auto
+    keep only size, normalization and channels.
     Raises InputError for auto where no form comes closer than TOLERANCE.
     """
     image, plain = probe(own.of_squares), default
@@ -261,7 +261,7 @@ def probe(square: bool = False) -> Image.Image:
 def _normalization(
     solid: list[Tensor], declared: Normalization | None, name: str
 ) -> tuple[tuple[float, ...], tuple[float, ...], Channels]:
-    """Mean, standard deviation and order of the channels from what became of black, white and orange.
+    """Mean, standard deviation and order of the channels, from prepared black, white and orange.
 
     Offsets and a second normalization are in these numbers already.
     """
@@ -288,7 +288,7 @@ def _are(exact: Normalization, mean: Tensor, std: Tensor) -> bool:
 
 
 def unlike(name: str, reason: str) -> InputError:
-    """The error, of one line, for an image processor that does what our pipeline does not."""
+    """The error, of one line, for an image processor that our pipeline cannot imitate."""
     reason = " ".join(reason.split())[:300]
     return InputError(
         f"{name}: its image processor {reason}; --resize crop, pad or squash trains it with images of our own form"

@@ -129,7 +129,7 @@ def _timm_config(model: ModelFolder, vision: dict) -> dict:
         import timm
         from timm.layers import AttentionPoolLatent
         from timm.models import VisionTransformer
-    # A shape without a name lies beside the weights, in timm's own form; the settings say where that was written.
+    # A shape without a name is in config.json next to the weights, in timm's own format, and the name is a place.
     own = name.startswith(("local-dir:", "hf-hub:")) and (model.path / CONFIG).is_file()
 
     def unknown(fault: Exception) -> InputError:

@@ -117,9 +117,9 @@ class Processing:
         return ImageForm(self.image_size, self.image_mean, self.image_std, self.resize)
 
     def image_processor(self) -> BaseImageProcessor:
-        """The image processor of transformers that gives the pixels of our own pipeline.
+        """The image processor of transformers that makes the pixels of our own pipeline.
 
-        SigLIP 2's own keeps an image's proportions; it gives the same for square ones alone.
+        SigLIP 2's own keeps an image's proportions; the results are the same for square ones only.
         """
         square, side = {"height": self.image_size, "width": self.image_size}, self.resize.side or self.image_size
         form = {
@@ -172,7 +172,7 @@ class Processing:
 
 
 def read_settings(model: ModelFolder) -> dict:
-    """The settings in config.json, or what they would be for open_clip's; InputError for a model type not read here."""
+    """The settings in config.json, or those equal to open_clip's; InputError for a model type that is not read here."""
     if is_open_clip(model.path):
         return open_clip_settings(model)
     settings, _ = PretrainedConfig.get_config_dict(model.path)
@@ -196,9 +196,9 @@ def make_processing(
     model_type: ModelType,
     patch_size: int | None = None,
 ) -> Processing:
-    """Put a tokenizer and an image form together as the text encoder's configuration asks for.
+    """Combine a tokenizer and an image form with the lengths and padding of the text encoder's configuration.
 
-    SigLIP text encoders pool the last position, so that they want every text padded to their full length.
+    SigLIP's text encoders pool the last position, so every text is padded to their full length.
     """
     is_siglip = text_config.model_type.startswith("siglip")
     max_length = text_length(tokenizer, text_config)

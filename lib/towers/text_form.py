@@ -21,7 +21,7 @@ from lib.towers.open_clip_files import open_clip_content
 MAX_TEXT_LENGTH = 128
 # Text encoders of image-text models, which were trained with as many tokens as they have positions.
 OWN_LENGTH = ("clip_text_model", "siglip_text_model", "siglip2_text_model")
-# Their position embeddings begin behind the padding token's number.
+# Their position embeddings begin after the padding token's number.
 OFFSET_POSITIONS = ("altclip_text_model", "camembert", "mpnet", "roberta", "xlm-roberta")
 # T5 and its kin list a hundred of these, which mT5's vocabulary has and SigLIP's embedding of it has not.
 _SENTINEL = re.compile(r"▁?<extra_id_\d+>")
@@ -36,7 +36,7 @@ _CLEAN: dict[str, list[normalizers.Normalizer]] = {
 
 
 def text_length(tokenizer: PreTrainedTokenizerBase, text_config: PretrainedConfig) -> int:
-    """How many tokens of a text are read: all positions of CLIP and SigLIP, of other encoders 128 at most."""
+    """Longest text in tokens: all positions of CLIP and SigLIP, at most 128 of other encoders."""
     positions = getattr(text_config, "max_position_embeddings", MAX_TEXT_LENGTH)
     if text_config.model_type in OWN_LENGTH:
         return positions
@@ -56,7 +56,9 @@ def load_tokenizer(
     if is_open_clip(model.path):
         tokenizer, steps = _of_open_clip(model, text_config)
     else:
-        tokenizer = _of_transformers(model, None if own_config else text_config)
+        with raised_as(_no_tokenizer, ValueError, KeyError):
+            config = None if own_config else text_config
+            tokenizer = AutoTokenizer.from_pretrained(model.path, config=config, **NO_CODE)
         steps = _ignored_steps(tokenizer, text_config)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -70,34 +72,29 @@ def with_steps(tokenizer: PreTrainedTokenizerBase, steps: list[normalizers.Norma
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     own = [] if backend.normalizer is None else [backend.normalizer]
     backend.normalizer = normalizers.Sequence([*steps, *own])
-    told = {"do_lower_case": True} if tokenizer.init_kwargs.get("do_lower_case") else {}
+    lower = {"do_lower_case": True} if tokenizer.init_kwargs.get("do_lower_case") else {}
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         model_max_length=tokenizer.model_max_length,
         padding_side=tokenizer.padding_side,
         model_input_names=tokenizer.model_input_names,
         **tokenizer.special_tokens_map,
-        **told,
+        **lower,
     )
 
 
 def is_canonical(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether a SigLIP's tokenizer asks for canonical texts: that of version 1 does, of version 2 not."""
+    """The tokenizer of a SigLIP expects canonical texts: that of version 1 does, that of version 2 does not."""
     by_name = "SiglipTokenizer" in (type(tokenizer).__name__, tokenizer.init_kwargs.get("tokenizer_class"))
     return by_name or tokenizer("A, cat_dog!")["input_ids"] == tokenizer("a catdog")["input_ids"]
-
-
-def _of_transformers(model: ModelFolder, config: PretrainedConfig | None) -> PreTrainedTokenizerBase:
-    with raised_as(_no_tokenizer, ValueError, KeyError):
-        return AutoTokenizer.from_pretrained(model.path, config=config, **NO_CODE)
 
 
 def _of_open_clip(
     model: ModelFolder, text_config: PretrainedConfig
 ) -> tuple[PreTrainedTokenizerBase, list[normalizers.Normalizer]]:
-    """The tokenizer in the folder, else the hub's that the settings name, else CLIP's own out of open_clip's package.
+    """The tokenizer, and the steps that open_clip applies to texts before it.
 
-    Returns it with the steps that open_clip applies to texts before it.
+    It is that in the folder, else one of the hub named in the settings, else CLIP's own from open_clip's package.
     """
     text = open_clip_content(model)["model_cfg"]["text_cfg"]
     name, options = text.get("hf_tokenizer_name"), text.get("tokenizer_kwargs") or {}
@@ -128,7 +125,7 @@ def _clip_tokenizer(model: ModelFolder) -> PreTrainedTokenizerBase:
 
 
 def _no_tokenizer(fault: Exception) -> OSError:
-    """In place of errors of many lines that name every class of transformers."""
+    """One line in place of errors that list every class of transformers."""
     if "trust_remote_code" in str(fault):
         return OSError(str(fault))
     return OSError("no tokenizer is there that transformers can read, such as tokenizer.json")

@@ -21,7 +21,7 @@ _ALL_NAMES = (*PARTS, "image.last:N", "text.last:N")
 def set_trainable(towers: TwoTowers, freeze: Sequence[str], unfreeze: Sequence[str] = ()) -> None:
     """Stop training what `freeze` names, then train again what `unfreeze` names of it.
 
-    A name is one of `PARTS`; `image.last:N` for the last N blocks of a trunk with the norm and pooler behind them; or
+    A name is one of `PARTS`; `image.last:N` for the last N blocks of a trunk with the norm and pooler after them; or
     `re:PATTERN`, searched in the names of parameters. Parameters that did not train before, because an encoder's
     output does not depend on them, stay frozen. Frozen modules stay in eval mode (see `TwoTowers.train`).
     Raises InputError for an unknown name and for one that names nothing.

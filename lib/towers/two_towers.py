@@ -109,12 +109,12 @@ class TwoTowers(nn.Module):
 
     @property
     def image_trunk_frozen(self) -> bool:
-        """No parameter of the image trunk trains: its pooled output stays what it is."""
+        """No parameter of the image trunk trains: its pooled outputs do not change."""
         return is_frozen(self.image.trunk)
 
     @property
     def text_trunk_frozen(self) -> bool:
-        """No parameter of the text trunk trains: its pooled output stays what it is."""
+        """No parameter of the text trunk trains: its pooled outputs do not change."""
         return is_frozen(self.text.trunk)
 
     @property
