@@ -87,8 +87,6 @@ def is_open_clip(folder: Path) -> bool:
     return settings.get("model_type") not in MODEL_TYPES
 
 
-
-
 def _snapshot(repo_id: str, weights: bool) -> Path:
     """The snapshot folder with the files that are read; where the hub cannot be reached, as the cache has it."""
     try:
