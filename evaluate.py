@@ -1,6 +1,6 @@
-"""Measure a model: `python evaluate.py TASK --model RUN --data DATA --output-dir OUT`; TASK --help tells its flags.
+"""Measure a model: `python evaluate.py TASK --model RUN --data DATA --output-dir OUT`; TASK --help lists its flags.
 
-Runs as it is on one process, and under `accelerate launch` or `torchrun` on several.
+Runs on one process, or on several under `accelerate launch` or `torchrun`.
 """
 
 import sys
@@ -13,15 +13,15 @@ from lib.errors import InputError, on_rank_0, one_line_errors
 from lib.evaluation.tasks import Task
 
 FLAT = (tyro.conf.OmitArgPrefixes,)
-"""--data of the group `data`, not --data.data"""
+"""--data instead of --data.data, for the flags of the group `data`"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status, 2 after a fault of the user's."""
+    """Run the command line; returns the exit status, 2 for faulty input."""
     try:
         options = parse(Task, arguments, told=on_rank_0(), description=__doc__, config=FLAT)
         options.check()
-        # Only now: torch and transformers take seconds, and neither --help nor a wrong flag should wait for them.
+        # Imported late: torch and transformers take seconds, and neither --help nor a wrong flag should wait for them.
         from lib.evaluation.measure import carry_out
 
         carry_out(options)

@@ -22,14 +22,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     loss = partial(
         infonce,
         label_smoothing=config.label_smoothing,
-        remembered_positives=config.remembered_positives,
         through=config.xbm_gradients,
         merge_logsumexp=logsumexp_over_ranks,
     )
     dense = partial(
         dense_infonce,
         label_smoothing=config.label_smoothing,
-        remembered_positives=config.remembered_positives,
         through=config.xbm_gradients,
     )
     train(config, Objective("clip", loss, dense))

@@ -19,8 +19,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from lib.losses.objective import Objective, dense_sigmoid
     from lib.train import train
 
-    loss = partial(sigmoid, pos_weight=config.pos_weight, remembered_positives=config.remembered_positives)
-    dense = partial(dense_sigmoid, pos_weight=config.pos_weight, remembered_positives=config.remembered_positives)
+    loss = partial(sigmoid, pos_weight=config.pos_weight)
+    dense = partial(dense_sigmoid, pos_weight=config.pos_weight)
     train(config, Objective("siglip", loss, dense))
 
 

@@ -1,18 +1,18 @@
-"""One step's gradients without shared negatives, which is the floor, and by the cached step; left on the parameters."""
+"""Gradients of one step on the parameters: by accumulation without shared negatives (the floor), or the cached step."""
 
 from collections.abc import Sequence
 
 from subjects import Autocast
 
 from lib.data import Chunk
-from lib.gradcache.step import cached_step
+from lib.gradcache.step import GradCache, cached_step
 from lib.losses import Pairs, infonce
 from lib.losses.objective import dense_infonce
 from lib.losses.positives import Ids
 
 
 def plain(towers: Autocast, chunks: Sequence[Chunk]) -> None:
-    """Each chunk's own loss, one after another."""
+    """Gradient accumulation: the loss of each chunk alone."""
     for chunk in chunks:
         output = towers(**chunk.to(towers.device).inputs)
         fresh = Pairs(output.image_embeds, output.text_embeds, *Ids.of(chunk.to(towers.device)))
@@ -21,4 +21,4 @@ def plain(towers: Autocast, chunks: Sequence[Chunk]) -> None:
 
 
 def ours(towers: Autocast, chunks: Sequence[Chunk], keep_graphs: int = 0, remembered: Pairs | None = None) -> None:
-    cached_step(towers, chunks, infonce, remembered, device=towers.device, keep_graphs=keep_graphs)
+    cached_step(GradCache(towers, towers.device, keep_graphs=keep_graphs), chunks, infonce, remembered)

@@ -1,7 +1,7 @@
 """Smoke checks and all benchmarks of one GPU, in one process; called by gpu.sh.
 
-Every stage adds its figures to one JSON file. A stage that fails, or a way that runs out of memory, is recorded as its
-own result, and the next stage goes on.
+Every stage adds its results to one JSON file. If a stage fails or runs out of memory, that is recorded as its result,
+and the next stage runs.
 """
 
 import argparse
@@ -35,26 +35,27 @@ from lib.backends.device import free_memory, is_out_of_memory
 from lib.backends.precision import full_float32, set_up_kernels
 from lib.data import ImagePipeline, Prepare, TrainingData, open_sources
 from lib.losses import infonce, sigmoid
-from lib.setup.fitting import MARGIN, even_chunk
+from lib.setup.chunk_memory import even_chunk
+from lib.setup.plan import MARGIN
 from lib.towers.trunk_options import compile_trunks
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How large the stages are."""
+    """Sizes of the stages."""
 
     subjects: tuple[str, ...]
-    """Towers of the headline, the smaller ones first."""
+    """Towers of the main measurements, the smaller ones first."""
     batch: int
-    """N, and Q"""
+    """N and Q"""
     peers: int
-    """N of the steps beside peers and with kept graphs."""
+    """N of the comparison with peers and of kept graphs."""
     peer_chunk: int
     budget_batch: int
     images: int
-    """Photographs that the loader decodes."""
+    """Number of photographs that the loader decodes."""
     side: tuple[int, int]
-    """of them, in pixels"""
+    """Size of the photographs in pixels."""
     compiler: str
 
 
@@ -65,7 +66,7 @@ SMOKE_SECONDS = 240
 
 
 class Bench:
-    """The stages in their order, and the file that they fill."""
+    """Runs the stages in order and writes their results to a file."""
 
     def __init__(self, device: torch.device, sizes: Sizes, file: Path) -> None:
         self.device, self.sizes, self.file = device, sizes, file
@@ -73,11 +74,11 @@ class Bench:
         self.content: dict = {"machine": measured.machine(device), "toy": sizes is TOY, "stages": {}}
 
     def stage(self, name: str, run: Callable[[], dict]) -> None:
-        """Run a stage, keep what it gives or how it failed, and write everything so far."""
+        """Run a stage, record its result or failure, and write all results so far."""
         began = time.perf_counter()
         try:
             found = run()
-        except Exception as error:  # whatever it is: the other stages are worth as much
+        except Exception as error:  # any failure: the other stages still run
             traceback.print_exc()
             kind = "out_of_memory" if is_out_of_memory(error) else "error"
             found = {kind: str(error).strip().split("\n")[0]}
@@ -93,7 +94,7 @@ class Bench:
             torch.cuda.empty_cache()
 
     def run(self) -> None:
-        """All stages: correctness first, then the headline, then the rest."""
+        """Run all stages: correctness, main measurements, the others."""
         first = self.sizes.subjects[0]
         self.stage("smoke checks", partial(smoke_checks, self.file.parent))
         set_up_kernels(self.device, deterministic=False)
@@ -111,7 +112,7 @@ class Bench:
         self.stage(f"24 GB budget {first}", partial(self.budget, first))
 
     def headline(self, subject: str, compiled: bool, batch: int | None = None, room: float | None = None) -> dict:
-        """A step of the whole batch with a full memory, as training runs it: chunk, seconds, rate, memory."""
+        """A training step of the whole batch with a full memory bank: chunk size, seconds, rate, memory."""
         batch = batch or self.sizes.batch
         trainee = Trainee(subject, self.device)
         began = time.perf_counter()
@@ -121,14 +122,14 @@ class Bench:
             compile_trunks(trainee.towers.towers, self.sizes.compiler, self.device)
         chunks = trainee.chunks(batch, chunk_size)
         memory = remembered(batch, SUBJECTS[subject].embed_dim, self.device)
-        trainee.step(chunks[:2], memory)  # what a first step allocates and compiles
+        trainee.step(chunks[:2], memory)  # warm-up: the first step allocates and compiles
         found = measured.once(partial(trainee.step, chunks, memory), self.device)
         found |= {"effective_batch": batch, "remembered": batch, "chunk_size": chunk_size, "chunks": len(chunks)}
         found["first_seconds"] = round(time.perf_counter() - began - found["seconds"], 1)
         return found | self.rates(subject, batch, found["seconds"])
 
     def rates(self, subject: str, pairs: int, seconds: float) -> dict:
-        """Pairs a second, and the share of the matrix rate: of one forward and backward of every pair, and with the
+        """Pairs a second, and shares of the matrix rate: for one forward and backward of every pair, and with the
         second forward of gradient caching."""
         rate = self.content["stages"].get("matrix rate", {}).get("flops_per_second")
         share = flops_of_a_pair(subject) * pairs / seconds / rate if rate else None
@@ -140,7 +141,7 @@ class Bench:
         }
 
     def where_the_time_goes(self, subject: str) -> dict:
-        """The GPU's share of a few chunks' time, and the operations that take most of it."""
+        """Share of the time of a few chunks that the GPU is busy, and the slowest operations."""
         trainee = Trainee(subject, self.device)
         chunks = trainee.chunks(4 * self.sizes.peer_chunk, self.sizes.peer_chunk)
         memory = remembered(64, SUBJECTS[subject].embed_dim, self.device)
@@ -163,7 +164,7 @@ class Bench:
         }
 
     def floor(self, subject: str) -> dict:
-        """Plain accumulation over the same chunks without shared negatives: every pair once forward and backward."""
+        """The floor: plain accumulation over the same chunks, without shared negatives."""
         trainee = Trainee(subject, self.device)
         chunks = trainee.chunks(self.sizes.batch, trainee.largest_chunk(self.sizes.batch))
         step = partial(trainee.update, plain, chunks)
@@ -172,7 +173,7 @@ class Bench:
         return found | {"chunk_size": len(chunks[0])} | self.rates(subject, self.sizes.batch, found["seconds"])
 
     def kept_graphs(self, subject: str) -> dict:
-        """The cached step with no graph kept, and with as many as fit."""
+        """The cached step without kept graphs, and with as many as fit."""
         trainee, size = Trainee(subject, self.device), self.sizes.peers
         chunks = trainee.chunks(size, self.sizes.peer_chunk)
         graph = trainee.memory(self.sizes.peer_chunk)
@@ -187,7 +188,7 @@ class Bench:
         return {"effective_batch": size, "chunk_size": self.sizes.peer_chunk, "graphs_kept": count, "ways": ways}
 
     def peers(self, subject: str) -> dict:
-        """Ours beside open_clip's accumulation and sentence-transformers' cached loss, each where it is installed."""
+        """Ours, open_clip's accumulation and sentence-transformers' cached loss, if installed."""
         trainee, size = Trainee(subject, self.device), self.sizes.peers
         chunks = trainee.chunks(size, self.sizes.peer_chunk)
         ways = {"ours": ours, "floor": plain}
@@ -196,7 +197,7 @@ class Bench:
             try:
                 trainee.update(way, chunks[:2])
                 ways[name] = way
-            except Exception as error:  # not installed, or of a version that has another interface
+            except Exception as error:  # not installed, or a version with another interface
                 not_run[name] = f"{type(error).__name__}: {error}"[:200]
         found = {name: partial(trainee.update, way, chunks) for name, way in ways.items()}
         results = measured.take_turns(found, 2, self.device)
@@ -217,7 +218,7 @@ class Bench:
         return {"pairs": len(fresh), "remembered": len(old), "dimension": dimension, "ways": ways}
 
     def loader(self) -> dict:
-        """Photographs from the disk into page-locked memory, with the workers that `auto` chooses."""
+        """The loader: photographs from disk into page-locked memory, with the workers of `auto`."""
         size, workers = self.sizes.images, auto_workers()
         with tempfile.TemporaryDirectory() as folder:
             write_photographs(Path(folder), min(size, 256), self.sizes.side)
@@ -240,10 +241,10 @@ class Bench:
                 for _ in step:
                     pass
                 took.append(time.perf_counter() - began)
-                if len(took) == 3:  # the next one is read while a model would compute
+                if len(took) == 3:  # the next step is read while a model would compute
                     time.sleep(self.compute_seconds(size))
                 began = time.perf_counter()
-        seconds = took[2]  # the first starts the workers, the second has what was read meanwhile
+        seconds = took[2]  # the first starts the workers, the second was partly read before
         return {
             "workers": workers,
             "images": size,
@@ -256,14 +257,14 @@ class Bench:
         }
 
     def compute_seconds(self, pairs: int) -> float:
-        """Seconds of so many pairs at the fastest rate that was measured for the smaller towers; 0 without one."""
+        """Seconds for the pairs at the fastest measured rate of the smaller towers; 0 if none was measured."""
         stages = self.content["stages"]
         names = (f"step {self.sizes.subjects[0]}{suffix}" for suffix in ("", " compiled"))
         rate = max(stages.get(name, {}).get("pairs_per_second", 0.0) for name in names)
         return pairs / rate if rate else 0.0
 
     def budget(self, subject: str) -> dict:
-        """The headline's step on a card of 24 GB: the process may take no more."""
+        """The main step within 24 GB of memory, the limit of the process."""
         if self.device.type == "cuda":
             total = torch.cuda.get_device_properties(self.device).total_memory
             torch.cuda.set_per_process_memory_fraction(min(1.0, BUDGET / total), self.device)
@@ -276,7 +277,7 @@ class Bench:
 
 
 def smoke_checks(folder: Path) -> dict:
-    """The tests that need a GPU, four at a time where pytest-xdist is installed; the last lines tell which failed."""
+    """Run the GPU tests, four at a time if pytest-xdist is installed; the last lines name failures."""
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-v", "-p", "no:cacheprovider", "tests/test_gpu.py"]
     command += ["--durations=12", *(["-n", "4"] if find_spec("xdist") and torch.cuda.is_available() else [])]
     folder.mkdir(parents=True, exist_ok=True)
@@ -288,16 +289,16 @@ def smoke_checks(folder: Path) -> dict:
         try:
             code = running.wait(SMOKE_SECONDS)
         except subprocess.TimeoutExpired:
-            os.killpg(running.pid, signal.SIGKILL)  # with the runs that it started, which would use the GPU meanwhile
+            os.killpg(running.pid, signal.SIGKILL)  # also ends the runs that it started, which would use the GPU
             running.wait()
             code = None
     lines = [line[:300] for line in log.read_text().strip().splitlines()[-60:]]
-    failed = {0: {}, None: {"error": f"not done after {SMOKE_SECONDS} s"}}
+    failed = {0: {}, None: {"error": f"not finished after {SMOKE_SECONDS} s"}}
     return {"exit_code": code, "lines": lines} | failed.get(code, {"error": lines[-1] if lines else "no output"})
 
 
 def write_photographs(folder: Path, count: int, side: tuple[int, int]) -> None:
-    """JPEG files of two classes that take as long to decode as photographs: noise of several scales."""
+    """Write JPEG files of two classes that decode as slowly as photographs: noise of several scales."""
     generator = np.random.default_rng(0)
     for number in range(count):
         noise = [generator.integers(0, 256, (scale, scale, 3), dtype=np.uint8) for scale in (4, 32)]
@@ -308,7 +309,7 @@ def write_photographs(folder: Path, count: int, side: tuple[int, int]) -> None:
 
 
 def tokens_of(texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-    """As many tokens as CLIP's, whatever the texts."""
+    """Dummy tokens of CLIP's length for any texts."""
     input_ids = torch.ones(len(texts), 77, dtype=torch.int64)
     return input_ids, torch.ones_like(input_ids)
 
@@ -319,15 +320,15 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=measured.RESULTS, help="folder of the JSON file")
     settings = parser.parse_args()
     if not settings.toy and not torch.cuda.is_available():
-        sys.exit("error: no GPU here; bash benchmarks/gpu.sh --toy runs all stages at toy size on a CPU")
+        sys.exit("error: no GPU found; use bash benchmarks/gpu.sh --toy to run all stages at toy size on a CPU")
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     sizes, name = (TOY, "gpu_toy.json") if settings.toy else (REAL, "gpu.json")
     bench = Bench(device, sizes, settings.output / name)
     bench.run()
-    print(f"{bench.content['seconds']:.0f} s in all; figures: {bench.file}")
+    print(f"{bench.content['seconds']:.0f} s in total; results: {bench.file}")
     failed = [name for name, found in bench.content["stages"].items() if "error" in found]
     if failed:
-        sys.exit(f"error: {', '.join(failed)} failed; {bench.file} says how")
+        sys.exit(f"error: {', '.join(failed)} failed; {bench.file} has the reasons")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Proves the project on one GPU and measures it, without a network; meant to take eight minutes on an H100 with 16 cores:
+# Tests and measures the project on one GPU, without a network; meant to take eight minutes on an H100 with 16 cores:
 #
 #   bash benchmarks/gpu.sh [--toy]
 #
 # Smoke checks, ViT-B/32 and ViT-B/16 against 32,768 pairs in bf16, peers, losses, the loader, a 24 GB budget: see
-# benchmarks/gpu.py. gpu.json grows after every stage, in $OUT if that is set, else in benchmarks/results; --toy runs all
+# benchmarks/gpu.py. Every stage adds to gpu.json, in $OUT if that is set, else in benchmarks/results; --toy runs all
 # stages at toy size on a CPU and writes gpu_toy.json. WHEELS names a folder of wheels to install first, PYTHON the
 # interpreter (python3).
 set -euo pipefail

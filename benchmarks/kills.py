@@ -1,7 +1,8 @@
-"""Kill a run on two ranks at random moments, and see that every resume is the unbroken run, bit for bit.
+"""Kill a run on two ranks at random moments and check that every resumed run equals the uninterrupted run bit for bit.
 
-python benchmarks/kills.py [--kills 20 --seed 0] writes benchmarks/results/kills.json; exit code 1: a promise broke.
-Every whole checkpoint and line of metrics must be the unbroken run's, and no process be left 60 s after a kill.
+python benchmarks/kills.py [--kills 20 --seed 0] writes benchmarks/results/kills.json; exit code 1: a check failed.
+Every complete checkpoint and line of metrics must equal the uninterrupted run's, and no process may remain 60 s after a
+kill.
 """
 
 import json
@@ -34,21 +35,21 @@ TIMED = ("pairs_per_second", "step_seconds", "data_seconds", "peak_memory_bytes"
 
 @dataclass(frozen=True)
 class Settings:
-    """How often, and of what."""
+    """Number of kills, and the run that is killed."""
 
     kills: int = 20
     seed: int = 0
-    """Of the moments."""
+    """Seed of the random moments."""
     ranks: int = 2
     steps: int = 1000
-    """Of the run; it must outlive all kills."""
+    """Steps of the run: enough for all kills."""
     most_seconds: float = 4.0
     """Longest time from the first new step to a kill."""
 
 
 @dataclass
 class Kill:
-    """What was done to the run, and what came of it."""
+    """One kill and its consequences."""
 
     victim: Victim
     during_a_save: bool
@@ -62,7 +63,7 @@ def main(settings: Settings) -> None:
     with tempfile.TemporaryDirectory() as folder:
         unbroken, broken = Path(folder) / "unbroken", Path(folder) / "broken"
         if start(settings, unbroken).wait() != 0:
-            sys.exit("the unbroken run failed")
+            sys.exit("the uninterrupted run failed")
         draw, kills = random.Random(settings.seed), []
         for number in range(settings.kills):
             kill = kill_once(settings, VICTIMS[number % len(VICTIMS)], broken, unbroken, draw)
@@ -71,19 +72,19 @@ def main(settings: Settings) -> None:
             kills.append(kill)
             print(f"{len(kills)}/{settings.kills}: {kill}", flush=True)
         finished = start(settings, broken).wait() == 0
-        identical = finished and same_files(broken, unbroken) and told(broken) == told(unbroken)
+        identical = finished and same_files(broken, unbroken) and metrics(broken) == metrics(unbroken)
     results = ROOT / "benchmarks" / "results"
     results.mkdir(exist_ok=True)
     content = {"settings": asdict(settings), "end_identical": identical, "kills": [asdict(kill) for kill in kills]}
     (results / "kills.json").write_text(json.dumps(content, indent=1) + "\n")
     slowest = max(kill.seconds_to_end for kill in kills)
     kept = all(kill.identical for kill in kills) and slowest <= LONGEST_END and identical
-    print(f"{len(kills)} kills, slowest end {slowest:.1f} s, the end identical: {identical}")
+    print(f"{len(kills)} kills, slowest end {slowest:.1f} s, final run identical: {identical}")
     sys.exit(0 if kept and len(kills) == settings.kills else 1)
 
 
 def start(settings: Settings, folder: Path) -> subprocess.Popen:
-    """The run, in a process group of its own; the same command begins and resumes it."""
+    """Start the run in its own process group; the same command resumes it."""
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={settings.ranks}",
         "train_clip.py", "--effective-batch=48", "--chunk-size=8", "--xbm-size=96", "--xbm-start=2", "--dropout=0.2",
@@ -96,7 +97,7 @@ def start(settings: Settings, folder: Path) -> subprocess.Popen:
 
 
 def kill_once(settings: Settings, victim: Victim, folder: Path, unbroken: Path, draw: random.Random) -> Kill | None:
-    """Start or resume, wait for a random moment, kill, and look at what stands; None: the run came to its end."""
+    """Start or resume, wait for a random moment, kill, and check the checkpoints; None: the run finished first."""
     in_save, delay, rank = draw.random() < 0.4, draw.uniform(0, settings.most_seconds), draw.randrange(settings.ranks)
     before, launcher = last_step(folder), start(settings, folder)
     while last_step(folder) <= before and launcher.poll() is None:
@@ -128,7 +129,7 @@ def last_step(folder: Path) -> int:
 
 
 def same_files(folder: Path, unbroken: Path) -> bool:
-    """Whether every whole checkpoint has the weights and the memory of the unbroken run's; removes those compared."""
+    """True if all complete checkpoints have the uninterrupted run's weights and memory bank; removes compared ones."""
     same = True
     for checkpoint in sorted((folder / "checkpoints").glob("step_*")):
         if not is_whole(checkpoint):
@@ -141,8 +142,8 @@ def same_files(folder: Path, unbroken: Path) -> bool:
     return same
 
 
-def told(folder: Path) -> list[dict]:
-    """The lines of metrics without what depends on time."""
+def metrics(folder: Path) -> list[dict]:
+    """Lines of metrics without the fields that depend on time."""
     return [{name: value for name, value in line.items() if name not in TIMED} for line in read_metrics(folder)]
 
 

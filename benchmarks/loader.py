@@ -1,13 +1,13 @@
-"""Images a second in one process, from JPEG bytes in memory to what a model takes: ours beside open_clip_torch's.
+"""Images a second in one process, from JPEG bytes in memory to the model's input: ours compared with open_clip_torch's.
 
 pip install -r benchmarks/requirements.txt; python benchmarks/loader.py --images FOLDER [--repeats 9] decodes the
-folder's photographs as they are and enlarged to 1,600 pixels, and writes benchmarks/results/loader.json.
-Four ways take turns in every repeat, one thread each:
+folder's photographs in their own size and enlarged to 1,600 pixels, and writes benchmarks/results/loader.json.
+Four ways alternate in every repeat, with one thread each:
 
 open_clip: Pillow's decoding and open_clip's training transform with its defaults, a random resized crop (90% of the
 area or more) to 224, float32, normalized on the host.
-light: ours for training, a flip and a random resized crop (70% or more), left uint8 for the device to normalize.
-light_host: the same, then float32 and normalized on the host, so that both hand over the same thing.
+light: ours for training, a flip and a random resized crop (70% or more), uint8 that the device normalizes.
+light_host: the same, then float32 and normalized on the host, so that it has the same output as open_clip.
 none: ours for evaluation, resize and middle crop, uint8.
 """
 
@@ -43,16 +43,16 @@ Way = Callable[[bytes], torch.Tensor]
 
 @dataclass(frozen=True)
 class Settings:
-    """What to decode and how often."""
+    """Photographs to decode, and the number of repeats."""
 
     images: Path
     """Folder of photographs."""
     repeats: int = 9
-    """Passes over the images; the median counts."""
+    """Passes over the images, of which the median counts."""
     enlarged: int = 1600
     """Longer side, in pixels, of the large images, encoded again as JPEG of quality 90."""
     output: Path = ROOT / "benchmarks" / "results" / "loader.json"
-    """File of the figures."""
+    """JSON file of the results."""
 
 
 def main(settings: Settings) -> None:
@@ -71,20 +71,20 @@ def main(settings: Settings) -> None:
         results[name] = {"images": len(files), "images_per_second": rates} | {
             "ratio": {way: round(rate / rates["open_clip"], 2) for way, rate in rates.items() if way != "open_clip"}
         }
-        print(told(name, results[name]), flush=True)
+        print(as_line(name, results[name]), flush=True)
     content = {"machine": machine(), "size": SIZE, "repeats": settings.repeats, "results": results}
     settings.output.parent.mkdir(parents=True, exist_ok=True)
     settings.output.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def open_clip_training() -> Way:
-    """The peer: its transform for training with its default augmentation."""
+    """open_clip's training transform with its default augmentation."""
     transform = open_clip.image_transform(SIZE, is_train=True, mean=CLIP_MEAN, std=CLIP_STD)
     return lambda file: transform(Image.open(io.BytesIO(file)))
 
 
 def our_ways() -> dict[str, Way]:
-    """Ours, each image with a seed of its own."""
+    """Our transforms, with one seed per image."""
     light, none = ImagePipeline(SIZE, augment="light"), ImagePipeline(SIZE)
     mean, std = (torch.tensor(values).view(3, 1, 1) * 255 for values in (CLIP_MEAN, CLIP_STD))
     seeds = count()
@@ -110,9 +110,9 @@ def enlarged(file: bytes, side: int) -> bytes:
 
 
 def measure(ways: dict[str, Way], files: list[bytes], repeats: int) -> dict[str, float]:
-    """Median images a second of each way; they take turns, so that what else the machine does meets all alike."""
+    """Median images a second of each way; they alternate, so that other load on the machine affects all equally."""
     seconds = {name: [] for name in ways}
-    for way in ways.values():  # what the first image builds and loads
+    for way in ways.values():  # warm-up: the first image builds and loads objects
         way(files[0])
     for _ in range(repeats):
         for name, way in ways.items():
@@ -123,11 +123,11 @@ def measure(ways: dict[str, Way], files: list[bytes], repeats: int) -> dict[str,
     return {name: round(len(files) / statistics.median(times), 1) for name, times in seconds.items()}
 
 
-def told(name: str, result: dict) -> str:
-    """Ratios first."""
+def as_line(name: str, result: dict) -> str:
+    """A line of results, ratios first."""
     ratios, rates = result["ratio"], result["images_per_second"]
     ours = "  ".join(f"{way} x{ratio:.2f} ({rates[way]:.0f}/s)" for way, ratio in ratios.items())
-    return f"{name:14} {ours}  against open_clip {rates['open_clip']:.0f}/s, {result['images']} images"
+    return f"{name:14} {ours}  compared with open_clip {rates['open_clip']:.0f}/s, {result['images']} images"
 
 
 def machine() -> str:

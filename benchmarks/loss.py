@@ -1,7 +1,7 @@
-"""Losses and their gradients alone: ours beside open_clip's modules and plain autograd, in time and memory.
+"""Time and memory of the losses and their gradients alone: ours compared with open_clip's modules and plain autograd.
 
 python benchmarks/loss.py [--sizes 1024 4096 8192 32768 --dimensions 512 768] writes benchmarks/results/loss.json.
-Ours comes alone (every pair its own group), with groups of five, with a memory of N pairs, and with both.
+Ours is measured without groups (every pair its own), with groups of five, with a memory bank of N pairs, and with both.
 """
 
 from collections.abc import Callable
@@ -24,20 +24,20 @@ SCALE, BIAS = {"infonce": 14.3, "sigmoid": 10.0}, {"infonce": 0.0, "sigmoid": -9
 
 @dataclass(frozen=True)
 class Settings:
-    """Which losses to measure."""
+    """Losses and sizes to measure."""
 
     sizes: tuple[int, ...] = (1024, 2048, 4096, 8192, 16384, 32768)
-    """Pairs of the batch."""
+    """Effective batches."""
     dimensions: tuple[int, ...] = (512, 768)
-    """Of the embeddings."""
+    """Dimensions of the embeddings."""
     largest_peer: int = 8192
-    """open_clip's losses and plain autograd, which hold all logits, are measured up to this batch."""
+    """Largest batch for open_clip's losses and plain autograd, which hold all logits."""
     largest_variant: int = 8192
-    """With groups and memory up to this batch."""
+    """Largest batch for groups and memory bank."""
     repeats: int = 5
-    """The median counts."""
+    """Repeats, of which the median counts."""
     output: Path = RESULTS / "loss.json"
-    """File of the figures."""
+    """JSON file of the results."""
 
 
 def main(settings: Settings) -> None:
@@ -49,7 +49,7 @@ def main(settings: Settings) -> None:
                 ways = ways_to_do_it(settings, name, size, dimension, device)
                 results = take_turns(ways, settings.repeats if size <= settings.largest_peer else 1, device)
                 rows.append({"loss": name, "pairs": size, "dimension": dimension, "ways": results})
-                print(told(rows[-1]), flush=True)
+                print(as_line(rows[-1]), flush=True)
     write(settings.output, device, {"repeats": settings.repeats, "rows": rows})
 
 
@@ -98,7 +98,7 @@ LOSSES = {
 
 
 def random_pairs(size: int, dimension: int, seed: int, device: torch.device) -> Pairs:
-    """Unit embeddings, each pair a group of its own; pairs of another seed are other samples."""
+    """Random unit embeddings, each pair its own group; another seed gives other samples."""
     generator = torch.Generator().manual_seed(seed)
     embeds = (F.normalize(torch.randn(size, dimension, generator=generator), dim=1).to(device) for _ in range(2))
     ids = torch.arange(size, device=device) + seed * size
@@ -106,13 +106,13 @@ def random_pairs(size: int, dimension: int, seed: int, device: torch.device) -> 
 
 
 def in_groups(pairs: Pairs) -> Pairs:
-    """Five pairs to a group, as captions of one image; a quarter of the samples of another seed recur."""
+    """Five pairs per group, like captions of one image; a quarter of the samples recurs with another seed."""
     count = len(pairs)
     return replace(pairs, group=pairs.group % count // 5, sample_id=pairs.sample_id % (3 * count // 4))
 
 
-def told(row: dict) -> str:
-    """Ratios of time and memory first."""
+def as_line(row: dict) -> str:
+    """A line of results, ratios of time and memory first."""
     ways, ours = row["ways"], row["ways"]["ours"]
     parts = [f"{row['loss']:8} N {row['pairs']:6} D {row['dimension']:4}"]
     if peer := ways.get("open_clip"):

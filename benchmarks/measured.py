@@ -1,4 +1,4 @@
-"""Seconds and peak memory of ways to do the same, side by side, and the files that keep them."""
+"""Seconds and peak memory of several ways to do the same work, measured alternately, and the files of the results."""
 
 import gc
 import json
@@ -25,10 +25,10 @@ Way = Callable[[], None]
 
 
 def take_turns(ways: dict[str, Way], repeats: int, device: torch.device) -> dict[str, dict]:
-    """Median seconds and peak bytes of each way; they take turns, so that what else the machine does meets all alike.
+    """Median seconds and peak bytes of each way; they alternate, so that other load on the machine affects all equally.
 
-    Before, each runs once for what a first call allocates and compiles. A way that runs out of memory has
-    "out_of_memory" instead, and the others go on.
+    Each runs once before as a warm-up, which allocates and compiles. A way that runs out of memory has
+    "out_of_memory" as its result, and the others continue.
     """
     results: dict[str, dict] = {name: {"all_seconds": []} for name in ways}
     for turn in range(repeats + 1):
@@ -44,7 +44,7 @@ def take_turns(ways: dict[str, Way], repeats: int, device: torch.device) -> dict
                 results[name] = {"out_of_memory": str(error).split(" GPU ")[0]}
                 continue
             result["all_seconds"] += [found.pop("seconds")] if turn else []
-            found.pop("peak_reserved_bytes", None)  # torch's allocator keeps what an earlier way needed
+            found.pop("peak_reserved_bytes", None)  # torch's allocator still holds memory of the ways before
             result |= found
     for result in results.values():
         if "all_seconds" in result:
@@ -53,7 +53,7 @@ def take_turns(ways: dict[str, Way], repeats: int, device: torch.device) -> dict
 
 
 def first(way: Way, device: torch.device, warm: bool) -> dict:
-    """Call the way before it is timed; on a CPU its memory takes a call of its own, which a profiler slows."""
+    """Warm up; on a CPU this call also measures memory, with a profiler that would slow down a timed call."""
     gc.collect()
     if warm:
         way()
@@ -63,8 +63,8 @@ def first(way: Way, device: torch.device, warm: bool) -> dict:
 def once(way: Way, device: torch.device) -> dict:
     """Seconds of one call; on a GPU by CUDA events, with the memory of the same call.
 
-    peak_bytes: the most that torch allocated meanwhile, above what was held before; peak_allocated_bytes and
-    peak_reserved_bytes: in all, and with what its allocator kept.
+    peak_bytes: peak of torch's allocations during the call, above those before it; peak_allocated_bytes: the whole
+    peak; peak_reserved_bytes: with the memory that torch's allocator reserved.
     """
     gc.collect()
     if device.type == "cuda":
@@ -100,7 +100,7 @@ def _peak_on_cpu(way: Way) -> int:
 
 
 def own_events(recorded: profile, device: torch.device) -> list:
-    """Events of the device itself, averaged by name: on a GPU kernels, whose time counts for their operations too."""
+    """Events of the device, averaged by name: on a GPU the kernels, because operations contain their time too."""
     events = recorded.key_averages()
     if device.type == "cpu":
         return list(events)
@@ -116,13 +116,13 @@ def matrix_rate(device: torch.device) -> float:
 
 
 def write(file: Path, device: torch.device, content: dict) -> None:
-    """One JSON file per benchmark and machine, read by tables.py."""
+    """Write one JSON file per benchmark and machine, which tables.py reads."""
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps({"machine": machine(device)} | content, indent=1) + "\n")
 
 
 def machine(device: torch.device) -> str:
-    """What was measured on, for the tables."""
+    """The machine, for the tables."""
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
     return f"{torch.get_num_threads()} CPU threads, {platform.machine()}, torch {torch.__version__}"

@@ -1,7 +1,7 @@
-"""Peak memory of one step against the effective batch: the cached step beside plain autograd, on the same towers.
+"""Peak memory of one step against the effective batch: the cached step and plain autograd, on the same towers.
 
 python benchmarks/memory.py [--sizes 256 1024 4096] writes benchmarks/results/memory.json and docs/memory.png.
-Every measurement is a process of its own: its peak resident memory, less what it held before the step.
+Every measurement runs in its own process: peak resident memory, minus that before the step.
 """
 
 import json
@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 
 from lib.backends import usable_cores  # noqa: E402
 from lib.data import Chunk  # noqa: E402
-from lib.gradcache.step import cached_step  # noqa: E402
+from lib.gradcache.step import GradCache, cached_step  # noqa: E402
 from lib.losses import Pairs, infonce  # noqa: E402
 from lib.losses.objective import dense_infonce  # noqa: E402
 from lib.losses.positives import Ids  # noqa: E402
@@ -35,20 +35,20 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 @dataclass(frozen=True)
 class Settings:
-    """Which batches to measure."""
+    """Batches to measure."""
 
     sizes: tuple[int, ...] = (256, 512, 1024, 2048, 4096, 8192)
     """Effective batches."""
     largest_plain: int = 4096
-    """Plain autograd is measured up to this batch."""
+    """Largest batch for plain autograd."""
     chunk_size: int = 64
     """Pairs per forward of the cached step."""
     output: Path = ROOT / "benchmarks" / "results" / "memory.json"
-    """File of the figures."""
+    """JSON file of the results."""
     picture: Path = ROOT / "docs" / "memory.png"
-    """The figure."""
+    """PNG file of the plot."""
     measure: str | None = None
-    """Used by the script itself: METHOD:SIZE, measured in this process."""
+    """Internal: METHOD:SIZE to measure in this process."""
 
 
 def main(settings: Settings) -> None:
@@ -79,7 +79,7 @@ def measure(method: str, size: int, chunk_size: int) -> dict:
     pixels = torch.randint(256, (size, 3, 32, 32), dtype=torch.uint8)
     batch = Chunk(pixels, *tokens, *(torch.arange(size) for _ in range(3)))
     step = {"cached": cached, "plain": plain}[method]
-    step(towers, batch.rows(0, 8), 8)  # what the first step allocates for good
+    step(towers, batch.rows(0, 8), 8)  # the first step allocates memory that stays
     before, began = peak_bytes(), time.perf_counter()
     step(towers, batch, chunk_size)
     return {"bytes": peak_bytes() - before, "seconds": time.perf_counter() - began}
@@ -87,7 +87,7 @@ def measure(method: str, size: int, chunk_size: int) -> dict:
 
 def cached(towers: TwoTowers, batch: Chunk, chunk_size: int) -> None:
     chunks = [batch.rows(start, start + chunk_size) for start in range(0, len(batch), chunk_size)]
-    cached_step(towers, chunks, infonce, None, device=torch.device("cpu"))
+    cached_step(GradCache(towers, torch.device("cpu")), chunks, infonce, None)
 
 
 def plain(towers: TwoTowers, batch: Chunk, chunk_size: int) -> None:
@@ -108,15 +108,15 @@ def in_a_process(method: str, size: int, chunk_size: int) -> dict:
 
 
 def line(row: dict) -> str:
-    """Ratio first."""
+    """A line of results, ratios first."""
     cached_row, plain_row = row["cached"], row.get("plain")
-    told = f"cached {cached_row['bytes'] / 2**20:7.0f} MiB {cached_row['seconds']:6.1f} s"
+    cached_text = f"cached {cached_row['bytes'] / 2**20:7.0f} MiB {cached_row['seconds']:6.1f} s"
     if not plain_row:
-        return f"N {row['effective_batch']:6}                                     {told}"
+        return f"N {row['effective_batch']:6}                                     {cached_text}"
     memory = plain_row["bytes"] / max(cached_row["bytes"], 1)
     seconds = cached_row["seconds"] / plain_row["seconds"]
     return (
-        f"N {row['effective_batch']:6}  memory 1/{memory:<5.1f} time x{seconds:<5.2f}  {told}  "
+        f"N {row['effective_batch']:6}  memory 1/{memory:<5.1f} time x{seconds:<5.2f}  {cached_text}  "
         f"plain {plain_row['bytes'] / 2**20:7.0f} MiB {plain_row['seconds']:6.1f} s"
     )
 

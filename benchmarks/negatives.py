@@ -1,10 +1,11 @@
-"""What a larger batch and a memory are worth on captions: every batch with and without remembered pairs.
+"""Effect of a larger batch and of a memory bank on captions: every batch with and without remembered pairs.
 
     python benchmarks/negatives.py --data captions.csv --image-tower TOWER --text-tower TOWER
 
-trains configs/flickr8k.yaml, its frozen trunks run once, with each loss, batch and memory, three seeds each, all for
-as many epochs, and prints R@5 on the validation images and the seconds of training: mean and standard deviation.
-InfoNCE with a memory is trained with either of --xbm-gradients. Raw figures go to a JSON file.
+trains configs/flickr8k.yaml with stored outputs of its frozen trunks, for each loss, batch and memory size, with three
+seeds each and the same number of epochs. It prints mean and standard deviation of R@5 on the validation images and of
+the seconds of training. InfoNCE with a memory bank is trained with both values of --xbm-gradients. Raw results go to a
+JSON file.
 """
 
 from dataclasses import dataclass
@@ -18,29 +19,29 @@ from training_runs import ROOT, Recipe, spread
 
 @dataclass(frozen=True)
 class Settings(Recipe):
-    """Where data and towers are, and what to compare."""
+    """Data, towers, and the settings to compare."""
 
     config: Path = ROOT / "configs" / "flickr8k.yaml"
     """The recipe."""
     output: Path = ROOT / "benchmarks" / "results" / "negatives.json"
-    """File for the raw figures."""
+    """JSON file of the raw results."""
     batches: tuple[int, ...] = (64, 256, 1024)
     """Effective batches."""
     memories: tuple[int, ...] = (0, 4096)
-    """Remembered pairs."""
+    """Sizes of the memory bank."""
     losses: tuple[Literal["clip", "siglip"], ...] = ("clip", "siglip")
     """InfoNCE and the sigmoid loss."""
     gradients: tuple[Literal["both", "anchors"], ...] = ("both", "anchors")
-    """As --xbm-gradients of train_clip.py."""
+    """Values of --xbm-gradients of train_clip.py."""
 
 
 def main(settings: Settings) -> None:
-    """Run the grid and print its table."""
+    """Train all combinations and print their table."""
     rows = []
     for loss, batch, memory in product(settings.losses, settings.batches, settings.memories):
         for gradients in settings.gradients if loss == "clip" and memory else ("both",):
             flags = [f"--effective-batch={batch}", f"--xbm-size={memory}", f"--xbm-gradients={gradients}"]
-            flags += ["--eval-every=1000000", "--save-every=0", "--cache-text", "--cache-image"]
+            flags += ["--eval-every=1000000", "--save-every=0"]
             kind = {"loss": loss, "batch": batch, "memory": memory, "gradients": gradients}
             rows.append(kind | {"runs": list(map(figures, settings.runs(loss, *flags)))})
     settings.write(rows)
@@ -54,7 +55,7 @@ def figures(summary: dict) -> dict[str, float]:
 
 
 def table(rows: list[dict]) -> list[str]:
-    """The rows as Markdown."""
+    """Markdown table of the rows."""
     lines = ["| loss | batch | remembered | gradients | steps | image to text R@5 | text to image R@5 | seconds |"]
     lines.append("|---|---|---|---|---|---|---|---|")
     for row in rows:

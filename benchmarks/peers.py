@@ -1,8 +1,8 @@
-"""One step's gradients by other programs on our towers and chunks; each leaves them on the parameters.
+"""Gradients of one step by other libraries on our towers and chunks, left on the parameters.
 
 open_clip: its `--accum-freq` algorithm (open_clip_train/train.py) with its own ClipLoss.
 sentence_transformers: its CachedMultipleNegativesRankingLoss in both directions, which is the same InfoNCE.
-Each is imported where it is used: one may be there without the other.
+Each library is imported where it is used, because only one may be installed.
 """
 
 from collections.abc import Sequence
@@ -15,11 +15,11 @@ from lib.data import Chunk
 
 
 def open_clip_step(towers: Autocast, chunks: Sequence[Chunk]) -> None:
-    """Features of all chunks; then each chunk again, with the loss over all features and one of them with a graph."""
+    """Embed all chunks; then embed each again with a graph and take the loss over all features."""
     from open_clip import ClipLoss
 
     loss = ClipLoss()
-    on_device = [chunk.to(towers.device).inputs for chunk in chunks]  # it keeps the whole batch there
+    on_device = [chunk.to(towers.device).inputs for chunk in chunks]  # open_clip keeps the whole batch on the device
     with torch.no_grad():
         features = [towers(**inputs) for inputs in on_device]
     images, texts = [list(parts) for parts in zip(*((f.image_embeds, f.text_embeds) for f in features), strict=True)]
@@ -31,7 +31,7 @@ def open_clip_step(towers: Autocast, chunks: Sequence[Chunk]) -> None:
 
 
 def sentence_transformers_step(towers: Autocast, chunks: Sequence[Chunk]) -> None:
-    """Its scale is a constant, so that gets no gradient."""
+    """Cached loss of sentence-transformers; its scale is a constant without gradient."""
     try:
         from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
     except ImportError:  # before version 6

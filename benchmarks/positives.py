@@ -1,9 +1,9 @@
-"""What groups and the memory are worth with class prompts: both losses, groups or the diagonal, memory on or off.
+"""Effect of groups and of a memory bank with class prompts: both losses, groups or diagonal, memory on or off.
 
     python benchmarks/positives.py --data har --image-tower TOWER --text-tower TOWER
 
-trains configs/har_small.yaml in each of the eight ways, three seeds each, and prints the final accuracy and macro F1
-on the held-out images: mean and standard deviation over the seeds. Raw figures go to a JSON file.
+trains configs/har_small.yaml in the eight combinations, with three seeds each, and prints mean and standard deviation
+of the final accuracy and macro F1 on the held-out images. Raw results go to a JSON file.
 """
 
 from dataclasses import dataclass
@@ -18,16 +18,16 @@ FIGURES = ("accuracy", "macro_f1")
 
 @dataclass(frozen=True)
 class Settings(Recipe):
-    """Where data and towers are."""
+    """Data and towers."""
 
     config: Path = ROOT / "configs" / "har_small.yaml"
     """The recipe."""
     output: Path = ROOT / "benchmarks" / "results" / "positives.json"
-    """File for the raw figures."""
+    """JSON file of the raw results."""
 
 
 def main(settings: Settings) -> None:
-    """Run the grid and print its table."""
+    """Train all combinations and print their table."""
     rows = []
     for loss, positives, memory in product(SCRIPTS, ("pair", "group"), (False, True)):
         summaries = settings.runs(loss, f"--positives={positives}", *([] if memory else ["--xbm-size=0"]))
@@ -38,7 +38,7 @@ def main(settings: Settings) -> None:
 
 
 def table(rows: list[dict]) -> list[str]:
-    """The rows as Markdown."""
+    """Markdown table of the rows."""
     lines = ["| loss | positives | memory | accuracy | macro F1 |", "|---|---|---|---|---|"]
     for row in rows:
         figures = [spread(row["runs"], name) for name in FIGURES]

@@ -1,7 +1,7 @@
-"""Predicts, for graphics cards that are not here, chunks and memory of a step of 32,768 pairs in bf16.
+"""Predict the chunk size and memory of a bf16 step of 32,768 pairs for several graphics cards, without such a card.
 
 python benchmarks/predict.py prints the README's table and writes benchmarks/results/predicted.json. Activations are
-what autograd saves under bfloat16 autocast, found with tensors that have shapes but no data; on a GPU
+those that autograd saves under bfloat16 autocast, computed with fake tensors that have shapes but no data. On a GPU
 `--chunk-size auto` measures instead.
 """
 
@@ -16,13 +16,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import CLIPConfig, CLIPModel, PretrainedConfig, PreTrainedModel, SiglipConfig, SiglipModel
 
 from lib.losses.tiles import ACCELERATOR_TILE
-from lib.setup.fitting import INPUT_COPIES, LARGEST_CHUNK, MARGIN, largest_chunk_below, measure_activations
-from lib.setup.plan import BatchPlan, embedding_bytes
+from lib.setup.chunk_memory import LARGEST_CHUNK, largest_chunk_below, measure_activations
+from lib.setup.plan import INPUT_COPIES, MARGIN, BatchPlan, embedding_bytes
 from lib.towers import TwoTowers
 from lib.towers.dual import dual_parts
 from lib.towers.image_form import DEFAULT_FORMS
 
-CONTEXT = 0.6 * 2**30  # what CUDA itself takes
+CONTEXT = 0.6 * 2**30  # memory of CUDA itself
 
 
 @dataclass(frozen=True)
@@ -32,13 +32,13 @@ class Settings:
     cards: tuple[int, ...] = (8, 12, 16, 24, 40, 80)
     """GiB of device memory."""
     batch: int = 32768
-    """N, and Q."""
+    """N and Q."""
     output: Path = measured.RESULTS / "predicted.json"
-    """File of the figures."""
+    """JSON file of the results."""
 
 
 def clip(patch: int, vision: tuple[int, int, int], text: tuple[int, int, int], dimension: int) -> CLIPConfig:
-    """vision, text: width, layers, heads."""
+    """CLIP config; vision, text: width, layers, heads."""
     return CLIPConfig(
         vision_config=sizes(*vision) | {"patch_size": patch, "image_size": 224},
         text_config=sizes(*text) | {"eos_token_id": 49407},
@@ -47,7 +47,7 @@ def clip(patch: int, vision: tuple[int, int, int], text: tuple[int, int, int], d
 
 
 def siglip(side: int, patch: int, tower: tuple[int, int, int], inner: int) -> SiglipConfig:
-    """Both towers alike; inner: width of the feed-forward layers."""
+    """SigLIP config with two equal towers; inner: width of the feed-forward layers."""
     both = sizes(*tower) | {"intermediate_size": inner}
     return SiglipConfig(vision_config=both | {"patch_size": patch, "image_size": side}, text_config=both)
 
@@ -104,13 +104,13 @@ def _predicted(name: str, config: PretrainedConfig, towers: TwoTowers, settings:
         "model": name,
         "parameters": weights // 4,
         "activations": activations,
-        "host": 2 * settings.batch * pixels[0].nbytes,  # a step, and the next one read ahead
+        "host": 2 * settings.batch * pixels[0].nbytes,  # this step and the next, which is read ahead
         "cards": [{"card": card} | found for card, found in zip(settings.cards, cards, strict=True)],
     }
 
 
 def on_a_card(towers: TwoTowers, card: int, a_pair: int, image_bytes: int, weights: int, settings: Settings) -> dict:
-    """The largest chunk that leaves the planner's margin, and the device memory of the step; 0 where none fits."""
+    """The largest chunk that leaves the planner's margin, and the device memory of the step; 0 if none fits."""
     embeddings = embedding_bytes(settings.batch, settings.batch, towers.embed_dim, ACCELERATOR_TILE)
     cast = weights // 2  # the bf16 copies that autocast makes for every graph
     room = MARGIN * (card * 2**30 - CONTEXT - 4 * weights - embeddings) - cast

@@ -1,4 +1,4 @@
-"""Where the time of our step goes: torch.profiler's shares of towers, loss, data, optimizer and communication.
+"""Profile of our step with torch.profiler: shares of towers, loss, data, optimizer and communication.
 
 python benchmarks/profile_step.py [--subject small --size 4096] writes benchmarks/results/profile_SUBJECT.json.
 """
@@ -14,7 +14,7 @@ from subjects import Autocast, chunked, make_batch, make_towers
 from torch.optim import AdamW
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from lib.gradcache.step import cached_step
+from lib.gradcache.step import GradCache, cached_step
 from lib.losses import LossShare, infonce
 
 PARTS = ("towers, pass 1", "towers, pass 2 forward", "towers, pass 2 backward", "loss", "optimizer")
@@ -22,16 +22,16 @@ PARTS = ("towers, pass 1", "towers, pass 2 forward", "towers, pass 2 backward", 
 
 @dataclass(frozen=True)
 class Settings:
-    """What to profile."""
+    """The step to profile."""
 
     subject: str = "small"
-    """See benchmarks/subjects.py."""
+    """A subject of benchmarks/subjects.py."""
     size: int = 4096
     """Effective batch."""
     chunk_size: int = 64
     """Pairs per forward."""
     output: Path | None = None
-    """File of the figures; by default benchmarks/results/profile_SUBJECT.json."""
+    """JSON file of the results; by default benchmarks/results/profile_SUBJECT.json."""
 
 
 def main(settings: Settings) -> None:
@@ -59,7 +59,7 @@ def main(settings: Settings) -> None:
 
 
 def one_step(towers: "_Told", chunks: list, optimizer: AdamW) -> None:
-    cached_step(towers, chunks, told_loss, None, device=towers.device, backward=told_backward)
+    cached_step(GradCache(towers, towers.device, backward=told_backward), chunks, told_loss, None)
     with record_function("optimizer"):
         optimizer.step()
         optimizer.zero_grad()

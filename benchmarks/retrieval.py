@@ -1,10 +1,10 @@
-"""Time and memory of ranking strict pairs, beside the matrix products alone that it cannot do without.
+"""Time and memory of ranking strict pairs, compared with the matrix products alone, which are the lower bound.
 
 python benchmarks/retrieval.py [--pairs 135930 --dimensions 512] writes benchmarks/results/retrieval.json. Two ways
-take turns, each in a process of its own on all cores:
+alternate, each in its own process on all cores:
 
-products: every image with every text, float32, block by block, and nothing done with them.
-ranks: what evaluate.py does, the exact ranks of both directions, ties counted against the model.
+products: every image with every text, float32, block by block, with the results discarded.
+ranks: the exact ranks of both directions as in evaluate.py, with ties counted against the model.
 """
 
 import json
@@ -27,28 +27,28 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from lib.backends import usable_cores  # noqa: E402
-from lib.evaluation.retrieval.metrics import retrieval_ranks, summarize_ranks  # noqa: E402
+from lib.evaluation.retrieval_ranks import retrieval_ranks, summarize_ranks  # noqa: E402
 
-ROWS, COLUMNS = 2048, 8192  # of a block of the bare products: larger ones are no faster
+ROWS, COLUMNS = 2048, 8192  # block of the bare products: larger blocks are not faster
 WAYS = ("products", "ranks")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How much to rank and how often."""
+    """Sizes and repeats."""
 
     pairs: int = 135_930
     """Images, and as many texts."""
     dimensions: int = 512
-    """Of the embeddings."""
+    """Dimensions of the embeddings."""
     signal: float = 0.1
-    """How much of its image is in a text, against one part of noise; 0: nothing can be found."""
+    """Weight of the image in its text's embedding, with noise of weight 1; 0: no text can be found."""
     repeats: int = 3
-    """Turns of each way; the medians count."""
+    """Turns of each way, of which the median counts."""
     output: Path = ROOT / "benchmarks" / "results" / "retrieval.json"
-    """File of the figures."""
+    """JSON file of the results."""
     measure: str | None = None
-    """Used by the script itself: a way, measured in this process."""
+    """Internal: a way to measure in this process."""
 
 
 def main(settings: Settings) -> None:
@@ -59,7 +59,7 @@ def main(settings: Settings) -> None:
     for _ in range(settings.repeats):
         for way, found in turns.items():
             found.append(in_a_process(settings, way))
-            print(told(way, found[-1]), flush=True)
+            print(as_line(way, found[-1]), flush=True)
     seconds = {way: statistics.median(turn["seconds"] for turn in found) for way, found in turns.items()}
     ratio = round(seconds["ranks"] / seconds["products"], 3)
     peak = max(turn["peak_bytes"] for turn in turns["ranks"])
@@ -71,13 +71,13 @@ def main(settings: Settings) -> None:
     settings.output.write_text(json.dumps(content, indent=1) + "\n")
 
 
-def told(way: str, turn: dict) -> str:
+def as_line(way: str, turn: dict) -> str:
     seconds, cpu_seconds = turn["seconds"], turn["cpu_seconds"]
     return f"{way:8}  {seconds:8.1f} s, {cpu_seconds:8.1f} s of CPU, {turn['peak_bytes'] / 2**30:5.2f} GiB"
 
 
 def measure(settings: Settings) -> dict:
-    """Seconds of one way, and the most memory that this process ever held, embeddings and libraries included."""
+    """Seconds of one way, and peak memory of this process, including embeddings and libraries."""
     torch.set_num_threads(usable_cores())
     images, texts = embeddings(settings)
     started, busy = time.perf_counter(), time.process_time()

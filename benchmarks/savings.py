@@ -1,4 +1,4 @@
-"""What each way of less recomputation gives: a step over the floor's time, the floor with the same parts frozen.
+"""Time of a step with each way to recompute less, divided by the floor's (with the same frozen parts).
 
 python benchmarks/savings.py [--size 1024] writes benchmarks/results/savings.json.
 """
@@ -15,24 +15,24 @@ from measured import RESULTS, take_turns, write
 from subjects import Autocast, chunked, make_batch, make_towers
 
 from lib.data import Chunk
-from lib.gradcache.step import cached_step
+from lib.gradcache.step import GradCache, cached_step
 from lib.losses import Pairs, infonce
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What to step."""
+    """The step to measure."""
 
     subject: str = "small"
-    """See benchmarks/subjects.py."""
+    """A subject of benchmarks/subjects.py."""
     size: int = 1024
     """Effective batch."""
     chunk_size: int = 64
     """Pairs per forward."""
     repeats: int = 5
-    """The median counts."""
+    """Repeats, of which the median counts."""
     output: Path = RESULTS / "savings.json"
-    """File of the figures."""
+    """JSON file of the results."""
 
 
 def main(settings: Settings) -> None:
@@ -51,7 +51,7 @@ def main(settings: Settings) -> None:
         "chunk by chunk": gradients,
         "half of the graphs kept": partial(gradients, keep_graphs=count // 2),
         "all graphs kept": partial(gradients, keep_graphs=count),
-        "15 distinct texts, encoded once": partial(ours, towers, prompted(chunks, 15), share=True),
+        "15 distinct texts, encoded once": partial(ours, towers, prompted(chunks, 15), share_texts=True),
         "image trunk frozen": partial(ours, frozen, chunks, image_recompute="head"),
         f"memory of {len(old)} pairs": partial(gradients, remembered=old),
     }
@@ -63,18 +63,18 @@ def main(settings: Settings) -> None:
 
 
 def ours(towers: Autocast, chunks: list[Chunk], remembered: Pairs | None = None, **options) -> None:
-    cached_step(towers, chunks, infonce, remembered, device=towers.device, **options)
+    cached_step(GradCache(towers, towers.device, **options), chunks, infonce, remembered)
 
 
 def other_samples(size: int, dimension: int, device: torch.device) -> Pairs:
-    """Remembered pairs of which none is in the batch."""
+    """Remembered pairs that do not occur in the batch."""
     embeds = (F.normalize(torch.randn(size, dimension), dim=1).to(device) for _ in range(2))
     ids = torch.arange(size, device=device) + 10**9
     return Pairs(*embeds, ids, ids, ids)
 
 
 def prompted(chunks: list[Chunk], texts: int) -> list[Chunk]:
-    """The chunks with a few texts in turn, as class prompts are."""
+    """The chunks with a few texts repeated, like class prompts."""
     table = chunks[0].input_ids[:texts]
     prompts = [torch.arange(len(chunk)) % len(table) for chunk in chunks]
     return [replace(chunk, input_ids=table[ids], text_id=ids) for chunk, ids in zip(chunks, prompts, strict=True)]

@@ -1,7 +1,7 @@
-"""One rank of a large world, on this machine: what it sends, holds and computes for the loss of a step.
+"""Communication, memory and time of one rank of a large world for the loss of a step, measured on this machine.
 
 python benchmarks/scaling.py [--worlds 1 8 64 512] writes benchmarks/results/scaling.json.
-torch's fake process group stands for the other ranks: collectives return at once, and what they would move is counted.
+torch's fake process group replaces the other ranks: collectives return at once, and their bytes are counted.
 """
 
 import json
@@ -31,7 +31,7 @@ from lib.losses import Pairs, infonce, sigmoid  # noqa: E402
 
 @dataclass(frozen=True)
 class Settings:
-    """Which worlds to stand in for."""
+    """World sizes to measure."""
 
     worlds: tuple[int, ...] = (1, 8, 64, 512)
     """W"""
@@ -42,7 +42,7 @@ class Settings:
     embed_dim: int = 512
     """D"""
     measure: str | None = None
-    """Used by the script itself: LOSS:W, measured in this process."""
+    """Internal: LOSS:W to measure in this process."""
 
 
 def main(settings: Settings) -> None:
@@ -63,7 +63,7 @@ def main(settings: Settings) -> None:
 
 
 def measure(loss: Literal["sigmoid", "infonce"], world_size: int, settings: Settings) -> dict:
-    """Bytes that a rank gives to all_gather and all_reduce, seconds, and peak memory beside the bank's."""
+    """Bytes that a rank passes to all_gather and all_reduce, seconds, and peak memory without the memory bank."""
     n, q, d = settings.effective_batch, settings.xbm_size, settings.embed_dim
     per_rank = n // world_size
     own, bank = random_pairs(per_rank, d), random_pairs(q, d)
@@ -72,7 +72,7 @@ def measure(loss: Literal["sigmoid", "infonce"], world_size: int, settings: Sett
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
     given, before, began = counted(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
     fresh = Pairs(*(gather_rows(tensor) for tensor in vars(own).values() if tensor is not None))
-    if world_size > 1:  # the fake group fills nothing in
+    if world_size > 1:  # the fake group does not fill the buffers
         fresh = random_pairs(n, d)
     share = kinds[loss](fresh, bank, torch.tensor(10.0), torch.tensor(-10.0), slice(0, per_rank))
     sum_over_ranks(share.text_embeds)
@@ -83,7 +83,7 @@ def measure(loss: Literal["sigmoid", "infonce"], world_size: int, settings: Sett
 
 
 def counted() -> Counter:
-    """Count from now on the bytes that this rank gives to each kind of collective."""
+    """Start counting the bytes that this rank passes to each kind of collective."""
     given: Counter = Counter(all_gather=0, all_reduce=0)
     gather, reduce = dist.all_gather, dist.all_reduce
 

@@ -1,8 +1,8 @@
-"""One optimizer step, ours beside what a user would use instead: same towers, same batch, taking turns.
+"""One optimizer step: ours, open_clip's and sentence-transformers', alternating on the same towers and batch.
 
 python benchmarks/step.py [--subject small --sizes 512 1024 2048 4096 8192 --chunk-sizes 64] writes
-benchmarks/results/step_SUBJECT.json. The ways are those of benchmarks/floor.py and peers.py; ours comes as training
-runs it and with the graphs that --keep-graphs auto keeps. gpu.py measures steps on a GPU.
+benchmarks/results/step_SUBJECT.json. The ways are those of benchmarks/floor.py and peers.py; ours is measured
+without kept graphs and with as many as --keep-graphs auto keeps. gpu.py measures steps on a GPU.
 """
 
 from collections.abc import Callable
@@ -20,15 +20,15 @@ from torch.optim import AdamW
 
 from lib.backends.device import free_memory
 from lib.losses.tiles import tile_side
-from lib.setup.fitting import graphs_that_fit, measure_activations
-from lib.setup.plan import BatchPlan
+from lib.setup.chunk_memory import measure_activations
+from lib.setup.plan import BatchPlan, graphs_that_fit
 from lib.towers import TwoTowers
 from lib.towers.trunk_options import compile_trunks
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What to step and how often."""
+    """Steps to measure, and repeats."""
 
     subject: str = "small"
     """small, narrow, wide, vit-b-32 or vit-b-16 (see benchmarks/subjects.py)."""
@@ -37,15 +37,15 @@ class Settings:
     chunk_sizes: tuple[int, ...] = (64,)
     """Pairs per forward."""
     repeats: int = 5
-    """Steps of each way; the median counts."""
+    """Steps of each way, of which the median counts."""
     largest_open_clip: int = 4096
-    """open_clip's step, which takes the loss once per chunk, is measured up to this batch."""
+    """Largest batch for open_clip's step, which computes the loss once per chunk."""
     largest_peer: int = 8192
-    """sentence-transformers' step is measured up to this batch."""
+    """Largest batch for sentence-transformers' step."""
     compile: bool = False
-    """Compile the trunks, for every way alike."""
+    """Compile the trunks for all ways."""
     output: Path | None = None
-    """File of the figures; by default benchmarks/results/step_SUBJECT.json."""
+    """JSON file of the results; by default benchmarks/results/step_SUBJECT.json."""
 
 
 def main(settings: Settings) -> None:
@@ -54,7 +54,7 @@ def main(settings: Settings) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     towers = Autocast(make_towers(settings.subject, device), device)
     a_pair = activations(settings.subject, towers)
-    if settings.compile:  # after: a forward of few pairs would make torch compile for all sizes
+    if settings.compile:  # after the measurement: its forward of few pairs would make torch compile for all sizes
         compile_trunks(towers.towers, "inductor", device)
     rate, flops = matrix_rate(device), flops_of_a_pair(settings.subject)
     rows = []
@@ -63,7 +63,7 @@ def main(settings: Settings) -> None:
             row = measure(settings, towers, a_pair, size, min(chunk_size, size), device)
             row["share_of_matrix_rate"] = flops * size / row["ways"]["ours"]["seconds"] / rate
             rows.append(row)
-            print(told(row), flush=True)
+            print(as_line(row), flush=True)
     suffix = "_compiled" if settings.compile else ""
     output = settings.output or RESULTS / f"step_{settings.subject}{suffix}.json"
     content = {"subject": settings.subject, "compile": settings.compile, "repeats": settings.repeats}
@@ -74,7 +74,7 @@ def main(settings: Settings) -> None:
 def measure(
     settings: Settings, towers: Autocast, a_pair: int, size: int, chunk_size: int, device: torch.device
 ) -> dict:
-    """All ways at one batch and chunk; a_pair: bytes of one pair's activations."""
+    """Measure all ways at one batch and chunk size; a_pair: bytes of one pair's activations."""
     chunks = chunked(make_batch(settings.subject, size), chunk_size)
     kept = graphs_kept(towers.towers, a_pair, size, chunk_size, chunks[0].images[0].nbytes)
     gradients = {"plain": plain, "ours": ours, "ours_kept": partial(ours, keep_graphs=kept)}
@@ -83,7 +83,7 @@ def measure(
     if size <= settings.largest_open_clip:
         gradients["open_clip"] = open_clip_step
     optimizer = AdamW(towers.parameters(), lr=1e-4, fused=True)
-    one_step(plain, towers, chunks[:1], optimizer)  # makes the optimizer's state, which is no way's own memory
+    one_step(plain, towers, chunks[:1], optimizer)  # creates the optimizer's state, which all ways share
     ways = {name: partial(one_step, way, towers, chunks, optimizer) for name, way in gradients.items()}
     results = take_turns(ways, settings.repeats, device)
     embeddings = 2 * size * SUBJECTS[settings.subject].embed_dim * 4
@@ -103,14 +103,14 @@ def one_step(gradients: Callable, towers: Autocast, chunks: list, optimizer: Ada
 
 
 def activations(subject: str, towers: Autocast) -> int:
-    """Bytes of one pair that autograd keeps."""
+    """Bytes that autograd keeps of one pair."""
     batch = make_batch(subject, 4).to(towers.device)
     with torch.autocast(towers.device.type, torch.bfloat16, enabled=towers.enabled):
         return measure_activations(towers.towers, batch.inputs)
 
 
 def graphs_kept(towers: TwoTowers, a_pair: int, size: int, chunk_size: int, image_bytes: int) -> int:
-    """What --keep-graphs auto chooses, for activations of `a_pair` bytes a pair."""
+    """The choice of --keep-graphs auto for activations of `a_pair` bytes per pair."""
     device, weights = towers.logit_scale.device, sum(parameter.nbytes for parameter in towers.parameters())
     plan = BatchPlan(
         effective_batch=size,
@@ -128,8 +128,8 @@ def graphs_kept(towers: TwoTowers, a_pair: int, size: int, chunk_size: int, imag
     return graphs_that_fit(plan, free_memory(device) + weights, device)
 
 
-def told(row: dict) -> str:
-    """Ratios to the floor first."""
+def as_line(row: dict) -> str:
+    """A line of results, ratios to the floor first."""
     ways, floor = row["ways"], row["ways"]["plain"]["seconds"]
     ratios = "  ".join(f"{name} x{way['seconds'] / floor:.2f}" for name, way in ways.items() if name != "plain")
     memory = ", ".join(f"{name} {megabytes(way['peak_bytes'])}" for name, way in ways.items())

@@ -1,8 +1,8 @@
-"""What the benchmarks step: CLIP pairs with drawn weights, and batches of drawn pixels and tokens."""
+"""Models of the benchmarks: CLIP pairs with random weights, and batches of random pixels and tokens."""
 
 from dataclasses import dataclass, replace
 
-import measured  # noqa: F401  (makes lib importable)
+import measured  # noqa: F401  (puts lib on the path)
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -37,7 +37,7 @@ SUBJECTS = {
 
 
 def make_towers(name: str, device: torch.device) -> TwoTowers:
-    """The pair with drawn weights, in training mode (it has no dropout)."""
+    """The pair with random weights, in training mode (without dropout)."""
     subject, end = SUBJECTS[name], SUBJECTS[name].vocabulary - 1
     sizes = [
         {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": layers}
@@ -58,7 +58,7 @@ def make_towers(name: str, device: torch.device) -> TwoTowers:
 
 
 def make_batch(name: str, size: int, pin: bool = False) -> Chunk:
-    """Pixels and tokens drawn at random, on the host; every pair is a group of its own."""
+    """Random pixels and tokens on the host; every pair is its own group."""
     subject, generator = SUBJECTS[name], torch.Generator().manual_seed(1)
     side, end = subject.image_size, subject.vocabulary - 1
     pixels = torch.randint(256, (size, 3, side, side), dtype=torch.uint8, generator=generator)
@@ -74,7 +74,7 @@ def chunked(batch: Chunk, chunk_size: int) -> list[Chunk]:
 
 
 def repeated_chunks(chunk: Chunk, size: int) -> list[Chunk]:
-    """A batch of `size` pairs in chunks with the pixels and tokens of one, each pair a group of its own."""
+    """A batch of `size` pairs in chunks that share one chunk's pixels and tokens; every pair is its own group."""
     ids = torch.arange(size).split(len(chunk))
     return [replace(chunk.rows(0, len(own)), group=own, sample_id=own) for own in ids]
 
@@ -92,8 +92,8 @@ class Autocast(nn.Module):
 
 
 def flops_of_a_pair(name: str) -> int:
-    """Multiplications and additions, each counted, of one pair forward and backward; no forward counted twice."""
-    towers = make_towers(name, torch.device("meta"))  # shapes alone
+    """Multiplications plus additions of one pair's forward and backward pass, without a second forward."""
+    towers = make_towers(name, torch.device("meta"))  # only shapes
     with FlopCounterMode(display=False) as counter:
         output = towers(**make_batch(name, 2).to("meta").inputs)
         (output.image_embeds.sum() + output.text_embeds.sum()).backward()

@@ -1,4 +1,4 @@
-"""Writes benchmarks/README.md: tables of what lies in benchmarks/results, ratios first; what is missing is said to be.
+"""Write benchmarks/README.md: tables of the results in benchmarks/results, ratios first; missing results are named.
 
 python benchmarks/tables.py [--results FOLDER --output FILE]
 """
@@ -13,28 +13,28 @@ import tyro
 HERE = Path(__file__).resolve().parent
 INTRODUCTION = """# Benchmarks
 
-Each script measures ours beside what a user would use instead, in the same run, on the same towers and data, and keeps
-its raw figures in `results/`. `python benchmarks/tables.py` makes this page of them.
+Each script compares this project with the alternatives in the same run, on the same towers and data, and writes
+raw results to `results/`. `python benchmarks/tables.py` makes this page from them.
 
 ```
 pip install -r benchmarks/requirements.txt
 python benchmarks/step.py            # one optimizer step; --subject vit-b-32 and others, --compile
-python benchmarks/savings.py         # what each way of less recomputation gives
-python benchmarks/loss.py            # losses and gradients alone
-python benchmarks/profile_step.py    # where the time of a step goes
+python benchmarks/savings.py         # ways to recompute less
+python benchmarks/loss.py            # only losses and their gradients
+python benchmarks/profile_step.py    # profile of a step
 python benchmarks/memory.py          # peak memory against the batch; makes docs/memory.png
 python benchmarks/loader.py --images FOLDER
-bash benchmarks/gpu.sh               # smoke checks and everything that matters on one GPU
+bash benchmarks/gpu.sh               # smoke checks and the main measurements on one GPU
 ```
 
-`gpu.sh` needs no network. On a machine without the small packages put their wheels into a folder first and name it:
+`gpu.sh` needs no network. If the machine lacks the small packages, put their wheels into a folder first:
 `pip download --no-deps --dest wheels webdataset braceexpand tyro docstring-parser typeguard`, then
-`WHEELS=wheels bash benchmarks/gpu.sh`. `--toy` runs all stages in a minute on a CPU, to see that they run.
+`WHEELS=wheels bash benchmarks/gpu.sh`. `--toy` runs all stages in a minute on a CPU, as a test.
 
-Ratios are of medians of steps that took turns. Memory is the peak of what torch allocated above what was held before
-the step, but the resident memory of a process in the table against the batch. The floor is
-plain accumulation over the chunks without shared negatives: every pair runs once, and no method that shares negatives
-over more pairs than fit can do less.
+Ratios compare medians of alternating steps. Memory is the peak of torch's allocations above those before
+the step; in the table against the batch it is the resident memory of a process. The floor is plain gradient
+accumulation over the chunks without shared negatives: every pair runs once. No method that shares negatives
+over more pairs than fit into memory can be faster.
 """
 WAYS = {
     "ours": "ours",
@@ -46,7 +46,7 @@ WAYS = {
 
 @dataclass(frozen=True)
 class Settings:
-    """Where the figures are and where the page goes."""
+    """Input and output files."""
 
     results: Path = HERE / "results"
     """Folder of the scripts' JSON files."""
@@ -69,16 +69,12 @@ def main(settings: Settings) -> None:
         parts += [f"## {title}\n", *map(section, found)] if found else [f"## {title}\n", "Not measured.\n"]
     on_a_gpu = read("gpu.json")
     parts.append("## On a GPU\n")
-    parts += (
-        map(gpu_section, on_a_gpu)
-        if on_a_gpu
-        else ["Not measured: no GPU was at hand. `bash benchmarks/gpu.sh` measures it.\n"]
-    )
+    parts += map(gpu_section, on_a_gpu) if on_a_gpu else ["Not measured yet. `bash benchmarks/gpu.sh` measures it.\n"]
     settings.output.write_text("\n".join(parts))
 
 
 def step_section(found: dict) -> str:
-    """Time over the floor's and memory of every way; open_clip over ours; pairs a second and share of the peak."""
+    """Time over the floor's, memory of every way, open_clip over ours, pairs a second, share of the matrix rate."""
     rows, measured = [], [name for name in WAYS if any(name in row["ways"] for row in found["rows"])]
     for row in found["rows"]:
         ways = row["ways"]
@@ -94,15 +90,16 @@ def step_section(found: dict) -> str:
     head += ["MiB floor", "MiB ours", "MiB open_clip", "pairs/s", "share of matrix rate"]
     compiled = ", compiled" if found["compile"] else ""
     words = (
-        f"`{found['subject']}`{compiled}, {found['machine']}, medians of {found['repeats']}. Columns with a way's name "
-        f"are its time over the floor's. The matrix rate was {found['matrix_flops_per_second'] / 1e12:.2f} Tflop/s; "
-        "its share counts each pair once forward and backward."
+        f"`{found['subject']}`{compiled}, {found['machine']}, medians of {found['repeats']}. Columns with a method's "
+        "name are its time divided by the floor's. The matrix rate was "
+        f"{found['matrix_flops_per_second'] / 1e12:.2f} Tflop/s; its share counts "
+        "one forward and one backward pass of each pair."
     )
     return f"{words}\n\n{table(head, rows)}"
 
 
 def savings_section(found: dict) -> str:
-    """Every way's time over the floor's, the frozen one over the floor of the same frozen towers."""
+    """Time of every way over the floor's; for frozen towers over the floor with the same frozen towers."""
     ways = found["ways"]
     rows = []
     for name, way in ways.items():
@@ -129,29 +126,29 @@ def loss_section(found: dict) -> str:
     head = ["loss", "N", "D", "time / open_clip", "memory / open_clip", "time / autograd"]
     head += ["groups / ours", "memory of N / ours", "both / ours", "ours", "MiB ours", "MiB open_clip"]
     words = (
-        f"{found['machine']}, medians of {found['repeats']}; value and all gradients. A memory of N pairs makes three "
-        "blocks of N x N logits of one."
+        f"{found['machine']}, medians of {found['repeats']}; value and all gradients. A memory bank of N pairs "
+        "needs three blocks of N x N logits instead of one."
     )
     return f"{words}\n\n{table(head, rows)}"
 
 
 def profile_section(found: dict) -> str:
-    """Shares of the step, and the operations that take most."""
+    """Shares of the step, and the slowest operations."""
     words = (
         f"`{found['subject']}`, N = {found['effective_batch']:,}, C = {found['chunk_size']}, {found['machine']}; one "
         f"step of {found['seconds']:.2f} s in torch.profiler. One process: no communication."
     )
-    parts = table(["part", "share"], [[name, f"{share:.1%}"] for name, share in found["shares"].items()])
+    parts = table(["phase", "share"], [[name, f"{share:.1%}"] for name, share in found["shares"].items()])
     first = found["shares"]["towers, pass 1"]
-    left = f"\nLeft to win: pass 1 ({first:.0%}), which kept graphs take away, and the loss; the rest is the floor.\n"
+    left = f"\nRemaining overhead: pass 1 ({first:.0%}), removed by `--keep-graphs`, and the loss.\n"
     operations = table(["operation", "share"], [[f"`{k}`", f"{share:.1%}"] for k, share in found["largest"].items()])
     return f"{words}\n\n{parts}{left}\n{operations}"
 
 
 def gpu_section(found: dict) -> str:
-    """Steps of the headline, ratios to peers and to the floor, losses, the loader; and what failed."""
+    """Main steps, ratios to peers and to the floor, losses, the loader, and failures."""
     stages = found["stages"]
-    parts = [f"{found['machine']}; {found['seconds']:.0f} s for all stages, each once.\n"]
+    parts = [f"{found['machine']}; {found['seconds']:.0f} s for all stages, one run each.\n"]
     parts += [gpu_steps(stages), gpu_ways(stages)]
     loader = stages.get("loader", {})
     if "images_per_second" in loader:
@@ -166,7 +163,7 @@ def gpu_section(found: dict) -> str:
 
 
 def gpu_steps(stages: dict) -> str:
-    """Each whole step, with its share of the matrix rate and its memory."""
+    """All whole steps, with share of the matrix rate and memory."""
     rows = []
     for name, stage in stages.items():
         if name.startswith(("step ", "floor ", "24 GB ")) and "seconds" in stage:
@@ -183,7 +180,7 @@ def gpu_steps(stages: dict) -> str:
 
 
 def gpu_ways(stages: dict) -> str:
-    """What took turns within a stage, over the first of them."""
+    """Alternating ways of each stage, over the first way."""
     rows = []
     for name, stage in stages.items():
         ways = stage.get("ways", {})
@@ -200,7 +197,7 @@ def gibibytes(count: int | None) -> str:
 
 
 def memory_section(found: dict) -> str:
-    """The cached step's and plain autograd's."""
+    """Memory of the cached step and of plain autograd."""
     bytes_of = lambda row, way: f"{row[way]['bytes'] / 2**20:,.0f}" if way in row else ""  # noqa: E731
     rows = [[f"{row['effective_batch']:,}", bytes_of(row, "cached"), bytes_of(row, "plain")] for row in found["rows"]]
     words = f"The `tiny` CLIP preset, chunks of {found['chunk_size']}, {found['machine']}."
@@ -218,7 +215,7 @@ def loader_section(found: dict) -> str:
 
 
 def over(way: dict | None, other: dict | None) -> str:
-    """Ratio of times, or nothing where either was not measured."""
+    """Ratio of times; empty if one was not measured."""
     return f"{way['seconds'] / other['seconds']:.2f}" if way and other else ""
 
 

@@ -1,21 +1,20 @@
-"""Errors that TF32 would cause in the losses: gradients with the products' inputs rounded as it does, against float64.
+"""Errors of TF32 in the losses: gradients with TF32-rounded inputs of the products, compared with float64.
 
-python benchmarks/tf32.py [--size 8192] prints a table; it needs no GPU, as the rounding is done here: to 10 bits of the
-mantissa, the sums in float32. Embeddings are random, or such that a matching pair has a given cosine.
+python benchmarks/tf32.py [--size 8192] prints a table; it needs no GPU, because it rounds by itself: to 10 bits of the
+mantissa, with sums in float32. Embeddings are random, or have a given cosine between matching pairs.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import measured  # noqa: F401  (makes lib importable)
+import measured  # noqa: F401  (puts lib on the path)
 import torch
 import torch.nn.functional as F
 import tyro
 from torch import Tensor
 
-from lib.losses import Loss, infonce, sigmoid
-from lib.losses.blocks import LossShare, Pairs
+from lib.losses import Loss, LossShare, Pairs, infonce, sigmoid
 
 
 @dataclass(frozen=True)
@@ -23,13 +22,13 @@ class Settings:
     """Sizes of the comparison."""
 
     size: int = 8192
-    """Pairs."""
+    """Number of pairs."""
     dimension: int = 512
-    """Of the embeddings."""
+    """Dimensions of the embeddings."""
     scale: float = 100.0
-    """The logits' multiplier, CLIP's largest."""
+    """Logit scale: the largest of CLIP."""
     noise: tuple[float, ...] = (0.0, 5.0, 3.0)
-    """Each text is its image and so many times other noise; 0: random. The cosine is about 1 / sqrt(1 + noise^2)."""
+    """Weight of noise in a text, with its image of weight 1: the cosine is about 1 / sqrt(1 + noise^2); 0: random."""
 
 
 def main(settings: Settings) -> None:
@@ -46,7 +45,7 @@ def main(settings: Settings) -> None:
 
 
 def embeddings(settings: Settings, noise: float) -> tuple[Tensor, Tensor]:
-    """(N, D) of both towers, unit norm, float64."""
+    """Embeddings of both towers, (N, D), unit norm, float64."""
     generator = torch.Generator().manual_seed(0)
     shape = settings.size, settings.dimension
     images, others = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2))
@@ -54,7 +53,7 @@ def embeddings(settings: Settings, noise: float) -> tuple[Tensor, Tensor]:
 
 
 def gradients(loss: Loss, images: Tensor, texts: Tensor, scale: float, bias: float) -> LossShare:
-    """The loss and its gradients, every pair its own group."""
+    """The loss and its gradients; every pair is its own group."""
     ids = torch.arange(len(images))
     numbers = (torch.tensor(number, dtype=images.dtype) for number in (scale, bias))
     return loss(Pairs(images, texts, ids, ids, ids), None, *numbers, slice(0, len(images)))
@@ -79,7 +78,7 @@ def tf32() -> Iterator[None]:
 
 
 def rounded(tensor: Tensor) -> Tensor:
-    """float32 with 10 bits of its mantissa, the rest rounded away."""
+    """Round float32 to 10 bits of mantissa."""
     bits = tensor.contiguous().view(torch.int32)
     return (bits + 0x1000).bitwise_and_(~0x1FFF).view(torch.float32)
 

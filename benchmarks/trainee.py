@@ -1,4 +1,4 @@
-"""Towers of a subject that train on a GPU as a run does: their chunk size, their memory, and steps of them."""
+"""Towers of a subject with a run's chunk size, memory and steps on a GPU."""
 
 from collections.abc import Callable
 from functools import partial
@@ -14,12 +14,12 @@ from torch.optim import AdamW
 from lib.backends.device import free_memory
 from lib.losses import Pairs
 from lib.losses.tiles import tile_side
-from lib.setup.fitting import MARGIN, ChunkMemory, largest_that_fits, memory_of_chunk
-from lib.setup.plan import embedding_bytes
+from lib.setup.chunk_memory import ChunkMemory, largest_that_fits, memory_of_chunk
+from lib.setup.plan import MARGIN, embedding_bytes
 
 
 class Trainee:
-    """Towers with their optimizer, and steps of them."""
+    """Towers and their optimizer."""
 
     def __init__(self, subject: str, device: torch.device) -> None:
         self.subject, self.device = subject, device
@@ -28,7 +28,7 @@ class Trainee:
         self.state_bytes = 4 * sum(parameter.nbytes for parameter in self.towers.parameters())
 
     def largest_chunk(self, batch: int, room: float | None = None) -> int:
-        """Choose as --chunk-size auto does on a GPU with `room` bytes, by default all free ones; small on a CPU."""
+        """Chunk size of --chunk-size auto on a GPU with `room` bytes (default: all free memory); small on a CPU."""
         if self.device.type != "cuda":
             return min(16, batch)
         weights = self.state_bytes // 4
@@ -37,7 +37,7 @@ class Trainee:
         return largest_that_fits(self.memory, min(batch, 4096), MARGIN * (free - 3 * weights - taken))
 
     def memory(self, pairs: int) -> ChunkMemory:
-        """Measure the memory of a chunk; one byte on a CPU, where nothing is measured."""
+        """Measured memory of a chunk; one byte on a CPU, where nothing is measured."""
         if self.device.type != "cuda":
             return ChunkMemory(1, 1)
         inputs = make_batch(self.subject, 4).to(self.device).inputs
@@ -45,26 +45,26 @@ class Trainee:
             return memory_of_chunk(self.towers.towers, inputs, self.device, pairs)
 
     def chunks(self, size: int, chunk_size: int) -> list:
-        """Equal chunks of the same random pairs, drawn once; in page-locked memory for a GPU."""
+        """Equal chunks that share random pairs; in page-locked memory for a GPU."""
         chunk = make_batch(self.subject, ceil(size / ceil(size / chunk_size)), pin=self.device.type == "cuda")
         return repeated_chunks(chunk, size)
 
     def step(self, chunks: list, memory: Pairs) -> None:
-        """A cached step against the memory, and its update."""
+        """A cached step with a memory bank, and the update."""
         self.update(partial(ours, remembered=memory), chunks)
 
     def update(self, gradients: Callable, chunks: list) -> None:
-        """Gradients in some way, clipped, and the optimizer's update."""
+        """Compute gradients in the given way, clip them, and update the weights."""
         try:
             gradients(self.towers, chunks)
             clip_grad_norm_(self.towers.parameters(), 1.0)
             self.optimizer.step()
-        finally:  # out of memory halfway, they would be counted to the next way
+        finally:  # after running out of memory they would count for the next way
             self.optimizer.zero_grad()
 
 
 def remembered(size: int, dimension: int, device: torch.device, first_id: int = 10**9) -> Pairs:
-    """Pairs of random embeddings, none of which is in a batch."""
+    """Random remembered pairs that do not occur in a batch."""
     generator = torch.Generator(device).manual_seed(first_id)
     embeds = (F.normalize(torch.randn(size, dimension, generator=generator, device=device), dim=1) for _ in range(2))
     ids = torch.arange(size, device=device) + first_id

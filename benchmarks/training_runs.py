@@ -1,4 +1,4 @@
-"""Whole trainings in folders that go away, and means of their last evaluations over seeds."""
+"""Complete training runs in temporary folders, and means of their last evaluations over seeds."""
 
 import json
 import statistics
@@ -20,27 +20,27 @@ SCRIPTS = {"clip": train_clip.main, "siglip": train_siglip.main}
 
 @dataclass(frozen=True)
 class Recipe:
-    """What the runs of a grid have in common."""
+    """Common settings of all runs."""
 
     data: str
-    """As --data of the training scripts."""
+    """--data of the training scripts."""
     image_tower: str
-    """As --image-tower of the training scripts."""
+    """--image-tower of the training scripts."""
     text_tower: str
-    """As --text-tower of the training scripts."""
+    """--text-tower of the training scripts."""
     config: Path
     """The recipe."""
     output: Path
-    """File for the raw figures."""
+    """JSON file of the raw results."""
     cache_dir: Path | None = None
-    """Folder for the trunks' stored outputs; default: that of the training scripts."""
+    """Folder for stored outputs of the trunks; default: that of the training scripts."""
     seeds: int = 3
-    """Runs of each kind."""
+    """Runs of each combination."""
     steps: int | None = None
-    """Optimizer steps, where not those of the recipe."""
+    """Optimizer steps; default: those of the recipe."""
 
     def runs(self, loss: str, *flags: str) -> list[dict]:
-        """The summary.json of one run a seed."""
+        """summary.json of one run per seed."""
         return [self._run(loss, [*flags, f"--seed={seed}"]) for seed in range(self.seeds)]
 
     def _run(self, loss: str, flags: Sequence[str]) -> dict:
@@ -53,12 +53,12 @@ class Recipe:
             return json.loads(Path(folder, "run", SUMMARY).read_text())
 
     def write(self, rows: list[dict]) -> None:
-        """Keep the raw figures."""
+        """Write the raw results."""
         self.output.parent.mkdir(parents=True, exist_ok=True)
         self.output.write_text(json.dumps(rows, indent=1) + "\n")
 
 
 def spread(runs: Sequence[Mapping[str, float]], name: str) -> str:
-    """Mean and sample standard deviation of one figure over the runs."""
+    """Mean and sample standard deviation of one metric over the runs."""
     values = [run[name] for run in runs]
     return f"{statistics.mean(values):.3f} ± {statistics.stdev(values) if len(values) > 1 else 0:.3f}"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sets up .venv and checks lint, format and types: bash launch/check.sh
+# Creates .venv and checks lint, format and types: bash launch/check.sh
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/venv.sh

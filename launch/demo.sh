@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Sets up .venv, trains SigLIP on the embedded handwritten digits, evaluates: bash launch/demo.sh [siglip|clip]
+# Creates .venv, trains SigLIP on the embedded handwritten digits, evaluates it: bash launch/demo.sh [siglip|clip]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 loss=${1:-siglip}
 if [[ ! -f train_$loss.py ]]; then
-    echo "error: $loss is not a script here; use: bash launch/demo.sh [siglip|clip]" >&2
+    echo "error: train_$loss.py does not exist; use: bash launch/demo.sh [siglip|clip]" >&2
     exit 2
 fi
 source launch/venv.sh
@@ -18,8 +18,8 @@ rm -rf "$run"
 
 cat <<MESSAGE
 
-loss curve          $run/loss_curve.png
-report and pictures $run/zeroshot/report.html
-model               $run/export (transformers.AutoModel.from_pretrained)
-time                $SECONDS s, of which the installation took $installed s
+loss curve  $run/loss_curve.png
+report      $run/zeroshot/report.html
+model       $run/export (load it with transformers.AutoModel.from_pretrained)
+time        $SECONDS s, including $installed s for the installation
 MESSAGE

@@ -1,17 +1,20 @@
-"""How large the code is: the longest files and functions, and the median length of a function.
+"""The size of the code: the rows of CONTRIBUTING's table that can be counted, and the longest files and functions.
 
 python launch/house.py [FOLDER OR FILE ...]; without one: lib and the scripts beside it.
 """
 
 import ast
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
+LIB = ROOT / "lib"
 SHOWN = 10
+LOSSES = ("infonce.py", "sigmoid.py", "tiles.py", "positives.py")
 
 
 class Measured(NamedTuple):
@@ -33,8 +36,8 @@ def measure(places: Sequence[Path]) -> tuple[list[Measured], list[Measured]]:
     return sorted(files, reverse=True), sorted(functions, reverse=True)
 
 
-def told(files: Sequence[Measured], functions: Sequence[Measured]) -> Iterator[str]:
-    """What is printed, line by line."""
+def longest(files: Sequence[Measured], functions: Sequence[Measured]) -> Iterator[str]:
+    """Lines to print about the longest files and functions."""
     for kind, found in (("files", files), ("functions", functions)):
         yield f"longest {kind} of {len(found)}"
         yield from (f"{each.lines:6,} {each.name}" for each in found[:SHOWN])
@@ -42,10 +45,42 @@ def told(files: Sequence[Measured], functions: Sequence[Measured]) -> Iterator[s
         yield f"median function: {median(each.lines for each in functions):g} lines"
 
 
+def table() -> Iterator[str]:
+    """Rows of CONTRIBUTING's table about this project."""
+    files = sorted(LIB.rglob("*.py"))
+    text = {file: file.read_text(encoding="utf-8").splitlines() for file in files}
+    lines = sum(map(len, text.values()))
+    comments = sum(line.lstrip().startswith("#") for each in text.values() for line in each)
+    names = Counter(file.name for file in files if not file.name.startswith("__"))
+    twice = sorted(name for name, count in names.items() if count > 1)
+    root = [file for file in LIB.glob("*.py") if file.name != "__init__.py"]
+    yield f"{len(root)} modules at the root of lib and {len(list(LIB.glob('*/__init__.py')))} packages"
+    yield f"{len(files)} files and {lines:,} lines in lib"
+    yield f"{sum(len(text[LIB / 'losses' / name]) for name in LOSSES):,} lines for the losses ({', '.join(LOSSES)})"
+    yield f"{_parameters(LIB / 'gradcache' / 'step.py', 'cached_step')} parameters of the step function"
+    yield f"{_fields(LIB / 'setup' / 'run.py', 'Run')} fields of Run"
+    yield f"{len(twice)} file names used twice{': ' * bool(twice)}{', '.join(twice)}"
+    yield f"{comments / lines:.1%} of the lines are comments"
+
+
+def _parameters(file: Path, name: str) -> int:
+    nodes = ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+    arguments = next(node.args for node in nodes if isinstance(node, ast.FunctionDef) and node.name == name)
+    return len([*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs])
+
+
+def _fields(file: Path, name: str) -> int:
+    nodes = ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+    body = next(node.body for node in nodes if isinstance(node, ast.ClassDef) and node.name == name)
+    return sum(isinstance(node, ast.AnnAssign) for node in body)
+
+
 def main(arguments: Sequence[str]) -> None:
     """Measure and print."""
-    places = [Path(each) for each in arguments] or [ROOT / "lib", *ROOT.glob("*.py")]
-    print(*told(*measure(places)), sep="\n")
+    places = [Path(each) for each in arguments]
+    if not places:
+        print(*table(), sep="\n")
+    print(*longest(*measure(places or [LIB, *ROOT.glob("*.py")])), sep="\n")
 
 
 def _python_files(places: Sequence[Path]) -> Iterator[Path]:

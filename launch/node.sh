@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
 # Runs the ranks of one machine, one for each GPU: bash launch/node.sh train_siglip.py --config FILE ...
-# torchrun starts them (DDP), or accelerate launch where ACCELERATE_CONFIG names a file of accelerate_configs/.
+# torchrun starts them (DDP), or accelerate launch if ACCELERATE_CONFIG names a file of accelerate_configs/.
 #
-# From the environment: RANKS on this machine (its GPUs), NODES (1), NODE_RANK (0), MASTER_ADDR and MASTER_PORT of
-# machine 0, ACCELERATE_CONFIG (none), ACCELERATE_MIXED_PRECISION (no), VENV (.venv, if it is there).
-# SIGTERM, SIGUSR1 and SIGHUP go to the ranks themselves, as USR1: torchrun would end them 30 seconds after a SIGTERM.
-# Exit code 75: told to stop and not finished; start the same command with --resume auto again.
+# Environment variables, with defaults: RANKS on this machine (its GPUs), NODES (1), NODE_RANK (0), MASTER_ADDR and
+# MASTER_PORT of machine 0, ACCELERATE_CONFIG (none), ACCELERATE_MIXED_PRECISION (no), VENV (.venv, if it exists).
+# SIGTERM, SIGUSR1 and SIGHUP are passed to the ranks as USR1, because torchrun kills them 30 seconds after a SIGTERM.
+# Exit code 75: stopped by a signal before the last step; start the same command with --resume auto again.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 if [[ $# -eq 0 || ! -f $1 ]]; then
-    echo "error: ${1:-nothing} is not a script here; use: bash launch/node.sh train_siglip.py [flags]" >&2
+    echo "error: the script ${1:-} does not exist; use: bash launch/node.sh train_siglip.py [flags]" >&2
     exit 2
 fi
 venv=${VENV:-.venv}
@@ -17,7 +17,7 @@ venv=${VENV:-.venv}
 
 nodes=${NODES:-1} node_rank=${NODE_RANK:-0} ranks=${RANKS:-$(nvidia-smi --list-gpus 2>/dev/null | wc -l)}
 if ((ranks == 0)); then
-    echo "error: no GPU was found on $(hostname); RANKS=2 ACCELERATE_USE_CPU=true runs two ranks on the CPU" >&2
+    echo "error: $(hostname) has no GPU; use RANKS=2 ACCELERATE_USE_CPU=true for two ranks on the CPU" >&2
     exit 2
 fi
 master=${MASTER_ADDR:-127.0.0.1} port=${MASTER_PORT:-29500}
@@ -33,11 +33,11 @@ if [[ -n ${DRY_RUN:-} ]]; then
     exit 0
 fi
 
-told=
+stopped=
 # shellcheck disable=SC2329  # the trap calls it
 pass_on() {
-    told=yes
-    # The ranks are the launcher's children, and it starts nothing else; before there are any, it ends itself.
+    stopped=yes
+    # The ranks are the launcher's only children. Before they exist, the signal ends the launcher itself.
     pkill -USR1 -P "$process" || kill -TERM "$process"
 }
 trap pass_on TERM USR1 HUP
@@ -45,9 +45,9 @@ trap pass_on TERM USR1 HUP
 process=$!
 wait "$process"
 code=$?
-while kill -0 "$process" 2>/dev/null; do # a signal ends the waiting, not the launcher
+while kill -0 "$process" 2>/dev/null; do # a signal ends `wait`, not the launcher
     wait "$process"
     code=$?
 done
-[[ -n $told && $code -ne 0 ]] && exit 75
+[[ -n $stopped && $code -ne 0 ]] && exit 75
 exit "$code"

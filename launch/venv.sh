@@ -1,17 +1,17 @@
 # shellcheck shell=bash
-# Sourced by demo.sh and test.sh: makes .venv in the project's folder and installs a requirements file into it,
-# once; again only when the file, or one that it includes, has changed.
+# Sourced by demo.sh, setup.sh, check.sh and test.sh: creates .venv in the project's folder and installs a requirements
+# file into it, and again only after the file, or one that it includes, has changed.
 
 prepare_venv() {
     local requirements=$1 python stamp
     stamp=.venv/installed-$(basename "$(dirname "$requirements")")
     if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
         python=$(find_python)
-        echo "making .venv with $($python --version)"
+        echo "creating .venv with $($python --version)"
         rm -rf .venv
         if ! "$python" -m venv .venv; then
             rm -rf .venv
-            echo "error: $python cannot make a virtual environment; on Debian and Ubuntu: apt install python3-venv" >&2
+            echo "error: $python cannot create a virtual environment; on Debian and Ubuntu: apt install python3-venv" >&2
             return 1
         fi
     fi
@@ -31,6 +31,6 @@ find_python() {
             return
         fi
     done
-    echo "error: Python 3.11 or newer is needed and was not found on the PATH" >&2
+    echo "error: Python 3.11 or newer was not found on the PATH; install it" >&2
     return 1
 }

@@ -27,7 +27,7 @@ _TORCH = re.compile(r"PytorchStreamWriter failed|inline_container")
 _WORKER = "DataLoader worker (pid"
 
 received: list[int] = []
-"""The stop signal that came outside the training loop: Python prints and drops what is raised in a destructor."""
+"""The stop signal received outside the training loop; kept because Python drops exceptions raised in destructors."""
 
 
 class InputError(ValueError):
@@ -40,14 +40,14 @@ class RunError(RuntimeError):
     def __init__(self, message: str, *, of_one_rank: bool = False) -> None:
         super().__init__(message)
         self.of_one_rank = of_one_rank
-        """Only the rank that met it knows: it is told from there."""
+        """Only one rank knows of it, so that rank prints it."""
 
 
 class StoppedEarly(BaseException):
-    """A signal ended the run before its last step: the same command with --resume auto goes on. Exit code 75.
+    """A signal ended the run before its last step; the same command with --resume auto resumes it. Exit code 75.
 
-    That is EX_TEMPFAIL of sysexits.h, "try again later", by which launch/ and schedulers start a job again. As
-    KeyboardInterrupt it is no Exception: at start-up it is raised anywhere, and no library may take it for its own.
+    That is EX_TEMPFAIL of sysexits.h, "try again later": launch/ and schedulers then start the job again. Like
+    KeyboardInterrupt it is not an Exception: it is raised anywhere at start-up, and no library may swallow it.
     """
 
 
@@ -71,13 +71,13 @@ def readable(asked: str) -> AbstractContextManager[None]:
 
 
 def on_rank_0() -> bool:
-    """Whether this process is the one that tells what all ranks have met."""
+    """True on the rank that prints errors shared by all ranks."""
     return os.environ.get("RANK", "0") == "0"
 
 
 @contextmanager
 def silenced(wanted: bool) -> Iterator[None]:
-    """Where wanted, nothing goes to stderr: tyro tells a malformed value there whatever its console_outputs."""
+    """Discard stderr where wanted: tyro prints malformed values there whatever its console_outputs."""
     with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere) if wanted else nullcontext():
         yield
 
@@ -86,7 +86,7 @@ def silenced(wanted: bool) -> Iterator[None]:
 def machine_errors_reported(standing: Callable[[], str] | None = None) -> Iterator[None]:
     """Raise a full or failing disk and a lost data worker as RunError.
 
-    standing: says what to resume from; it ends the line of every RunError and StoppedEarly that leaves.
+    standing: returns the checkpoint to resume from, in words; every RunError and StoppedEarly ends with them.
     """
     try:
         yield
@@ -100,7 +100,7 @@ def machine_errors_reported(standing: Callable[[], str] | None = None) -> Iterat
 
 
 def _machine_fault(error: BaseException) -> RunError | None:
-    """The error as one of a disk or of a data worker; None for any other."""
+    """A RunError for a fault of the disk or of a data worker; None for any other error."""
     words = str(error)
     in_rust = _RUST.search(words)
     number = getattr(error, "errno", None) or (int(in_rust[2]) if in_rust else None)
@@ -118,14 +118,14 @@ def _machine_fault(error: BaseException) -> RunError | None:
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Around a script: faults of the input and of the machine, and stops, become one line on stderr and an exit code.
+    """Around a script: print errors of the input and of the machine, and stops, as one line; exit with their code.
 
-    Other errors keep their traceback. What all ranks have met is told by rank 0, whom the others leave the time for
-    it: launchers end all ranks as soon as one has ended. Printing to a reader that went away, as in `--help | head`,
-    ends the script with code 1 and no word. Nothing is printed with a password or a token of an address.
+    Other errors keep their traceback. Rank 0 prints errors shared by all ranks; the others wait for it, because
+    launchers end all ranks as soon as one has ended. Printing into a closed pipe, as in `--help | head`, exits with 1
+    silently. Passwords and tokens in addresses are never printed.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a path need not be UTF-8, and is printed with escapes then
+        sys.stdout.reconfigure(errors="backslashreplace")  # paths that are not UTF-8 are printed with escapes
     hide_secrets_in_output()
     with _ended_by_a_closed_pipe(), ExitStack() as undone:
         try:
@@ -138,23 +138,23 @@ def one_line_errors() -> Iterator[None]:
             else:
                 time.sleep(SECONDS_FOR_RANK_0)
             sys.exit(75 if isinstance(error, StoppedEarly) else 2 if isinstance(error, InputError) else 1)
-        except SystemExit as ended:  # tyro's, of a command line that it cannot read
+        except SystemExit as ended:  # by tyro, for a command line that it cannot parse
             if ended.code and not on_rank_0():
                 time.sleep(SECONDS_FOR_RANK_0)
             raise
 
 
 def heard_signals() -> list[signal.Signals]:
-    """STOP_SIGNALS without SIGHUP where it is ignored: nohup asks for that."""
+    """STOP_SIGNALS, without SIGHUP where it is ignored, as nohup requests."""
     hidden = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     return [number for number in STOP_SIGNALS if not (number == signal.SIGHUP and hidden)]
 
 
 @contextmanager
 def _stopped_by_signals(undone: ExitStack) -> Iterator[None]:
-    """Raise StoppedEarly where a stop signal arrives.
+    """Raise StoppedEarly when a stop signal arrives; further signals are ignored.
 
-    undone: puts the handlers back at the end of the script. Until then more signals are ignored once one was obeyed.
+    undone: restores the handlers at the end of the script.
     """
 
     def stop(number: int, _: FrameType | None) -> None:
@@ -168,7 +168,7 @@ def _stopped_by_signals(undone: ExitStack) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if received and not isinstance(error, InputError):  # the end of another rank, or what stopping has broken
+        if received and not isinstance(error, InputError):  # caused by the end of another rank, or by stopping
             raise StoppedEarly(f"by {signal.Signals(received[0]).name}") from error
         raise
 
@@ -181,5 +181,5 @@ def _ended_by_a_closed_pipe() -> Iterator[None]:
         finally:
             sys.stdout.flush()
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's own last flush meets it again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # otherwise Python's last flush fails again
         sys.exit(1)

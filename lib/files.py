@@ -32,9 +32,9 @@ _SHARD = re.compile(rf"(?:(?<=\.tar)|(?<=\.tgz)|(?<=\.tar\.gz)){_QUERY}")
 
 
 def without_secrets(text: str) -> str:
-    """The text with *** for what stands before the @ of an address and for what follows its question mark.
+    """Replace user names, passwords and query strings in addresses by ***.
 
-    An address is what has ://, or the name of a tar with a question mark behind it. All else stays as it is.
+    An address contains ://, or is the name of a tar followed by a question mark. Other text stays the same.
     """
     if ":/" in text:
         text = _ADDRESS.sub(_hidden, text)
@@ -42,7 +42,7 @@ def without_secrets(text: str) -> str:
 
 
 def json_without_secrets(value: object) -> Any:
-    """A value of JSON with all of its texts `without_secrets`: what a file has of it."""
+    """A JSON value with all of its texts `without_secrets`, as a file contains it."""
     return json.loads(without_secrets(json.dumps(value)))
 
 
@@ -52,9 +52,9 @@ def _hidden(address: re.Match[str]) -> str:
 
 
 def hide_secrets_in_output() -> None:
-    """Let nothing reach stdout and stderr but through `without_secrets`, to the end of this process and its children.
+    """Pass everything written to stdout and stderr through `without_secrets`, in this process and its children.
 
-    The streams stay the same objects: loggers and progress bars that hold them are included.
+    The streams stay the same objects, so loggers and progress bars that hold them are included.
     """
     for stream in (sys.stdout, sys.stderr):
         if "write" not in vars(stream):
@@ -68,7 +68,7 @@ def _write_hidden(write: Callable[[str], int], text: str) -> int:
 def write_text(path: Path, text: str, *, private: bool = False) -> None:
     """Write a file as UTF-8, whole or not at all, without the secrets of addresses.
 
-    private: with them, for its owner alone.
+    private: keep the secrets, and let only the owner read the file.
     """
     unfinished = path.with_name(f".{path.name}.unfinished")
     unfinished.unlink(missing_ok=True)
@@ -92,7 +92,7 @@ def append_text(path: Path, text: str) -> None:
 
 @contextmanager
 def _named(path: Path) -> Iterator[None]:
-    """Give faults of writing the file's name, which the operating system leaves out where a disk is full."""
+    """Add the file's name to write errors: the operating system omits it when a disk is full."""
     try:
         yield
     except OSError as fault:

@@ -29,15 +29,15 @@ def is_finished(run: Run) -> bool:
     def decide() -> bool:
         record = read_manifest(run.folder / EXPORT, RECORD) or {}
         summary = read_summary(run.folder)
-        exported = record.get("step") == exported_step(run, run.first_step)
-        return exported and summary.get("steps") == run.first_step and "export_difference" in summary
+        exported = record.get("step") == exported_step(run, run.progress.first_step)
+        return exported and summary.get("steps") == run.progress.first_step and "export_difference" in summary
 
     return decided_by_rank_0(decide)
 
 
 def exported_step(run: Run, last: int) -> int:
     """The step whose model is exported: the best whose checkpoint was kept, else the last."""
-    return run.best["step"] if run.best_checkpoint else last
+    return run.progress.best["step"] if run.best_checkpoint else last
 
 
 def finish(run: Run, report: Reporter, expected: dict[str, int], step: int, complete: bool, seconds: float) -> None:
@@ -48,22 +48,22 @@ def finish(run: Run, report: Reporter, expected: dict[str, int], step: int, comp
     parting = find_parting(read_metrics(run.folder)) if run.accelerator.is_main_process else None
     summary: dict = {
         "steps": step,
-        "pairs": step * run.plan.effective_batch,
+        "pairs": step * run.step.plan.effective_batch,
         "wall_seconds": seconds,
         "peak_memory_bytes": max(gather_objects(peak_memory_bytes(run.accelerator.device))),
         "prediction": compared(run, expected),
         "eval": report.last_evaluation,
-        "best": run.best,
-        "stopped_early": complete and step < run.steps,
+        "best": run.progress.best,
+        "stopped_early": complete and step < run.progress.steps,
         "parting": parting,
         "data": counts_at_the_end(run)
-        | ({"images": len(run.source.images)} if isinstance(run.source, IndexedSource) else {}),
-        "texts": {"same_text": run.same_text, "shared_pairs": run.source.shared_text_pairs}
-        | (dataclasses.asdict(run.text_lengths) if run.text_lengths else {}),
+        | ({"images": len(run.data.source.images)} if isinstance(run.data.source, IndexedSource) else {}),
+        "texts": {"same_text": run.same_text, "shared_pairs": run.data.source.shared_text_pairs}
+        | (dataclasses.asdict(run.data.text_lengths) if run.data.text_lengths else {}),
     }
     if parting:
         report.say(f"warning: {parting_words(parting)}")
-    if run.memory.size and not run.switch.on and complete:
+    if run.step.memory.size and not run.step.switch.on and complete:
         report.say(
             "warning: the memory was never used: warm-up lasted, or remembered embeddings kept drifting (drift_image "
             "and drift_text in metrics.jsonl); --xbm-start STEP uses it from a step on, --xbm-size 0 saves its room"
@@ -93,8 +93,8 @@ def _export(run: Run, last: TwoTowers, step: int, report: Reporter) -> float:
     else:
         towers = copy.deepcopy(last.cpu())  # which leaves torch.compile behind
         merge(towers)
-    card = model_card(run.folder, at, towers, run.processing, HUGGING_FACE, folder.name)
-    sample = noise_and_texts(run.processing)
-    difference = export(towers.cpu().eval(), run.processing, folder, sample, card=card, step=at)
+    card = model_card(run.folder, at, towers, run.model.processing, HUGGING_FACE, folder.name)
+    sample = noise_and_texts(run.model.processing)
+    difference = export(towers.cpu().eval(), run.model.processing, folder, sample, card=card, step=at)
     report.say(f"exported to {folder}: largest logit difference {difference:.1e}")
     return difference

@@ -2,9 +2,10 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 
 import torch
@@ -18,11 +19,9 @@ from lib.config import TrainConfig
 from lib.data import Chunk, StepChunks
 from lib.distributed import gather_objects, rank_and_world_size, sum_counts, sum_over_ranks
 from lib.errors import InputError, RunError, StoppedEarly, machine_errors_reported
-from lib.evaluation.best import BestMetric
-from lib.evaluation.validation import validate
+from lib.evaluation.validation import BestMetric, validate
 from lib.finish import finish, is_finished
-from lib.gradcache.inputs import Chunks
-from lib.gradcache.step import cached_step
+from lib.gradcache.step import StepResult, cached_step
 from lib.losses import Loss, Pairs
 from lib.losses.objective import Objective
 from lib.losses.xbm import Drift
@@ -38,8 +37,6 @@ from lib.setup.first_step import prepare_first_step
 from lib.setup.run import BeforeStep, Run, Update
 from lib.towers import TwoTowers
 
-MOST_OVERFLOWS = 50  # fp16 updates skipped in a row: by then the gradient scale is far below any useful one
-
 
 def train(config: TrainConfig, objective: Objective) -> None:
     """Train as `config` says, from the first batch or a checkpoint to the export; files as the README lists them."""
@@ -50,13 +47,13 @@ def train(config: TrainConfig, objective: Objective) -> None:
     with (
         claimed_folder(config, objective.family) as folder,
         Watchdog(),
-        machine_errors_reported(partial(_standing, folder)),
+        machine_errors_reported(partial(_resume_hint, folder)),
     ):
         _train(make_run(config, objective.family, backend, folder), objective)
 
 
-def _standing(folder: Path) -> str:
-    """What to say at a run's early end."""
+def _resume_hint(folder: Path) -> str:
+    """Message for a run's early end."""
     newest = newest_whole(folder / "checkpoints")
     if newest is None:
         return f"there is no checkpoint yet in {folder}: --resume auto starts anew"
@@ -64,226 +61,185 @@ def _standing(folder: Path) -> str:
 
 
 def _train(run: Run, objective: Objective) -> None:
-    started, config = time.perf_counter(), run.config
+    started, config, progress = time.perf_counter(), run.config, run.progress
     objective = objective.of_run(config.positives, run.same_text)
-    loss = objective.loss
-    best = BestMetric.resolve(config.best_metric, run.validation if config.eval_every else None)
-    report = Reporter(run.folder, run.accelerator, run.steps, run.first_step)
+    best = BestMetric.resolve(config.best_metric, run.data.validation if config.eval_every else None)
+    report = Reporter(run.folder, run.accelerator, progress.steps, progress.first_step)
     expected = announce(run, report)
-    over = _is_over(run, run.first_step)
+    over = progress.is_over(progress.first_step)
     if over and is_finished(run):
-        report.say(_nothing_left(run))
+        report.say(progress.nothing_left())
         run.accelerator.end_training()
         return
     # The batches are closed whatever happens: at its end the process waits for the data workers, who wait for it.
-    data = closing(run.data.steps(run.first_step, run.first_step if over else run.steps))
-    stop = StopSignal(run.accelerator.device, partial(_standing, run.folder))
+    data = closing(run.data.training.steps(progress.first_step, progress.first_step if over else progress.steps))
+    stop = StopSignal(run.accelerator.device, partial(_resume_hint, run.folder))
     # The bar is ended before a fault is printed, or both would share a line.
-    with device_faults_reported(run.plan.chunk_pairs), closing(report), stop, data as batches:
-        step = _loop(run, objective, loss, best, batches, stop, report)
-        finish(run, report, expected, step, _is_over(run, step), time.perf_counter() - started)
-    if stop.obeyed and step < run.steps:
-        raise StoppedEarly(f"by a signal after step {step} of {run.steps}")
+    with device_faults_reported(run.step.plan.chunk_pairs), closing(report), stop, data as batches:
+        step = _loop(run, objective, best, batches, stop, report)
+        finish(run, report, expected, step, progress.is_over(step), time.perf_counter() - started)
+    if stop.obeyed and step < progress.steps:
+        raise StoppedEarly(f"by a signal after step {step} of {progress.steps}")
 
 
 def _loop(
     run: Run,
     objective: Objective,
-    loss: Loss,
     best: BestMetric,
     batches: Iterator[StepChunks],
     stop: StopSignal,
     report: Reporter,
 ) -> int:
     """Data to step, and what is due after it; returns the last step that was done."""
-    config, step = run.config, run.first_step
-    before = BeforeStep.of(run)
-    began = time.perf_counter()
+    step, loss, memory = run.progress.first_step, objective.loss, run.step.memory
+    before, began = BeforeStep.of(run), time.perf_counter()
     for batch in batches:
         step += 1
-        chunks: Chunks = (data := TimedChunks(batch, step))
-        if step == run.first_step + 1:
-            data.read_one()
-            chunks = prepare_first_step(run, objective, data, report) or data
-        if config.scale_schedule:
-            with run.backend.editing(run.towers.logit_scale):
-                run.towers.set_scale_and_bias(scheduled_scale(config.scale_schedule, step, run.steps), None)
-        remembered = run.memory.pairs() if run.switch.on else None
+        chunks: StepChunks | Sequence[Chunk] = (data := TimedChunks(batch, step))
+        if step == run.progress.first_step + 1:
+            data.read_first()
+            chunks = prepare_first_step(run, objective, data, report)
+        _set_scheduled_scale(run, step)
+        remembered = memory.pairs() if run.step.switch.on else None
         try:
-            update = _optimizer_step(run, loss, chunks, remembered, step, before, stop)
+            with run.backend.gradients_of_a_step():
+                result = cached_step(run.step.cache, chunks, loss, remembered, between_chunks=stop.look)
         except StepGivenUp:
             step -= 1
             _give_up(run, before, step)
             stop.obeyed = True
             break
+        update = _update(run, result, before, step)
         metrics = _remember(run, update, remembered, step, report)
-        del update  # its embeddings would stay beside those of the next step
+        del result, update  # their embeddings would stay in memory next to those of the next step
         seconds = time.perf_counter() - began
         report.step(metrics | step_timing(run, seconds, data.seconds))
-        if run.validation and _due(step, config.eval_every, run.steps):
-            _evaluate(run, loss, best, step, report)
-        stopping = _agree(run, stop, step, seconds, report)
-        is_best = run.best.get("step") == step
-        over = _is_over(run, step)
-        if stopping or (config.save_every and (is_best or over or _due(step, config.save_every, run.steps))):
-            run.save(step)
-        if over:
-            if step < run.steps:
-                report.say(f"step {step}: {_patience_ended(run)}")
+        if _after_step(run, loss, best, step, seconds, stop, report):
             break
-        if stopping:
-            stop.obeyed = True
-            break
-        before = BeforeStep.of(run)
-        began = time.perf_counter()
+        before, began = BeforeStep.of(run), time.perf_counter()
     return step
 
 
-class TimedChunks:
-    """A step's chunks, and the seconds that were spent waiting for them; a fault of the data names the step."""
+class TimedChunks(StepChunks):
+    """A step's chunks, and the seconds spent waiting for them; a fault of the data names the step."""
 
     def __init__(self, chunks: StepChunks, step: int) -> None:
-        self.seconds, self._count, self._step = 0.0, len(chunks), step
-        self._chunks, self._read = iter(chunks), list[Chunk]()
+        super().__init__(len(chunks), self._timed(iter(chunks), step), chunks.ready)
+        self.seconds = 0.0
 
-    def __len__(self) -> int:
-        return self._count
+    def read_first(self) -> None:
+        """Read the first chunk now: data that cannot be read is an error before anything is computed."""
+        self._chunks = chain(list(islice(self._chunks, 1)), self._chunks)
 
-    def __iter__(self) -> Iterator[Chunk]:
-        yield from self._read
-        while (chunk := self._next()) is not None:
+    def _timed(self, chunks: Iterator[Chunk], step: int) -> Iterator[Chunk]:
+        while True:
+            began = time.perf_counter()
+            try:
+                chunk = next(chunks, None)
+            except InputError as error:
+                rank = rank_and_world_size()[0]
+                raise RunError(f"step {step}, rank {rank}: {error}", of_one_rank=True) from error
+            finally:
+                self.seconds += time.perf_counter() - began
+            if chunk is None:
+                return
             yield chunk
 
-    def read_one(self) -> None:
-        """Read the first chunk now: data that cannot be read is told before anything is computed."""
-        first = self._next()
-        self._read = [] if first is None else [first]
 
-    def _next(self) -> Chunk | None:
-        began = time.perf_counter()
-        try:
-            return next(self._chunks, None)
-        except InputError as error:
-            rank = rank_and_world_size()[0]
-            raise RunError(f"step {self._step}, rank {rank}: {error}", of_one_rank=True) from error
-        finally:
-            self.seconds += time.perf_counter() - began
-
-
-def _is_over(run: Run, step: int) -> bool:
-    return step >= run.steps or run.out_of_patience
-
-
-def _patience_ended(run: Run) -> str:
-    return (
-        f"{run.stale} evaluations in a row were not better than {run.best['metric']} {run.best['value']:.4f} of step "
-        f"{run.best['step']}, as --patience {run.config.patience} allows: the run ends"
-    )
-
-
-def _nothing_left(run: Run) -> str:
-    if run.out_of_patience:
-        return f"{_patience_ended(run)}: nothing is left to do; more with a larger --patience"
-    return f"the run has its {run.steps} steps: nothing is left to do; more with a larger --steps or --epochs"
+def _set_scheduled_scale(run: Run, step: int) -> None:
+    if run.config.scale_schedule:
+        with run.backend.editing(run.model.towers.logit_scale):
+            scale = scheduled_scale(run.config.scale_schedule, step, run.progress.steps)
+            run.model.towers.set_scale_and_bias(scale, None)
 
 
 def _give_up(run: Run, before: BeforeStep, step: int) -> None:
-    """Go back to the end of `step` and save it, unless the checkpoint that stands holds it or nothing was learned."""
+    """Go back to the end of `step` and save it, unless the newest checkpoint holds it or nothing was learned."""
     before.restore(run)
-    standing = newest_whole(run.checkpoints)
-    if step > run.first_step and (standing is None or int(standing.name.removeprefix("step_")) != step):
+    newest = newest_whole(run.checkpoints)
+    if step > run.progress.first_step and (newest is None or int(newest.name.removeprefix("step_")) != step):
         run.save(step)
 
 
-def _optimizer_step(
-    run: Run,
-    loss: Loss,
-    chunks: Chunks,
-    remembered: Pairs | None,
-    step: int,
-    before: BeforeStep,
-    stop: StopSignal,
-) -> Update:
-    """Gradients of the whole batch, clipped; one update of weights and rate, where they are finite."""
-    backend = run.backend
-    with backend.gradients_of_a_step():
-        result = cached_step(
-            run.wrapped,
-            chunks,
-            loss,
-            remembered,
-            device=run.accelerator.device,
-            backward=backend.backward,
-            no_sync=backend.no_sync,
-            keep_graphs=run.plan.keep_graphs,
-            negatives=run.negatives,
-            share=run.share_texts,
-            between_chunks=stop.look,
-            **run.recompute,
-        )
-    norm = backend.clip_gradients(run.config.grad_clip)
-    loss_value, grad_norm = torch.stack([result.loss, norm.to(result.loss)]).tolist()  # the device is waited for here
-    lr = max(group["lr"] for group in run.optimizer.param_groups)
-    if math.isfinite(loss_value) and math.isfinite(grad_norm):
-        run.nonfinite = run.overflows = 0
+def _update(run: Run, result: StepResult, before: BeforeStep, step: int) -> Update:
+    """Clip the gradients of the whole batch; update weights and rate once, where loss and gradients are finite."""
+    backend, model, config, progress = run.backend, run.model, run.config, run.progress
+    norm = backend.clip_gradients(config.grad_clip)
+    loss, grad_norm = torch.stack([result.loss, norm.to(result.loss)]).tolist()  # the device is waited for here
+    lr = max(group["lr"] for group in model.optimizer.param_groups)
+    if math.isfinite(loss) and math.isfinite(grad_norm):
+        progress.nonfinite = progress.overflows = 0
         backend.step()
-        run.schedule.step()
-        if run.config.scale_max and not run.config.scale_schedule:
-            with backend.editing(run.towers.logit_scale):
-                run.towers.clamp_logit_scale(run.config.scale_max)
-        if run.average:
-            run.average.update_parameters(run.towers)
-        return Update(result, loss_value, grad_norm, lr)
+        model.schedule.step()
+        if config.scale_max and not config.scale_schedule:
+            with backend.editing(model.towers.logit_scale):
+                model.towers.clamp_logit_scale(config.scale_max)
+        if model.average:
+            model.average.update_parameters(model.towers)
+        return Update(result, loss, grad_norm, lr)
     backend.drop_gradients()
-    if backend.loss_scale and math.isfinite(loss_value):  # fp16: the next step has a smaller scale; no fault
-        run.overflows += 1
-        if run.overflows > MOST_OVERFLOWS:
-            raise RunError(_diverged(run, step, loss_value, grad_norm))
-        return Update(result, loss_value, grad_norm, lr)
-    run.nonfinite += 1
-    if run.config.on_nonfinite == "stop" or run.nonfinite > run.config.nonfinite_limit:
-        raise RunError(_diverged(run, step, loss_value, grad_norm))
+    if backend.loss_scale and math.isfinite(loss):  # fp16 overflow, no fault: the next step has a smaller loss scale
+        progress.count_overflow(step, loss, grad_norm)
+        return Update(result, loss, grad_norm, lr)
+    progress.count_nonfinite(step, loss, grad_norm, config.on_nonfinite == "skip")
     before.restore_statistics()
-    return Update(result, loss_value, grad_norm, lr, applied=False)
+    return Update(result, loss, grad_norm, lr, applied=False)
 
 
 def _remember(run: Run, update: Update, remembered: Pairs | None, step: int, report: Reporter) -> dict:
     """Put this step's embeddings into the memory, switch it on when due, and return the step's metrics."""
-    memory, was_full = run.memory, len(run.memory) == run.memory.size
-    drift = None
+    memory, switch = run.step.memory, run.step.switch
+    was_full, drift = len(memory) == memory.size, None
     if memory.size and update.applied:
         drift = memory.drift(update.result.fresh)
         memory.enqueue(update.result.fresh, step)
     metrics = step_metrics(run, step, update, drift, remembered)
     if drift is not None:
-        before = run.switch.on
-        run.switch.update(
-            step, Drift(metrics["drift_image"], metrics["drift_text"], metrics["drift_samples"]), was_full
-        )
-        if run.switch.on and not before:
+        before = switch.on
+        switch.update(step, Drift(metrics["drift_image"], metrics["drift_text"], metrics["drift_samples"]), was_full)
+        if switch.on and not before:
             report.say(f"step {step + 1}: the memory is used from here on")
     return metrics
 
 
+def _after_step(
+    run: Run, loss: Loss, best: BestMetric, step: int, seconds: float, stop: StopSignal, report: Reporter
+) -> bool:
+    """Evaluate and save when due; True if the run ends here."""
+    config, progress = run.config, run.progress
+    due = lambda every: every > 0 and (step % every == 0 or step == progress.steps)  # noqa: E731
+    if run.data.validation and due(config.eval_every):
+        _evaluate(run, loss, best, step, report)
+    stopping = _agree(run, stop, step, seconds, report)
+    over, is_best = progress.is_over(step), progress.best.get("step") == step
+    if stopping or (config.save_every and (is_best or over or due(config.save_every))):
+        run.save(step)
+    if over and step < progress.steps:
+        report.say(f"step {step}: {progress.patience_ended()}")
+    stop.obeyed = stopping and not over
+    return over or stopping
+
+
 def _evaluate(run: Run, loss: Loss, best: BestMetric, step: int, report: Reporter) -> None:
     """Measure on validation data, on all ranks; note whether it is the best so far."""
-    assert run.validation is not None
+    towers, progress = run.model.evaluated, run.progress
+    assert run.data.validation is not None
     with run.backend.autocast():
         metrics = validate(
-            run.evaluated,
-            run.validation,
-            run.processing,
-            partial(_validation_loss, run.evaluated, loss),
+            towers,
+            run.data.validation,
+            run.model.processing,
+            partial(_validation_loss, towers, loss),
             device=run.accelerator.device,
-            batch_size=min(256, run.plan.chunk_pairs * 2),
-            workers=run.loading.workers,
+            batch_size=min(256, run.step.plan.chunk_pairs * 2),
+            workers=run.data.loading.workers,
         )
     report.evaluation(step, metrics)
     value = best.value(metrics)
-    if best.better(value, run.best.get("value")):
-        run.best, run.stale = {"step": step, "metric": best.name, "value": value}, 0
+    if best.better(value, progress.best.get("value")):
+        progress.best, progress.stale = {"step": step, "metric": best.name, "value": value}, 0
     else:
-        run.stale += 1
+        progress.stale += 1
 
 
 @torch.no_grad()
@@ -302,36 +258,24 @@ def _validation_loss(
 
 
 def _agree(run: Run, stop: StopSignal, step: int, seconds: float, report: Reporter) -> bool:
-    """One small reduction over the ranks: was any told to stop, and which pairs could none of them read?
+    """Agree on stopping in one small reduction over the ranks, which also counts the pairs that could not be read.
 
-    Too many unreadable pairs end the run here.
+    Raises RunError for too many unreadable pairs.
     """
-    counts, new_skips = run.data.counts, run.data.new_skips()
-    found_early = len(run.source.skipped) if run.accelerator.is_main_process else 0
+    data, plan = run.data, run.step.plan
+    counts, new_skips = data.training.counts, data.training.new_skips()
+    found_early = len(data.source.skipped) if run.accelerator.is_main_process else 0
     bad, read = sum(counts.skipped.values()) - found_early, counts.read - found_early
     numbers = [int(stop.received), len(new_skips), bad, read, round(1000 * seconds)]
-    told, fresh_skips, bad, read, milliseconds = sum_counts(numbers, run.accelerator.device)
-    stop.pace(milliseconds / 1000 / run.plan.world_size, 2 * run.plan.chunks - run.plan.keep_graphs)
+    signalled, fresh_skips, bad, read, milliseconds = sum_counts(numbers, run.accelerator.device)
+    stop.pace(milliseconds / 1000 / plan.world_size, 2 * plan.chunks - plan.keep_graphs)
     if fresh_skips:
         report.skipped(step, [skip for of_rank in gather_objects(new_skips) for skip in of_rank])
-    total = run.source.size or max(read, 100)
+    total = data.source.size or max(read, 100)
     if bad > run.config.max_bad * total:
         reasons = ", ".join(f"{reason} {count}" for reason, count in all_counts(run)["skipped"].items())
         raise RunError(
             f"{bad} of {total} pairs cannot be read ({reasons}), more than --max-bad {run.config.max_bad}; they are "
             f"listed in {run.folder / SKIPPED}: mend them or raise --max-bad"
         )
-    return told > 0
-
-
-def _due(step: int, every: int, last: int) -> bool:
-    return every > 0 and (step % every == 0 or step == last)
-
-
-def _diverged(run: Run, step: int, loss: float, grad_norm: float) -> str:
-    """What to say about a loss or gradient that is not a number."""
-    times = f" in {run.nonfinite} steps in a row" if run.nonfinite > 1 else ""
-    return (
-        f"step {step}: loss {loss}, gradient norm {grad_norm}{times}: training diverged. Lower --lr, lengthen "
-        "--warmup-steps or lower --grad-clip"
-    )
+    return signalled > 0

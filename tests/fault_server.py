@@ -1,4 +1,4 @@
-"""Run the scripts in forked children, with a fault at a write that is named: `python fault_server.py ROOT`.
+"""Run the scripts in forked children, with a fault at a given write: `python fault_server.py ROOT`.
 
 A line of JSON on stdin is a command: {"script", "arguments", "fault": [kind, name] or null, "out"}; its answer is a
 line of JSON on stdout: {"code", "writes"}. kind: "full" lets the first write of that name and all later ones fail as
@@ -18,6 +18,8 @@ import torch
 import evaluate
 import lib.data.pack.__main__ as pack
 import lib.evaluation.measure
+import lib.evaluation.retrieval
+import lib.evaluation.zeroshot
 import lib.export.__main__ as export
 import lib.train  # noqa: F401 - imported once, for all children
 import train_clip
@@ -33,7 +35,7 @@ WRITING = os.O_WRONLY | os.O_RDWR
 
 
 class Writes:
-    """An audit hook that names every write under the root, and brings about the fault."""
+    """An audit hook that records every write under the root and causes the fault."""
 
     def __init__(self, root: Path, fault: list[str] | None, list_to: Path):
         self.root, self.fault, self.list_to = f"{root}/", fault, os.open(list_to, os.O_WRONLY | os.O_CREAT)

@@ -1,4 +1,4 @@
-"""Class folders of coloured squares and an untrained model, for tests of what is learnt from embeddings."""
+"""Class folders of coloured squares and an untrained model, for tests that learn from embeddings."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Small pictures and tables made for a test, and a source's texts told by image."""
+"""Small images and tables for tests, and the texts of a source by image."""
 
 import csv
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Small towers of every kind that is exported, away from their start, and what their export is measured against."""
+"""Small towers of every exported kind with changed weights, and the logits that their exports must give."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ COMPOSED = "composed"
 
 
 def made_towers(kind: str, folder: Path) -> tuple[TwoTowers, Processing]:
-    """Towers of a kind, their weights not those of any file; folder: for the files they start from."""
+    """Towers of a kind with changed weights; folder: for the files they start from."""
     torch.manual_seed(0)
     if kind == COMPOSED:
         towers, processing = load_towers(family="siglip", projection="mlp", image_size=32, **encoders(folder))

@@ -1,4 +1,4 @@
-"""A web server on this machine that fails as it is told, random tars, and the files of a cache: for tests of shards."""
+"""A local web server that fails on request, random tars, and the files of a cache, for tests of shards."""
 
 import os
 import threading
@@ -12,7 +12,7 @@ from lib.data.remote.fetch import Fetcher
 
 
 class Server:
-    """A web server on this machine that can be told to fail; it counts what it is asked for."""
+    """A local web server that counts requests and fails on request."""
 
     def __init__(self):
         self.files: dict[str, bytes] = {}

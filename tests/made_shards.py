@@ -1,4 +1,4 @@
-"""Small tar shards for tests, a remote that can be down, and training data that tells what it gave out."""
+"""Small tar shards for tests, a remote that can be down, and training data that records the yielded pairs."""
 
 import io
 import tarfile
@@ -59,7 +59,7 @@ def make_shards(folder: Path, shards: int, samples: int = 12) -> str:
 
 @dataclass(frozen=True)
 class Remote(Fetcher):
-    """Notes in a file which shards are asked for; those whose name holds a word of `down` cannot be had."""
+    """Writes requested shards to a file; those with a word of `down` in their name are unreachable."""
 
     log: Path = field(kw_only=True)
     down: tuple[str, ...] = ()
@@ -144,7 +144,7 @@ def rows(step) -> list[tuple]:
 
 
 def through_a_file(state: dict) -> dict:
-    """The state as a checkpoint gives it back: nothing in it needs to be unpickled."""
+    """The state as loaded from a checkpoint, without unpickling."""
     file = io.BytesIO()
     torch.save(state, file)
     file.seek(0)

@@ -1,4 +1,4 @@
-"""Naive twins of the losses: every pair written out, plain autograd; slow, and easy to believe."""
+"""Naive twins of the losses: every pair written out, with plain autograd; slow and easy to verify."""
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,6 @@ def naive_sigmoid(
     bias: Tensor,
     *,
     pos_weight: float | str = 1.0,
-    remembered_positives: str = "use",
     same_text: str = "negative",
 ) -> Tensor:
     """A double loop over all pairs."""
@@ -43,7 +42,7 @@ def naive_sigmoid(
         for text in fresh.negative_texts if fresh.negative_texts is not None else ():
             total = total + _sigmoid_term(fresh.image_embeds[i] @ text * scale + bias, False, pos_weight)
         for j in range(len(remembered) if remembered else 0):
-            positive = _remembered_kind(fresh, remembered, i, j, remembered_positives, same_text)
+            positive = _remembered_kind(fresh, remembered, i, j, same_text)
             if positive is None:
                 continue
             for anchor, other in (
@@ -61,7 +60,6 @@ def naive_infonce(
     bias: Tensor,
     *,
     label_smoothing: float = 0.0,
-    remembered_positives: str = "use",
     same_text: str = "negative",
     through: str = "both",
 ) -> Tensor:
@@ -84,7 +82,7 @@ def naive_infonce(
                     candidates.append(others[j] if through_both else others[j].detach())
                     positives.append(positive)
             for j in range(len(remembered) if remembered else 0):
-                positive = _remembered_kind(fresh, remembered, i, j, remembered_positives, same_text)
+                positive = _remembered_kind(fresh, remembered, i, j, same_text)
                 if positive is not None:
                     candidates.append(old[j])
                     positives.append(positive)
@@ -107,14 +105,10 @@ def fresh_kind(fresh: Pairs, i: int, j: int, same_text: str) -> bool | None:
     return _kind(fresh, fresh, i, j, same_text)
 
 
-def _remembered_kind(
-    fresh: Pairs, remembered: Pairs, i: int, j: int, remembered_positives: str, same_text: str
-) -> bool | None:
+def _remembered_kind(fresh: Pairs, remembered: Pairs, i: int, j: int, same_text: str) -> bool | None:
     """True: a positive, False: a negative, None: left out."""
-    if fresh.sample_id[i] == remembered.sample_id[j]:
-        return None
-    positive = _kind(fresh, remembered, i, j, same_text)
-    return None if positive and remembered_positives == "ignore" else positive
+    same_sample = fresh.sample_id[i] == remembered.sample_id[j]
+    return None if same_sample else _kind(fresh, remembered, i, j, same_text)
 
 
 def _kind(fresh: Pairs, others: Pairs, i: int, j: int, same_text: str) -> bool | None:

@@ -1,4 +1,4 @@
-"""A training on one rank, wrapped by DDP as many are: `torchrun --nproc_per_node 1 tests/one_rank.py FLAGS`."""
+"""Training on one rank with DDP's wrapper, as on several: `torchrun --nproc_per_node 1 tests/one_rank.py FLAGS`."""
 
 import torch.distributed as dist
 from torch import nn
@@ -9,14 +9,14 @@ from lib.backends import Backend
 
 
 def wrap(self: Backend, largest_norm: float) -> nn.Module:
-    """As accelerate does it for several ranks; one alone would not be wrapped."""
+    """Wrap the model as Accelerate does for several ranks; it does not wrap a single one."""
     wrapped = DistributedDataParallel(self.towers, broadcast_buffers=False, gradient_as_bucket_view=True)
     self.no_sync = wrapped.no_sync
     return wrapped
 
 
 def told(start):
-    """The same start, which prints the collectives' backend."""
+    """Start in the same way and print the backend of the collectives."""
 
     def starting(*given):
         backend = start(*given)

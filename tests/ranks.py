@@ -1,4 +1,4 @@
-"""Run a function on several gloo ranks and hand back what rank 0 returned."""
+"""Run a function on several gloo ranks and return the value of rank 0."""
 
 import os
 import socket

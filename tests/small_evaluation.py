@@ -1,4 +1,4 @@
-"""Towers, images and evaluation sets small enough to see through, for tests of what is measured."""
+"""Towers, images and evaluation sets that are small enough to check by hand, for tests of metrics."""
 
 from typing import NamedTuple
 
@@ -75,7 +75,7 @@ def small_processing() -> Processing:
 
 
 def captioned(count: int = 7, bad: dict[int, str] | None = None) -> EvaluationSet:
-    """Image i has i % 3 captions, some of them in words that other images' captions use too."""
+    """Image i has i % 3 captions, some identical to captions of other images."""
     images = [i for i in range(count) for _ in range(i % 3)]
     return EvaluationSet(
         name="small captions",

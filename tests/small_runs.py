@@ -1,4 +1,4 @@
-"""Short training runs in this process, on encoders made here, and what they leave: for tests of what trains."""
+"""Short training runs in this process on small encoders, and their files, for tests of trained and frozen weights."""
 
 from pathlib import Path
 

@@ -24,7 +24,7 @@ def config_file(name: str) -> list[str]:
 
 
 def environment_of(name: str, monkeypatch) -> dict[str, str]:
-    """What `accelerate launch` tells the ranks by this file."""
+    """Environment that `accelerate launch` gives the ranks with this file."""
     told: dict[str, str] = {}
     with monkeypatch.context() as patch:
         patch.setattr(torchrun, "run", lambda _: told.update(os.environ))

@@ -1,4 +1,4 @@
-"""A checkpoint goes on under another backend and number of ranks: weights, moments, schedule, memory and step."""
+"""A checkpoint resumes on another backend and number of ranks: weights, moments, schedule, memory bank and step."""
 
 import os
 from pathlib import Path
@@ -24,7 +24,7 @@ FLAGS = [
 
 
 def go_on(kind: str, start: Path, step: int, folder: Path, *flags: str) -> None:
-    """Train on from a step of a run, in a new folder."""
+    """Resume from a step of a run in a new folder."""
     AcceleratorState._reset_state(reset_partial_state=True)
     os.environ.update(KINDS[kind])
     resume = f"--resume={start / 'checkpoints' / f'step_{step:06d}'}"

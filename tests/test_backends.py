@@ -18,7 +18,7 @@ from lib import backends
 from lib.data import Chunk
 from lib.distributed import logsumexp_over_ranks, rank_and_world_size
 from lib.errors import InputError
-from lib.gradcache.step import cached_step
+from lib.gradcache.step import GradCache, cached_step
 from lib.losses import Pairs, infonce, sigmoid
 from lib.losses.positives import Ids
 from lib.losses.xbm import CrossBatchMemory
@@ -35,7 +35,7 @@ FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 
 
 def zero(stage: int, offload: str = "none") -> dict[str, str]:
-    """What accelerate launch would set."""
+    """Environment variables of accelerate launch."""
     return {
         "ACCELERATE_USE_DEEPSPEED": "true",
         "ACCELERATE_DEEPSPEED_ZERO_STAGE": str(stage),
@@ -113,7 +113,7 @@ def started(kind: str, precision: str = "no") -> backends.Backend:
 def by_backend(
     kind: str, loss: str, precision: str = "no", odd: bool = False, no_sync=None
 ) -> tuple[dict[str, torch.Tensor], float]:
-    """On this rank: all parameters after the steps, and how often each was reduced in the last of them.
+    """All parameters of this rank after the steps, and the number of reductions of each in the last step.
 
     odd: before the last step, one whose gradients are dropped, and the logit scale put at `SCALE`.
     """
@@ -129,13 +129,15 @@ def by_backend(
         own = batch(step, tokens, towers.image_size).rows(rank * share, (rank + 1) * share)
         with backend.gradients_of_a_step():
             return cached_step(
-                wrapped,
+                GradCache(
+                    wrapped,
+                    torch.device("cpu"),
+                    backward=lambda value: backend.backward(factor * value),
+                    no_sync=no_sync or backend.no_sync,
+                ),
                 [own.rows(start, start + CHUNK) for start in range(0, share, CHUNK)],
                 LOSSES[loss][0],
                 memory.pairs(),
-                device=torch.device("cpu"),
-                backward=lambda value: backend.backward(factor * value),
-                no_sync=no_sync or backend.no_sync,
             )
 
     for step in range(STEPS):
@@ -160,7 +162,7 @@ def by_backend(
 
 
 def by_backends(cases: list[tuple]) -> dict:
-    """What each case gives: (kind, loss), and more of `by_backend`'s arguments."""
+    """Result of each case: (kind, loss), and more of `by_backend`'s arguments."""
     return {case: by_backend(*case) for case in cases}
 
 
@@ -199,7 +201,7 @@ def test_every_gradient_is_reduced_once_in_a_step(results):
 
 
 def test_fp16_moves_the_weights_as_float32_does(results):
-    """To a twentieth of the way that they go in three steps."""
+    """Parameters differ by at most a twentieth of their change in three steps."""
     start, twin = dict(towers_and_tokens()[0].named_parameters()), by_plain_autograd("sigmoid")
     for case in HALF:
         way = largest_difference(twin, {name: parameter.detach() for name, parameter in start.items()})
@@ -207,7 +209,7 @@ def test_fp16_moves_the_weights_as_float32_does(results):
 
 
 def refusals(cases: dict[str, tuple[dict, list[str]]]) -> dict[str, str]:
-    """What training says to each case's environment and flags."""
+    """Message of training for each case's environment and flags."""
     said = {}
     for name, (environment, flags) in cases.items():
         AcceleratorState._reset_state(reset_partial_state=True)

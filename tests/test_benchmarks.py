@@ -1,4 +1,4 @@
-"""The benchmarks run at toy size, gpu.sh as it runs on a GPU, and the page has their figures; no time is asserted."""
+"""The benchmarks run at toy size, gpu.sh as on a GPU, and the page has their results; no time is asserted."""
 
 import json
 import os
@@ -158,7 +158,7 @@ def test_memory_is_measured_in_processes_of_their_own_and_drawn(tmp_path):
 
 
 def test_memory_is_measured_and_drawn(tmp_path, monkeypatch):
-    """In this process, where the script takes one for each figure."""
+    """In this process; the script starts a process per measurement."""
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     import memory
 

@@ -14,13 +14,14 @@ from toy import ToyTowers, toy_chunks
 
 from lib.data import Chunk
 from lib.distributed import logsumexp_over_ranks, rank_and_world_size
+from lib.gradcache import step as gradcache_step
 from lib.gradcache.random_state import RandomState
-from lib.gradcache.step import cached_step
-from lib.gradcache.surrogate import Surrogate
+from lib.gradcache.step import GradCache, cached_step
 from lib.losses import Pairs, infonce, sigmoid
 from lib.losses.positives import Ids
 from lib.losses.xbm import CrossBatchMemory
 
+CPU = torch.device("cpu")
 COUNT, DIM, TEXTS, DROPOUT, RATE = 12, 6, 5, 0.3, 0.1
 LOSSES = {
     "infonce": (partial(infonce, merge_logsumexp=logsumexp_over_ranks), naive_infonce),
@@ -59,7 +60,7 @@ def same_text_of(case) -> str:
 
 
 def memory_of(kind: str, groups: int | None) -> Pairs | None:
-    """Eight slots; some of the remembered are stale copies of the batch's own samples."""
+    """Eight slots; some remembered pairs are stale copies of the batch's own samples."""
     memory = CrossBatchMemory(8, DIM, dtype=torch.float64)
     for step, size in enumerate(MEMORIES[kind]):
         pairs = random_pairs(size, DIM, seed=step, groups=groups, first_id=9 + 20 * step, texts=TEXTS)
@@ -107,15 +108,12 @@ def by_cached_step(case, dropout=DROPOUT, freeze=(), reductions: list | None = N
             wrapped.register_comm_hook(reductions, counting_reduction)
     chunks = chunks_of(case, rank, world_size)
     torch.manual_seed(100 + rank)
+    keep_graphs = {"none": 0, "some": 1, "all": len(chunks)}[kept]
     result = cached_step(
-        wrapped,
+        GradCache(wrapped, CPU, no_sync=no_sync, keep_graphs=keep_graphs, **recompute),
         chunks,
         partial(LOSSES[loss][0], same_text=same_text_of(case)),
         memory_of(memory, groups),
-        device=torch.device("cpu"),
-        no_sync=no_sync,
-        keep_graphs={"none": 0, "some": 1, "all": len(chunks)}[kept],
-        **recompute,
     )
     return parameters_after(towers) | {"loss": result.loss}
 
@@ -147,7 +145,7 @@ def test_gradients_equal_plain_autograd_on_one_process(case):
 
 
 def all_cases_on_this_rank():
-    """Every case of the matrix on this rank: {case: (what the cached step gave, reductions)}."""
+    """Every case of the matrix on this rank: {case: (result of the cached step, reductions)}."""
     results = {}
     for case in MATRIX:
         reductions = []
@@ -180,21 +178,21 @@ def test_negative_control_without_replay_of_the_random_state(monkeypatch, loss, 
     assert largest_error(by_cached_step(case), by_plain_autograd(case, 1)) > 0.05
 
 
-def scale_gradient_per_chunk(self, index, output, final):
-    return original_surrogate(self, index, output, True)
+def scale_gradient_per_chunk(forward, output, gradients, final):
+    return original_surrogate(forward, output, gradients, True)
 
 
-original_surrogate = Surrogate.__call__
+original_surrogate = gradcache_step.surrogate
 
 
 def test_negative_control_scale_gradient_in_every_chunk(monkeypatch):
-    monkeypatch.setattr(Surrogate, "__call__", scale_gradient_per_chunk)
+    monkeypatch.setattr(gradcache_step, "surrogate", scale_gradient_per_chunk)
     result, twin = by_cached_step(CASE), by_plain_autograd(CASE, 1)
     assert result["grad logit_scale"] == pytest.approx(3 * twin["grad logit_scale"].item())
 
 
 def rank_local_negatives():
-    """What a loss over this rank's own rows only would give."""
+    """Result of a loss over this rank's own rows only."""
 
     def local(fresh, remembered, scale, bias, rows, same_text):
         own = Pairs(fresh.image_embeds[rows], fresh.text_embeds[rows], *fresh.ids.rows(rows))
@@ -238,7 +236,7 @@ def test_frozen_parts_run_once_and_gradients_stay_exact(monkeypatch, freeze, rec
 def test_batch_norm_statistics_are_updated_once():
     towers, twin = ToyTowers(0.0, batch_norm=True), ToyTowers(0.0, batch_norm=True)
     chunks = toy_chunks(COUNT, 4, None)
-    cached_step(towers, chunks, sigmoid, None, device=torch.device("cpu"), keep_graphs=1)
+    cached_step(GradCache(towers, CPU, keep_graphs=1), chunks, sigmoid, None)
     for chunk in chunks:
         twin(chunk.pixel_values)
     for (name, value), (_, expected) in zip(towers.named_buffers(), twin.named_buffers(), strict=True):
@@ -247,11 +245,11 @@ def test_batch_norm_statistics_are_updated_once():
 
 def test_the_replay_difference_is_zero_here_and_shows_a_replay_that_is_not():
     chunks = toy_chunks(COUNT, 4, None)
-    exact = cached_step(ToyTowers(DROPOUT), chunks, sigmoid, None, device=torch.device("cpu"))
+    exact = cached_step(GradCache(ToyTowers(DROPOUT), CPU), chunks, sigmoid, None)
     assert exact.replay_difference == 0
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(RandomState, "restore", lambda self: None)
-        other = cached_step(ToyTowers(DROPOUT), chunks, sigmoid, None, device=torch.device("cpu"))
+        other = cached_step(GradCache(ToyTowers(DROPOUT), CPU), chunks, sigmoid, None)
     assert other.replay_difference > 0.01
 
 
@@ -260,6 +258,6 @@ def test_the_random_state_after_a_step_does_not_depend_on_kept_graphs():
     for kept in (0, 1, 3):
         towers = ToyTowers(DROPOUT)
         torch.manual_seed(3)
-        cached_step(towers, toy_chunks(COUNT, 4, None), sigmoid, None, device=torch.device("cpu"), keep_graphs=kept)
+        cached_step(GradCache(towers, CPU, keep_graphs=kept), toy_chunks(COUNT, 4, None), sigmoid, None)
         states.append(torch.get_rng_state())
     assert all(torch.equal(states[0], state) for state in states)

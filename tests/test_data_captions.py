@@ -1,4 +1,4 @@
-"""COCO's, Flickr's and Karpathy's files are read as they are found in the wild; what is wrong is counted and said."""
+"""COCO's, Flickr's and Karpathy's files are read in their published forms; faults are counted and reported."""
 
 import json
 from collections import Counter

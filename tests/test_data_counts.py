@@ -1,4 +1,4 @@
-"""Read = used + skipped for random folders and tables with every fault there is, as counted by their maker."""
+"""Read = used + skipped for random folders and tables with all kinds of faults, whose numbers are known."""
 
 import csv
 import io
@@ -25,7 +25,7 @@ CONTENTS = {"not_an_image": b"text", "empty": b"", "truncated": png(5)[:60], "un
 
 @dataclass
 class Made:
-    """What a maker put into the data: by split, how many pairs are good, and how many are not by reason."""
+    """Expected counts of the data: good pairs by split, and bad ones by reason."""
 
     path: Path
     good: Counter = field(default_factory=Counter)
@@ -37,7 +37,7 @@ class Made:
 
 
 def check(made: Made, seed: int, tmp_path: Path) -> None:
-    """Training, evaluation, the packer and --data-info count as the maker does."""
+    """Training, evaluation, the packer and --data-info find the expected counts."""
     data = str(made.path)
     first = "train" if "train" in made.splits else "all"
     for split in set(made.bad) - made.splits:  # of no split, or of one without a usable sample
@@ -78,7 +78,7 @@ def put(path: Path, content: bytes = b"") -> Path:
 
 
 class Tree:
-    """A folder that is filled at random; `odd` are what may be put at a place, each with the reason expected there."""
+    """A randomly filled folder; `odd` has the possible faults of a place, each with its expected reason."""
 
     def __init__(self, root: Path, draw: random.Random):
         self.made, self.draw, self.number = Made(root), draw, 0
@@ -96,7 +96,7 @@ class Tree:
         self.made.bad[split] += Counter([reason] if reason else [])
 
     def odd_entry(self, folder: Path, split: str, reason: str | None = None) -> None:
-        """What is named like an image and is none; `reason` where every image in this folder has it."""
+        """Entries named like images that are none; `reason` if every image in this folder has it."""
         bad, kind = self.made.bad[split], self.draw.randrange(9)
         if kind == 0:
             (folder / self.name()).symlink_to("nowhere.png")
@@ -127,7 +127,7 @@ class Tree:
             put(folder / f"{self.number}.txt.bak", b"notes")
 
     def output(self, folder: Path, split: str) -> None:
-        """A run or a report of ours: one thing, whatever it holds."""
+        """A run or report of this project, which counts as one entry."""
         marks = self.draw.choice([("config.yaml", "metrics.jsonl"), ("metrics.json", "report.html")])
         for name in (*marks, "loss_curve.png", "deep/confusion.png"):
             put(folder / f"run{self.number}" / name, b"x")
@@ -206,7 +206,7 @@ def test_every_image_of_random_class_folders_is_used_or_counted(tmp_path, monkey
 
 
 class TableMaker:
-    """Rows of a CSV, TSV or JSONL file, good ones and bad ones, each with what becomes of it."""
+    """Good and bad rows of a CSV, TSV or JSONL file, each with its expected outcome."""
 
     def __init__(self, folder: Path, suffix: str, draw: random.Random, split: str | None):
         self.folder, self.suffix, self.draw, self.split = folder, suffix, draw, split

@@ -1,4 +1,4 @@
-"""Every fault of a shard is one counted, named skip, wherever it is met; the rest of the data is used."""
+"""Every fault of a shard is one counted skip with a reason, wherever it occurs; the rest of the data is used."""
 
 import gzip
 import io
@@ -52,7 +52,7 @@ def huge() -> bytes:
 
 
 def faulty_members() -> dict[str, bytes]:
-    """Samples 0 to 11: even ones good, each odd one with a fault of its own."""
+    """Samples 0 to 11: even ones are good, each odd one has another fault."""
     members = captioned(range(12))
     members["0001.png"] = huge()
     members["0003.png"] = b"not an image"
@@ -141,7 +141,7 @@ def test_an_only_shard_that_is_no_file_is_one_line(tmp_path, name):
 
 
 class SomeDown(Fetcher):
-    """A real fetcher to which shards of one name do not come."""
+    """A real fetcher for which shards of one name are unreachable."""
 
     def local(self, shard: str) -> str:
         if "down" in shard:

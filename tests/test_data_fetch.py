@@ -1,4 +1,4 @@
-"""Shards from elsewhere: tried again, whole or not there, downloaded once, kept within the limit of the cache."""
+"""Remote shards: retried, complete or absent, downloaded once, kept within the limit of the cache."""
 
 import gzip
 import multiprocessing

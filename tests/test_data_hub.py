@@ -1,4 +1,4 @@
-"""Data that the `datasets` library reads: parquet files, folders of save_to_disk and the hub, as training sees them."""
+"""Data of the `datasets` library in training: parquet files, folders of save_to_disk, and the hub."""
 
 import io
 import os

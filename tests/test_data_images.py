@@ -11,12 +11,13 @@ import torch
 from PIL import Image, ImageOps
 
 from lib.data import BadImage, ImagePipeline, decode_image
+from lib.data import pipeline as pipeline_module
 from lib.data.image_names import READABLE
 from lib.data.images import MAX_PIXELS, Extent
 from lib.data.resize import Resize
 from lib.errors import InputError
 
-AUGMENT = ("none", "light", "jitter", "strong")
+AUGMENT = ("none", "crop", "light", "jitter", "strong")
 SIDES = (slice(0, 16), slice(16, 32))
 
 
@@ -124,7 +125,7 @@ def test_the_first_frame_of_an_animation_is_taken():
 
 
 def bomb(side: int) -> bytes:
-    """A PNG that says it is side x side pixels and has no pixels."""
+    """A PNG whose header says side x side pixels, without pixels."""
 
     def block(kind: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
@@ -276,18 +277,20 @@ def test_pixels_for_evaluation_hardly_depend_on_reduced_decoding(shared):
             assert mean_difference(Extent(112, "shorter")) > 3 * bound  # what too small a decoding does
 
 
-def test_an_image_for_training_may_be_as_small_as_its_smallest_crop_allows():
+def test_an_image_for_training_may_be_as_small_as_its_smallest_crop_allows(monkeypatch):
+    monkeypatch.setattr(pipeline_module, "CROP_SCALE", (0.25, 1))
     assert ImagePipeline(224).extent == Extent(448, "shorter")
     assert ImagePipeline(224, "pad").extent == Extent(448, "longer")
     assert ImagePipeline(224, augment="jitter").extent == Extent(224, "shorter")
-    assert ImagePipeline(100, augment="light", crop_scale=(0.25, 1)).extent == Extent(200, "shorter")
-    assert ImagePipeline(100, "pad", "strong", crop_scale=(0.25, 1)).extent == Extent(100, "longer")
+    assert ImagePipeline(100, augment="light").extent == Extent(200, "shorter")
+    assert ImagePipeline(100, "pad", "strong").extent == Extent(100, "longer")
 
 
-def test_an_image_of_a_larger_side_than_the_square_is_decoded_for_that_side():
+def test_an_image_of_a_larger_side_than_the_square_is_decoded_for_that_side(monkeypatch):
+    monkeypatch.setattr(pipeline_module, "CROP_SCALE", (0.25, 1))
     assert ImagePipeline(224, Resize("crop", 256)).extent == Extent(512, "shorter")
     assert ImagePipeline(224, Resize("squash", 256), "light").extent == Extent(256, "shorter")
-    assert ImagePipeline(224, Resize("crop", 256), "light", crop_scale=(0.25, 1)).extent == Extent(448, "shorter")
+    assert ImagePipeline(224, Resize("crop", 256), "light").extent == Extent(448, "shorter")
     nearest = ImagePipeline(8, Resize(interpolation="nearest"))  # a reduced image has other pixels to choose from
     assert reduced_sizes(encode(picture(400, 304), "JPEG"), nearest.extent) == [(400, 304)]
 
@@ -352,13 +355,14 @@ def test_the_order_of_the_channels_is_turned_behind_all_else(augment, interpolat
     assert torch.equal(rgb.flip(0), bgr) and not torch.equal(rgb, bgr)
 
 
-def test_random_crops_see_what_the_middle_cuts_off():
+def test_random_crops_see_what_the_middle_cuts_off(monkeypatch):
+    monkeypatch.setattr(pipeline_module, "CROP_SCALE", (0.9, 1.0))
     framed = Image.new("RGB", (80, 80), "red")
     framed.paste("white", (6, 6, 74, 74))
     for way in ("crop", "squash", "pad"):
         middle = ImagePipeline(32, Resize(way, 40))(framed, 0)
         assert middle[1].min() > 200  # no red
-        light = ImagePipeline(32, Resize(way, 40), "light", crop_scale=(0.9, 1.0))
+        light = ImagePipeline(32, Resize(way, 40), "light")
         assert min(light(framed, seed)[1].min() for seed in range(5)) < 50
 
 
@@ -385,7 +389,7 @@ def test_any_shape_gives_the_size_asked_for(resize, augment):
         assert pixels.shape == (3, 32, 32) and pixels.dtype == torch.uint8
 
 
-@pytest.mark.parametrize("augment", ["light", "jitter", "strong"])
+@pytest.mark.parametrize("augment", AUGMENT[1:])
 def test_augmentation_is_a_function_of_its_seed(augment):
     pipeline = ImagePipeline(32, augment=augment)
     torch.manual_seed(1)
@@ -419,33 +423,39 @@ def test_pixels_do_not_depend_on_the_number_of_threads():
     assert all(torch.equal(one, three) for one, three in zip(*pixels, strict=True))
 
 
-def strong(seed: int, **settings) -> torch.Tensor:
-    """Strong augmentation of one picture with everything off but what is set."""
-    off = {"crop_scale": (1.0, 1.0), "flip": 0.0, "color_jitter": (0, 0, 0, 0), "rotation": 0, "randaugment": (0, 9)}
-    return ImagePipeline(32, "squash", "strong", **off | settings)(picture(), seed).float()
+SIZES = {
+    "CROP_SCALE": ((1.0, 1.0), (0.9, 0.9), (0.2, 0.2)),
+    "COLOR_JITTER": ((0, 0, 0, 0), (0.05, 0.05, 0.05, 0.05), (0.5, 0.5, 0.5, 0.5)),
+    "ROTATION": (0, 2.0, 45.0),
+    "RANDAUGMENT": ((0, 9), (1, 9), (3, 25)),
+}
+"""Off, small and large, of each part of the strong augmentation."""
 
 
-def change(**settings) -> float:
-    """How much it changes the picture, on average over seeds."""
+def test_each_part_of_the_augmentation_is_applied_and_as_large_as_its_size(monkeypatch):
     plain = ImagePipeline(32, "squash")(picture(), 0).float()
-    return float(np.mean([(strong(seed, **settings) - plain).abs().mean() for seed in range(12)]))
+
+    def change(size: int, part: str) -> float:
+        """Mean difference over seeds to the plain picture or its mirror image, with one part on."""
+        for name, sizes in SIZES.items():
+            monkeypatch.setattr(pipeline_module, name, sizes[size if name == part else 0])
+        seen = [ImagePipeline(32, "squash", "strong")(picture(), seed).float() for seed in range(12)]
+        return float(np.mean([min((s - plain).abs().mean(), (s.flip(-1) - plain).abs().mean()) for s in seen]))
+
+    for part in SIZES:
+        assert change(0, part) == 0 < change(1, part) < change(2, part), part
 
 
-def test_each_augmentation_is_as_large_as_its_setting():
-    assert change() == 0
-    assert 0 < change(crop_scale=(0.9, 0.9)) < change(crop_scale=(0.2, 0.2))
-    assert 0 < change(flip=0.3) < change(flip=1.0)
-    for channel in range(4):
-        small, large = ([0.0] * 4 for _ in range(2))
-        small[channel], large[channel] = 0.05, 0.5
-        assert 0 < change(color_jitter=tuple(small)) < change(color_jitter=tuple(large))
-    assert 0 < change(rotation=2.0) < change(rotation=45.0)
-    assert change(randaugment=(1, 0)) < change(randaugment=(1, 9)) < change(randaugment=(3, 25))
-
-
-def test_a_flip_mirrors():
-    seen, mirrored = (ImagePipeline(32, augment="light", flip=flip)(picture(), 4) for flip in (0.0, 1.0))
-    assert torch.equal(seen.flip(-1), mirrored) and not torch.equal(seen, mirrored)
+def test_light_flips_half_of_the_images_and_crop_none(monkeypatch):
+    monkeypatch.setattr(pipeline_module, "CROP_SCALE", (1.0, 1.0))
+    plain = ImagePipeline(32, "squash")(picture(), 0)
+    seen = {
+        augment: [ImagePipeline(32, "squash", augment)(picture(), s) for s in range(40)] for augment in AUGMENT[1:3]
+    }
+    assert all(torch.equal(pixels, plain) for pixels in seen["crop"])
+    mirrored = [torch.equal(pixels, plain.flip(-1)) for pixels in seen["light"]]
+    assert 10 < sum(mirrored) < 30
+    assert all(torch.equal(p, plain) for p, flipped in zip(seen["light"], mirrored, strict=True) if not flipped)
 
 
 def test_light_leaves_colours_and_jitter_leaves_places():
@@ -456,22 +466,6 @@ def test_light_leaves_colours_and_jitter_leaves_places():
     for seed in range(5):
         jittered = ImagePipeline(32, augment="jitter")(half, seed)
         assert all(len(jittered[:, :, columns].flatten(1).unique(dim=1)[0]) == 1 for columns in SIDES)
-
-
-def test_wrong_augmentation_settings_name_their_flag():
-    wrong = {
-        "--crop-scale 0 1": {"crop_scale": (0, 1)},
-        "--crop-scale 0.9 0.5": {"crop_scale": (0.9, 0.5)},
-        "--flip 1.5": {"flip": 1.5},
-        "--color-jitter 0.2 0.2 0.2 0.7": {"color_jitter": (0.2, 0.2, 0.2, 0.7)},
-        "--color-jitter -1 0 0 0": {"color_jitter": (-1, 0, 0, 0)},
-        "--rotation 200": {"rotation": 200},
-        "--randaugment 2 31": {"randaugment": (2, 31)},
-        "--randaugment -1 9": {"randaugment": (-1, 9)},
-    }
-    for told, settings in wrong.items():
-        with pytest.raises(InputError, match=told):
-            ImagePipeline(8, **settings)
 
 
 def test_wrong_settings_are_named():

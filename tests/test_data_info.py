@@ -1,4 +1,4 @@
-"""--data-info says of data what counting it by hand says, and leaves a picture of pairs."""
+"""--data-info prints the counts that a count by hand gives, and writes a picture of pairs."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""What must not go wrong unseen: half characters, foreign indexes, changed data, two runs that share a cache."""
+"""Faults that must not go unnoticed: half characters, foreign indexes, changed data, two runs with one cache."""
 
 import json
 import multiprocessing

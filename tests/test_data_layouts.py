@@ -1,4 +1,4 @@
-"""Class folders, imagefolders and tables of classes: the same training, and nothing is taken for what it is not."""
+"""Class folders, imagefolders and tables of classes give the same training, and no layout is mistaken for another."""
 
 import json
 import os

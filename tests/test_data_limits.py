@@ -1,4 +1,4 @@
-"""Shards and the files beside them are bounded in time, size and number, and nothing is kept that is no tar."""
+"""Shards and the files next to them are bounded in time, size and number, and only tars are kept."""
 
 import gzip
 import io
@@ -126,7 +126,7 @@ def test_a_server_that_drips_is_given_up_after_a_second_attempt(server, fetcher,
 
 
 def ended(process: int) -> bool:
-    """Whether the killed process comes to its end; where nobody takes note of that it stays a zombie."""
+    """True if the killed process ends; without a parent that waits for it, it stays a zombie."""
     for _ in range(1000):
         with suppress(psutil.NoSuchProcess):
             if psutil.Process(process).status() != psutil.STATUS_ZOMBIE:

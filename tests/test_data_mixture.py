@@ -1,4 +1,4 @@
-"""Mixtures: parts are drawn by weight, each is read pass after pass, and a killed run goes on with the same pairs."""
+"""Mixtures: sources are drawn by weight, each is read pass after pass, and a killed run resumes with the same pairs."""
 
 import warnings
 from dataclasses import asdict, dataclass
@@ -55,7 +55,7 @@ def three(tmp_path) -> MixedSource:
 
 @pytest.fixture
 def first_passes(tmp_path, monkeypatch):
-    """Reads the ids that streams, workers' included, gave out of the first pass of any part since the last call."""
+    """Reads the ids that streams and workers yielded in the first pass of any source since the last call."""
     log, original = tmp_path / "first_passes", stream_parts._Stream.pair
 
     def pair(stream, tally):
@@ -76,7 +76,7 @@ def first_passes(tmp_path, monkeypatch):
 
 
 def ids_of_parts(source: MixedSource) -> list[list[int]]:
-    """The ids of the good pairs of each part."""
+    """Ids of the good pairs of each source."""
     first = [stable_hash(f"a-{n // 6}.tar/{n:04d}") for n in range(30)]
     second = [stable_hash(f"image {n}") for n in range(11) if n not in (2, 5)]
     third = [stable_hash(f"b.tar/{n:04d}") for n in range(7)]

@@ -69,7 +69,7 @@ def training_data(
 
 
 def steps(first=0, last=4, world_size=1, pairs=None, **settings) -> list[list[tuple]]:
-    """The pairs of each step, the ranks' parts in rank order."""
+    """Pairs of each step, concatenated in rank order."""
     pairs = pairs or source()
     per_rank = [
         [rows(step) for step in training_data(pairs, rank, world_size, **settings).steps(first, last)]

@@ -54,7 +54,7 @@ def everything(source) -> list[str]:
 
 
 def one_pass(source, dealing: Dealing, stream: int, epoch: int = 0) -> list[str]:
-    """The keys that a stream gives out in a pass."""
+    """Keys that a stream yields in a pass."""
     reader, keys = ShardStream(source, dealing, stream, 4, ShardPosition(epoch)), []
     while (found := reader.next())[0] == epoch:
         keys.append(found[1].key)
@@ -206,7 +206,7 @@ def test_parts_of_another_size_are_told_as_they_hold_other_pairs(tmp_path):
 
 
 def test_finished_shards_are_those_of_which_nothing_is_left(tmp_path):
-    """Against a count of what was given out, at random places, with fast streams ahead, and twice in a row."""
+    """Compared with a count of the yielded samples, at random places, with fast streams ahead, and twice in a row."""
     source, _ = open_sources(make_shards(tmp_path, 6, samples=5), None, None)
     random = np.random.default_rng(0)
     for trial in range(30):

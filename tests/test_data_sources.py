@@ -1,4 +1,4 @@
-"""What --data may name is opened as the user means it, and what cannot be used is said in one line."""
+"""Every format of --data opens as the user means it; unusable data gives an error of one line."""
 
 import json
 import pickle

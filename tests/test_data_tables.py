@@ -1,4 +1,4 @@
-"""Tables as programs write them: rows are read strictly, and one bad line costs itself alone."""
+"""Tables of other programs: rows are read strictly, and a bad line loses only itself."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The sets that torchvision knows by name are read from its own files, and the way to get them is said."""
+"""torchvision's data sets are read from its own files, and the message explains how to get them."""
 
 import hashlib
 import pickle

@@ -1,4 +1,4 @@
-"""Agnostic: entropies equal sums by hand and rise with temperature, and prompts that tell nothing come last."""
+"""Agnostic: entropies equal sums by hand and rise with temperature, and uninformative prompts come last."""
 
 import json
 import math
@@ -13,12 +13,18 @@ import evaluate
 from lib.backends import Precision
 from lib.data.classes.digits import CLASSES
 from lib.data.sources import open_evaluation
-from lib.evaluation import classifiers
-from lib.evaluation.agnostic.carriers import class_means, rank_carriers, variance_between
-from lib.evaluation.agnostic.entropy import entropies, prompt_shares
-from lib.evaluation.agnostic.prompts import generic_prompts
-from lib.evaluation.classifiers import LINEAR_SVM, Part, choose
+from lib.evaluation import probe_classifiers
+from lib.evaluation.agnostic import (
+    class_means,
+    entropies,
+    generic_prompts,
+    prompt_probabilities,
+    rank_carriers,
+    variance_between,
+)
 from lib.evaluation.embed import embed_images, embed_texts
+from lib.evaluation.probe_classifiers import LINEAR_SVM, choose
+from lib.evaluation.splits import Labelled
 from lib.evaluation.subject import Model
 from lib.evaluation.tasks import Agnostic
 
@@ -37,7 +43,7 @@ def squares(tmp_path_factory) -> Path:
 
 @pytest.fixture(autouse=True)
 def quick_mlp(monkeypatch):
-    monkeypatch.setattr(classifiers, "MLP_STEPS", 10)
+    monkeypatch.setattr(probe_classifiers, "MLP_STEPS", 10)
 
 
 def agnostic(model: Path, data: Path, out: Path, *flags: str) -> dict:
@@ -77,7 +83,7 @@ def test_entropy_rises_to_its_maximum_with_temperature(model, squares, tmp_path)
         assert metrics[key]["max_entropy"] == pytest.approx(math.log(32))
         assert {"accuracy", "macro_f1", "mlp_accuracy", "mlp_macro_f1", "converged"} < set(metrics[key])
     report = (tmp_path / "out" / "report.html").read_text()
-    assert report.count("data:image/png;base64,") == 4 and "Which prompts carry the classes" in report
+    assert report.count("data:image/png;base64,") == 4 and "Prompts that separate the classes" in report
 
 
 def test_own_prompts_and_temperatures(model, squares, tmp_path, capsys):
@@ -107,7 +113,7 @@ def test_unstandardized_shares_of_a_high_temperature_tell_less(model, tmp_path):
         (["--temperatures", "nan"], ["--temperatures nan must be above 0"]),
         (["--temperatures"], ["--temperatures needs at least one"]),
         (["--prompts", "FOLDER/none.yaml"], ["--prompts", "none.yaml cannot be read"]),
-        (["--prompts", "FOLDER/classes.yaml"], ["waits for a class name"]),
+        (["--prompts", "FOLDER/classes.yaml"], ["has a place for a class name"]),
         (["--prompts", "FOLDER/one.yaml"], ["holds 1 text", "at least 2"]),
         (["--prompts", "FOLDER/mapping.yaml"], ["must hold a list of texts"]),
         (["--prompts", "FOLDER/broken.yaml"], ["is not YAML"]),
@@ -131,16 +137,16 @@ def test_a_fault_of_the_users_is_one_line(model, squares, tmp_path, capsys, flag
 @pytest.mark.parametrize("temperature", [10.0, 0.5, 0.07, 0.001])
 def test_entropy_equals_a_sum_by_hand(temperature):
     similarities = np.random.default_rng(0).normal(0, 0.2, (40, 9)).astype(np.float32)
-    found = entropies(prompt_shares(torch.from_numpy(similarities), temperature))
+    found = entropies(prompt_probabilities(torch.from_numpy(similarities), temperature))
     np.testing.assert_allclose(found, entropy_by_hand(similarities, temperature), rtol=1e-12, atol=1e-12)
 
 
 def test_entropy_has_its_ends():
     alike, decided = torch.full((1, 32), 0.3), torch.eye(32)[:1]
     for temperature in (100.0, 0.07, 1e-5):
-        assert entropies(prompt_shares(alike, temperature)).item() == pytest.approx(math.log(32), abs=1e-12)
-    assert entropies(prompt_shares(decided, 1e-4)).item() == 0.0
-    assert entropies(prompt_shares(decided, 1e6)).item() == pytest.approx(math.log(32), abs=1e-9)
+        assert entropies(prompt_probabilities(alike, temperature)).item() == pytest.approx(math.log(32), abs=1e-12)
+    assert entropies(prompt_probabilities(decided, 1e-4)).item() == 0.0
+    assert entropies(prompt_probabilities(decided, 1e6)).item() == pytest.approx(math.log(32), abs=1e-9)
 
 
 def test_the_shipped_prompts_are_generic():
@@ -156,7 +162,7 @@ def test_the_prompt_that_follows_the_classes_comes_first():
     labels = np.repeat([0, 1, 3], 40)
     noise = rng.normal(0, 1, 120)
     rows = np.stack([noise, labels + rng.normal(0, 0.1, 120), np.ones(120)], axis=1).astype(np.float32)
-    test = Part(rows, labels)
+    test = Labelled(rows, labels)
     carriers = rank_carriers(["noise", "classes", "constant"], test, choose(LINEAR_SVM, test, test, 0), seed=0)
     assert [carrier.prompt for carrier in carriers] == ["classes", "noise", "constant"]
     first = carriers[0]
@@ -166,14 +172,14 @@ def test_the_prompt_that_follows_the_classes_comes_first():
 
 def test_variance_between_classes_equals_loops():
     rng = np.random.default_rng(1)
-    part = Part(rng.normal(0, 1, (30, 4)).astype(np.float32), rng.integers(0, 3, 30))
-    classes, means = class_means(part)
+    data = Labelled(rng.normal(0, 1, (30, 4)).astype(np.float32), rng.integers(0, 3, 30))
+    classes, means = class_means(data)
     for column in range(4):
-        values = part.rows[:, column].astype(float)
+        values = data.rows[:, column].astype(float)
         total = sum((value - values.mean()) ** 2 for value in values)
         within = sum(
-            (value - values[part.labels == label].mean()) ** 2 for value, label in zip(values, part.labels, strict=True)
+            (value - values[data.labels == label].mean()) ** 2 for value, label in zip(values, data.labels, strict=True)
         )
-        assert variance_between(part)[column] == pytest.approx(1 - within / total, abs=1e-9)
+        assert variance_between(data)[column] == pytest.approx(1 - within / total, abs=1e-9)
         for place, label in enumerate(classes):
-            assert means[place, column] == pytest.approx(values[part.labels == label].mean(), abs=1e-6)
+            assert means[place, column] == pytest.approx(values[data.labels == label].mean(), abs=1e-6)

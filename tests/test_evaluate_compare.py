@@ -1,4 +1,4 @@
-"""Compare and table: statistics equal naive twins and scikit-learn, every model answers for the same images."""
+"""Compare and table: statistics equal naive twins and scikit-learn, all models use the same images."""
 
 import csv
 import json
@@ -17,21 +17,28 @@ from small_evaluation import SmallImages, unit
 from torch.nn.functional import normalize
 
 import evaluate
-from lib.evaluation import class_plots
-from lib.evaluation.class_figures import confusion
-from lib.evaluation.compare import differing as differing_images
-from lib.evaluation.compare import differing_captions as sheet
-from lib.evaluation.compare import plots
-from lib.evaluation.compare.classification import classification_comparison, draw_pictures, macro_f1, tables
-from lib.evaluation.compare.differing import differing
-from lib.evaluation.compare.differing_captions import differing_captions, plot_differing_captions
-from lib.evaluation.compare.plots import plot_training
-from lib.evaluation.compare.retrieval import retrieval_comparison
-from lib.evaluation.compare.statistics import bootstrap, interval, mcnemar
-from lib.evaluation.compare.task import short_names
-from lib.evaluation.compare.training import training_of
-from lib.evaluation.retrieval.metrics import retrieval_metrics, retrieval_ranks
-from lib.evaluation.retrieval.scores import Matched
+from lib.evaluation import class_charts
+from lib.evaluation import compare as task
+from lib.evaluation.charts import plot_training
+from lib.evaluation.classification import confusion, macro_f1
+from lib.evaluation.compare import (
+    classifier_pictures,
+    classifier_tables,
+    differing,
+    differing_captions,
+    plot_differing_captions,
+    short_names,
+)
+from lib.evaluation.compare_statistics import (
+    bootstrap,
+    classification_comparison,
+    interval,
+    mcnemar,
+    retrieval_comparison,
+)
+from lib.evaluation.origin import training_of
+from lib.evaluation.retrieval_answers import Matched
+from lib.evaluation.retrieval_ranks import retrieval_metrics, retrieval_ranks
 from lib.towers import TwoTowers
 
 COUNTS = {"test": dict.fromkeys(COLOURS, 6)}
@@ -158,7 +165,7 @@ def test_training_is_read_from_the_run_that_a_model_lies_in(tmp_path):
     found = training_of(str(run))
     assert found == training_of(str(run / "export")) == training_of(str(run / "checkpoints" / "best"))
     assert found.seconds_per_epoch == 2.0 and found.epochs[-1] == 2.0 and len(found.losses) == 8
-    assert found.remembered_from == 1.0
+    assert found.memory_from == 1.0
     early = training_of(str(run / "checkpoints" / "step_000004"))
     assert early.epochs[-1] == 1.0 and early.losses == found.losses[:4]
     assert training_of("openai/clip-vit-base-patch32") is None
@@ -169,24 +176,27 @@ def test_training_is_read_from_the_run_that_a_model_lies_in(tmp_path):
 @pytest.mark.parametrize("count", [1, 26])
 def test_pictures_for_few_and_many_classes(monkeypatch, tmp_path, count):
     """Two $ in a name would be a formula, and one that ends in ^ cannot be drawn."""
-    monkeypatch.setattr(class_plots, "ANNOTATED_CLASSES", 5)
-    monkeypatch.setattr(class_plots, "LABELLED_CLASSES", 10)
-    monkeypatch.setattr(plots, "MOST_BARS", 20)
-    monkeypatch.setattr(plots, "BARS_PER_COLUMN", 9)
-    monkeypatch.setattr(differing_images, "SHOWN", 6)
+    monkeypatch.setattr(class_charts, "ANNOTATED_CLASSES", 5)
+    monkeypatch.setattr(class_charts, "LABELLED_CLASSES", 10)
+    monkeypatch.setattr(class_charts, "MOST_BARS", 20)
+    monkeypatch.setattr(class_charts, "BARS_PER_COLUMN", 9)
+    monkeypatch.setattr(task, "DIFFERING_IMAGES", 6)
     classes = [f"class_{k} of $very <long> names & more" for k in range(count)]
     answered = {f"a $model^$ with a rather long name {seed}": answers(2 * count, count, 0.5, seed) for seed in range(3)}
     labels, scores = np.arange(2 * count) % count, [scores for _, scores in answered.values()]
     metrics = classification_comparison(list(answered), labels, scores, classes, resamples=5, seed=0)
     predicted = dict(zip(answered, (each.argmax(1) for each in scores), strict=True))
-    pictures = draw_pictures(tmp_path, metrics, labels, predicted, classes, SmallImages(2 * count, {}).open)
+    pictures = classifier_pictures(metrics, labels, predicted, classes, SmallImages(2 * count, {}).open)
     assert len(pictures) == (3 if count == 1 else 4), "models that agree have no picture of differences"
     trainings = {f"run $x^$ {k}": training_of(str(write_run(tmp_path / f"{k}", loss=10.0**k))) for k in range(3)}
     plot_training(trainings, tmp_path / "training.png")
-    for path in (*(picture.path for picture in pictures), tmp_path / "training.png"):
+    for picture in pictures:
+        picture.draw(tmp_path / picture.file)
+    for name in (*(picture.file for picture in pictures), "training.png"):
+        path = tmp_path / name
         with Image.open(path) as drawn:
             assert max(drawn.size) < 6000 and min(drawn.size) > 100
-    overall, pairs, per_class = tables(metrics).values()
+    overall, pairs, per_class = classifier_tables(metrics).values()
     assert len(overall) == 4 and len(pairs) == 4 and len(per_class) == count + 1
     assert all(len(row) == len(rows[0]) for rows in (overall, pairs, per_class) for row in rows)
 
@@ -196,7 +206,7 @@ def test_pictures_for_few_and_many_classes(monkeypatch, tmp_path, count):
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> list[Path]:
-    """Two untrained runs with different weights; the second with steps to tell of."""
+    """Two untrained runs with different weights; the second has metrics of steps."""
     folders = [tmp_path_factory.mktemp("runs") / name for name in ("one", "two")]
     for folder in folders:
         save_model(folder)
@@ -274,8 +284,8 @@ def test_captions_on_which_models_differ_are_drawn_with_what_each_found(tmp_path
     assert 1 < len(rows) <= 5 and all({rank <= 5 for rank in ranks[:, row]} == {True, False} for row in rows)
     assert [ranks[0, row] <= 5 for row in rows] == sorted((ranks[0, row] <= 5 for row in rows), reverse=True)
     drawn = []
-    plot = sheet.plot_text_queries
-    monkeypatch.setattr(sheet, "plot_text_queries", lambda asked, *rest: drawn.extend(asked) or plot(asked, *rest))
+    plot = task.plot_text_queries
+    monkeypatch.setattr(task, "plot_text_queries", lambda asked, *rest: drawn.extend(asked) or plot(asked, *rest))
     plot_differing_captions(rows, models, ranks, "a title", tmp_path / "sheet.png")
     assert [query.text for query in drawn] == [f"{name}: caption {row}" for row in rows for name in models]
     for query, (model, row) in zip(drawn, [(model, row) for row in rows for model in (0, 1)], strict=True):

@@ -1,4 +1,4 @@
-"""Faulty inputs of every task: one line that says what is wrong, or a correct result without what is missing."""
+"""Faulty inputs of every task: an error of one line, or a correct result without the missing samples."""
 
 import json
 import shutil
@@ -10,7 +10,7 @@ from made_data import make_images, make_table
 from safetensors.torch import load_file, save_file
 
 import evaluate
-from lib.evaluation import classifiers
+from lib.evaluation import probe_classifiers
 
 CLASS_TASKS = ("zeroshot", "probe", "agnostic", "compare")
 QUICK = {"probe": ["--shots"], "agnostic": ["--temperatures", "0.1"], "compare": ["--resamples", "5"]}
@@ -23,7 +23,7 @@ def model(tmp_path_factory) -> Path:
 
 @pytest.fixture(autouse=True)
 def quick_mlp(monkeypatch):
-    monkeypatch.setattr(classifiers, "MLP_STEPS", 10)
+    monkeypatch.setattr(probe_classifiers, "MLP_STEPS", 10)
 
 
 def run(task: str, model: Path, data: Path, out: Path) -> int:
@@ -43,7 +43,7 @@ def figures(out: Path) -> dict:
 
 
 def error_of(task: str, model: Path, data: Path, out: Path, capsys) -> str:
-    """The one line that a task tells instead of a result."""
+    """The one line that a task prints instead of a result."""
     capsys.readouterr()
     assert run(task, model, data, out) == 2
     told = capsys.readouterr().err
@@ -121,7 +121,7 @@ def test_one_class_is_always_right_by_prompts_and_cannot_be_learnt(model, tmp_pa
 def test_too_few_images_to_divide_are_told(model, tmp_path, capsys):
     data = make_squares(tmp_path / "data", {"": {"red": 1, "blue": 1}})
     error = error_of("probe", model, data, tmp_path / "out", capsys)
-    assert "leaves no images" in error and "more images a class" in error
+    assert "leaves no images" in error and "more images per class" in error
 
 
 # Captions

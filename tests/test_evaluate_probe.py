@@ -1,4 +1,4 @@
-"""Probe: what is chosen, learnt and measured equals scikit-learn called by hand, and no test image decides anything."""
+"""Probe: choices, classifiers and metrics equal scikit-learn called by hand, and no test image influences them."""
 
 import json
 from pathlib import Path
@@ -17,16 +17,23 @@ import evaluate
 from lib.backends import Precision
 from lib.data.sources import open_evaluation
 from lib.distributed import rank_and_world_size
-from lib.evaluation import classifiers
-from lib.evaluation.class_figures import class_figures
-from lib.evaluation.classifiers import FAMILIES, KNN, LINEAR_SVM, LOGISTIC_REGRESSION, Family, Part, accuracy, choose
+from lib.evaluation import probe_classifiers
+from lib.evaluation.classification import class_figures
 from lib.evaluation.embed import embed_images
-from lib.evaluation.measure import measure
-from lib.evaluation.options import Examined, Running
-from lib.evaluation.parts import divide
-from lib.evaluation.probe.few_shot import draw_shots, few_shot
+from lib.evaluation.probe_classifiers import (
+    FAMILIES,
+    KNN,
+    LINEAR_SVM,
+    LOGISTIC_REGRESSION,
+    Family,
+    accuracy,
+    choose,
+    draw_shots,
+    few_shot,
+)
+from lib.evaluation.splits import Labelled, divide
 from lib.evaluation.subject import Model
-from lib.evaluation.tasks import Agnostic, Probe
+from lib.evaluation.tasks import Agnostic, DataFlags, Probe, RunFlags
 
 NAMES = ["linear_svm", "logistic_regression", "mlp", "knn"]
 COUNTS = {split: dict.fromkeys(COLOURS, count) for split, count in (("train", 9), ("val", 4), ("test", 5))}
@@ -44,7 +51,7 @@ def squares(tmp_path_factory) -> Path:
 
 @pytest.fixture(autouse=True)
 def quick_mlp(monkeypatch):
-    monkeypatch.setattr(classifiers, "MLP_STEPS", 10)
+    monkeypatch.setattr(probe_classifiers, "MLP_STEPS", 10)
 
 
 def probe(model: Path, data: Path, out: Path, *flags: str) -> dict:
@@ -53,14 +60,14 @@ def probe(model: Path, data: Path, out: Path, *flags: str) -> dict:
     return json.loads((out / "metrics.json").read_text())
 
 
-def clouds(each: int, seed: int, spread: float = 1.5, classes: int = 3) -> Part:
+def clouds(each: int, seed: int, spread: float = 1.5, classes: int = 3) -> Labelled:
     """Normal clouds around corners of a cube."""
     rng = np.random.default_rng(seed)
     labels = np.repeat(np.arange(classes), each)
-    return Part((np.eye(6)[labels] + rng.normal(0, spread / 3, (len(labels), 6))).astype(np.float32), labels)
+    return Labelled((np.eye(6)[labels] + rng.normal(0, spread / 3, (len(labels), 6))).astype(np.float32), labels)
 
 
-def by_hand(classifier, train: Part, test: Part) -> np.ndarray:
+def by_hand(classifier, train: Labelled, test: Labelled) -> np.ndarray:
     scaler = StandardScaler().fit(train.rows)
     return classifier.fit(scaler.transform(train.rows), train.labels).predict(scaler.transform(test.rows))
 
@@ -81,7 +88,7 @@ def test_figures_equal_scikit_learn_called_by_hand(model, squares, tmp_path):
         family = next(family for family in FAMILIES if family.name == name)
         scores = [accuracy_score(val.labels, by_hand(make(value), train, val)) for value in family.settings]
         best = family.settings[int(np.argmax(scores))]
-        both = Part(np.concatenate([train.rows, val.rows]), np.concatenate([train.labels, val.labels]))
+        both = Labelled(np.concatenate([train.rows, val.rows]), np.concatenate([train.labels, val.labels]))
         predicted = by_hand(make(best), both, test)
         assert metrics[name][setting] == best and metrics[name]["validation_accuracy"] == max(scores)
         assert metrics[name]["accuracy"] == accuracy_score(test.labels, predicted)
@@ -93,10 +100,10 @@ def test_figures_equal_scikit_learn_called_by_hand(model, squares, tmp_path):
     assert report.count("data:image/png;base64,") == 4 and "Worst classes" in report and "dark grey" in report
 
 
-def embedded_by_hand(model: Path, data: Path, split: str) -> Part:
+def embedded_by_hand(model: Path, data: Path, split: str) -> Labelled:
     loaded = Model.load(str(model), Precision("fp32", torch.device("cpu")))
     images = open_evaluation(str(data), split, None)
-    return Part(embed_images(loaded.towers, images, loaded.pipeline, device="cpu").embeds.numpy(), images.labels)
+    return Labelled(embed_images(loaded.towers, images, loaded.pipeline, device="cpu").embeds.numpy(), images.labels)
 
 
 def test_the_seed_the_draws_and_the_shots_are_the_users(model, squares, tmp_path):
@@ -116,7 +123,7 @@ def test_data_without_train_or_val_is_divided_and_says_so(model, tmp_path, capsy
     metrics = probe(model, data, tmp_path / "out", "--shots", "1", "--draws", "1")
     told = capsys.readouterr().out
     assert sum(np.sum(metrics["knn"]["confusion"], axis=0)) == 8
-    assert "learnt from: 20 images of plain (all)" in told and "chosen on: 4 images held out of plain (all)" in told
+    assert "trained on: 20 images of plain (all)" in told and "chosen on: 4 images held out of plain (all)" in told
     assert "tested on: 8 images held out of plain (all)" in told
 
 
@@ -129,11 +136,11 @@ def test_two_ranks_measure_as_one_process(model, squares, tmp_path):
 
 def _both_tasks(model: Path, data: Path, folder: Path) -> list[dict] | None:
     """The figures of probe, without curves, and of agnostic: rank 0 measures."""
-    classifiers.MLP_STEPS = 10  # a rank is a process of its own
-    running = Running(cache_dir=folder, output_dir=folder, batch_size=7, workers=0)
-    common = {"model": str(model), "data": Examined(data=str(data)), "run": running}
+    probe_classifiers.MLP_STEPS = 10  # a rank is a process of its own
+    running = RunFlags(cache_dir=folder, output_dir=folder, batch_size=7, workers=0)
+    common = {"model": str(model), "data": DataFlags(data=str(data)), "run": running}
     tasks = (Probe(shots=(), **common), Agnostic(temperatures=(0.1,), **common))
-    outcomes = [measure(options, torch.device("cpu")) for options in tasks]
+    outcomes = [options.measure(torch.device("cpu")) for options in tasks]
     if rank_and_world_size()[0] > 0:
         assert outcomes == [None, None]
         return None
@@ -153,7 +160,7 @@ def test_a_tie_takes_the_strongest_regularization_and_both_parts_are_learnt():
         assert chosen.validation_accuracy == 1.0 and chosen.setting == min(family.settings)
         assert chosen.model[0].n_samples_seen_ == 36 + 15
     # A class that only validation has is known in the end.
-    late = Part(validation.rows + 5, validation.labels + 3)
+    late = Labelled(validation.rows + 5, validation.labels + 3)
     chosen = choose(LINEAR_SVM, train, late, seed=0)
     assert set(chosen.model.classes_) == {0, 1, 2, 3, 4, 5} and chosen.validation_accuracy == 0.0
 
@@ -174,7 +181,7 @@ def test_the_choice_is_the_best_of_a_loop():
 def test_without_standardizing_small_rows_are_not_learnt():
     uneven = np.r_[0:60, 60:70, 120:130]
     train, test = (clouds(60, seed, spread=0.3).take(uneven) for seed in (0, 1))
-    small, small_test = (Part(part.rows * 1e-4, part.labels) for part in (train, test))
+    small, small_test = (Labelled(part.rows * 1e-4, part.labels) for part in (train, test))
     assert accuracy(choose(LINEAR_SVM, small, small_test, 0).model, small_test) == 1.0
     plain = choose(LINEAR_SVM, small, small_test, 0, standardize=False).model
     assert accuracy(plain, small_test) == 60 / 80, "the most frequent class"
@@ -183,7 +190,7 @@ def test_without_standardizing_small_rows_are_not_learnt():
 def test_random_labels_cannot_be_read():
     train, validation, test = (clouds(60, seed, classes=4) for seed in range(3))
     rng = np.random.default_rng(0)
-    shuffled, validation_too = (Part(part.rows, rng.permutation(part.labels)) for part in (train, validation))
+    shuffled, validation_too = (Labelled(part.rows, rng.permutation(part.labels)) for part in (train, validation))
     assert accuracy(choose(LINEAR_SVM, train, validation, 0).model, test) > 0.6
     assert accuracy(choose(LINEAR_SVM, shuffled, validation_too, 0).model, test) < 0.5
 

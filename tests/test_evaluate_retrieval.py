@@ -23,17 +23,14 @@ from torch.utils._pytree import tree_leaves
 import evaluate
 from lib.backends import Precision
 from lib.data import open_evaluation
+from lib.evaluation import retrieval
+from lib.evaluation import retrieval_ranks as ranking
 from lib.evaluation.embed import Embedded, embed_images, embed_texts
-from lib.evaluation.options import Examined, Running
-from lib.evaluation.retrieval import counting, pictures, scores
-from lib.evaluation.retrieval.answers import Gallery, candidates, examples, free_query, text_query
-from lib.evaluation.retrieval.counting import Side, count_before
-from lib.evaluation.retrieval.metrics import keep_readable, retrieval_metrics, retrieval_ranks
-from lib.evaluation.retrieval.pictures import Findings
-from lib.evaluation.retrieval.scores import Matched, margins, matched_similarities, unmatched_similarities
-from lib.evaluation.stored import StoredEmbeddings
-from lib.evaluation.subject import Model, Subject
-from lib.evaluation.tasks import Retrieval
+from lib.evaluation.retrieval import margins, matched_similarities, unmatched_similarities
+from lib.evaluation.retrieval_answers import Gallery, Matched, candidates, examples, free_query, text_query
+from lib.evaluation.retrieval_ranks import Side, count_before, keep_readable, retrieval_metrics, retrieval_ranks
+from lib.evaluation.subject import Model, StoredEmbeddings, Subject
+from lib.evaluation.tasks import DataFlags, Retrieval, RunFlags
 from lib.towers import TwoTowers, build_preset
 
 
@@ -63,7 +60,7 @@ def naive_summary(ranks: Sequence[int]) -> dict[str, float]:
 @pytest.mark.parametrize("sparse", [0.0, 1.0])
 def test_retrieval_equals_two_loops(monkeypatch, block, tied, sparse):
     for name, size in zip(("SLAB", "BAND", "COLUMNS", "SPARSE"), (*block, sparse), strict=True):
-        monkeypatch.setattr(counting, name, size)
+        monkeypatch.setattr(ranking, name, size)
     images, texts = unit(31, 6), unit(90, 6, seed=1)
     caption_image = torch.randint(0, 31, (90,), generator=torch.Generator().manual_seed(2))
     assert len(caption_image.unique()) < 31, "some image should have no caption"
@@ -122,8 +119,8 @@ def test_near_ties_are_decided_in_double_precision(noise):
 
 @pytest.mark.parametrize("dense", [0.0, 1.0])
 def test_both_ways_to_look_again_agree(monkeypatch, dense):
-    monkeypatch.setattr(counting, "DENSE", dense)
-    monkeypatch.setattr(counting, "SPARSE", 1.0)
+    monkeypatch.setattr(ranking, "DENSE", dense)
+    monkeypatch.setattr(ranking, "SPARSE", 1.0)
     test_near_ties_are_decided_in_double_precision(1e-6)
     test_equal_embeddings_are_no_success(64)
 
@@ -132,7 +129,7 @@ def test_a_float32_product_is_off_by_less_than_is_allowed_for():
     for alike in (0.0, 1.0, 10.0):
         rows, columns = (nn.functional.normalize(alike * unit(1, 512) + unit(2000, 512, seed=s), dim=1) for s in (1, 2))
         off = (rows @ columns.T - rows.double() @ columns.double().T).abs().max().item()
-        assert 3 * off < counting.rounding_of_products(rows, columns) < 1e-5
+        assert 3 * off < ranking.rounding_of_products(rows, columns) < 1e-5
 
 
 def test_strict_pairs_are_ranked_as_open_clip_ranks_them():
@@ -163,7 +160,7 @@ class InThisThread(ThreadPoolExecutor):
 
 def test_retrieval_never_holds_all_similarities(monkeypatch):
     largest = 0
-    monkeypatch.setattr(counting, "ThreadPoolExecutor", InThisThread)
+    monkeypatch.setattr(ranking, "ThreadPoolExecutor", InThisThread)
 
     class Sizes(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, arguments=(), options=None):
@@ -174,8 +171,8 @@ def test_retrieval_never_holds_all_similarities(monkeypatch):
             return result
 
     for name, size in {"SLAB": 20, "BAND": 80, "COLUMNS": 152}.items():
-        monkeypatch.setattr(counting, name, size)
-    monkeypatch.setattr(scores, "BLOCK_ENTRIES", 6000)
+        monkeypatch.setattr(ranking, name, size)
+    monkeypatch.setattr(retrieval, "BLOCK_ENTRIES", 6000)
     images, texts, caption_image = unit(300, 4), unit(900, 4, seed=1), torch.arange(900) % 300
     with Sizes():
         retrieval_metrics(images, texts, caption_image)
@@ -215,7 +212,7 @@ def test_a_margin_is_right_less_best_wrong(monkeypatch):
     ranks = retrieval_ranks(images, texts, caption_image)
     for values, of_direction in zip(found.values(), ranks, strict=True):
         assert ((values > 0) == (of_direction == 1).numpy()).all(), "above 0 is rank 1"
-    monkeypatch.setattr(scores, "MOST_MARGINS", 5)
+    monkeypatch.setattr(retrieval, "MOST_MARGINS", 5)
     assert len(margins(matched_of(images, texts, caption_image))["text_to_image"]) == 5
 
 
@@ -310,14 +307,14 @@ def run(model: Path, data: Path, out: Path, *flags: str) -> tuple[dict, str]:
     """Metrics and the report's page."""
     arguments = ["retrieval", "--model", str(model), "--data", str(data), "--workers", "0"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pictures, "EXAMPLES", 2)
+        patch.setattr(retrieval, "EXAMPLES", 2)
         assert evaluate.main([*arguments, "--cache-dir", str(out / "cache"), "--output-dir", str(out), *flags]) == 0
     return json.loads((out / "metrics.json").read_text()), (out / "report.html").read_text()
 
 
 @pytest.fixture(scope="module")
 def plain(model, table, tmp_path_factory) -> tuple[Path, dict]:
-    """What an evaluation without flags of its own leaves."""
+    """Files of an evaluation without further flags."""
     out = tmp_path_factory.mktemp("plain")
     return out, run(model, table, out)[0]
 
@@ -329,7 +326,7 @@ def test_the_report_shows_charts_examples_and_queries(model, table, plain, tmp_p
     headings = re.findall(r"<h2>(.*?)</h2>", page)
     for heading in (
         "Retrieval", "Recall", "Similarity of pairs", "Margins", "One image and candidate captions",
-        "Pictures for your queries", "Text to image, examples that fail", "Image to text, examples that fail",
+        "Images for your queries", "Text to image, examples that fail", "Image to text, examples that fail",
         "Similarities and margins",
     ):  # fmt: skip
         assert heading in headings
@@ -360,8 +357,8 @@ def test_embeddings_are_kept_for_the_next_time(model, table, tmp_path, capsys, m
     monkeypatch.setattr(TwoTowers, "forward", lambda *given, **inputs: ran.append(1) or forward(*given, **inputs))
 
     def embed(model: Path = model, limit: int | None = None, **others) -> tuple[Tensor, Tensor]:
-        examined = Examined(data=str(table), limit=limit)
-        running = Running(cache_dir=tmp_path / "cache", output_dir=tmp_path, workers=0, **others)
+        examined = DataFlags(data=str(table), limit=limit)
+        running = RunFlags(cache_dir=tmp_path / "cache", output_dir=tmp_path, workers=0, **others)
         options = Retrieval(model=str(model), data=examined, run=running)
         subject = Subject.open(options.model, options, torch.device("cpu"), needs="captions")
         ran.clear()
@@ -374,7 +371,7 @@ def test_embeddings_are_kept_for_the_next_time(model, table, tmp_path, capsys, m
     told = capsys.readouterr().out
     assert "image embeddings from an earlier evaluation: " in told and "text embeddings from an earlier" in told
     embed(limit=4)
-    assert ran, "a part of the data has other rows"
+    assert ran, "a sample of the data has other rows"
     embed(other_weights(model, tmp_path / "other"))
     assert len(ran) == 2, "other weights embed both anew"
     for file in (tmp_path / "cache" / "embeddings").iterdir():
@@ -401,7 +398,7 @@ def test_a_cache_that_cannot_be_written_is_told_and_no_fault(tmp_path, capsys):
     stored = StoredEmbeddings(tmp_path / "file" / "embeddings")
     assert stored.find("image-0") is None
     stored.keep("image-0", Embedded(unit(2, 3), torch.ones(2, dtype=torch.bool), []))
-    assert "embeddings are not kept for a next time" in capsys.readouterr().out
+    assert "embeddings are not stored for later evaluations" in capsys.readouterr().out
 
 
 def test_what_the_network_withheld_is_not_kept(tmp_path):
@@ -430,23 +427,19 @@ def test_a_fault_of_the_users_is_one_line(model, table, tmp_path, capsys, flags,
 
 @pytest.mark.parametrize("count", [1, 20])
 def test_one_image_and_long_captions_are_drawn_too(tmp_path, monkeypatch, count):
-    monkeypatch.setattr(pictures, "EXAMPLES", 2)
+    monkeypatch.setattr(retrieval, "EXAMPLES", 2)
     caption_image = torch.arange(count).repeat(2)
     matched = matched_of(unit(count, 5), unit(2 * count, 5, seed=1), caption_image)
-    to_text, to_image = retrieval_ranks(matched.image_embeds, matched.text_embeds, caption_image)
-    findings = Findings(
-        matched=matched,
-        metrics=retrieval_metrics(matched.image_embeds, matched.text_embeds, caption_image),
-        to_text=to_text,
-        to_image=to_image,
-        similarities=(matched_similarities(matched), unmatched_similarities(matched, 0)),
-        margins=margins(matched),
-        queries=(),
-        query_embeds=unit(0, 5),
-        image=0,
-        image_name="a/very/long/name/of/a/picture/" * 3,
-        seed=0,
-    )
-    for picture in findings.draw(tmp_path):
-        with Image.open(picture.path) as drawn:
-            assert max(drawn.size) < 4000 and min(drawn.size) > 100
+    ranks = retrieval_ranks(matched.image_embeds, matched.text_embeds, caption_image)
+    name = "a/very/long/name/of/a/picture/" * 3
+    similarities = matched_similarities(matched), unmatched_similarities(matched, 0)
+    drawn = [
+        *retrieval.report_charts(retrieval.summarize_both(*ranks), similarities, margins(matched)),
+        retrieval.candidates_chart(matched, 0, name, (), unit(0, 5), 0),
+        *retrieval.sheets(matched, *ranks, (), unit(0, 5)),
+    ]
+    assert len(drawn) >= 6
+    for picture in drawn:
+        picture.draw(tmp_path / picture.file)
+        with Image.open(tmp_path / picture.file) as image:
+            assert max(image.size) < 4000 and min(image.size) > 100

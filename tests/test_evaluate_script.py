@@ -21,7 +21,7 @@ COLOURS = ("red", "green", "blue", "white", "black", "grey")
 
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory) -> Path:
-    """What a run leaves, as far as evaluate.py needs it: small untrained towers in RUN/export."""
+    """Files of a run that evaluate.py needs: small untrained towers in RUN/export."""
     run = tmp_path_factory.mktemp("run")
     texts = [f"a {colour} square on a {ground} ground" for colour in COLOURS for ground in COLOURS]
     towers, processing = build_preset("tiny-siglip", texts, use_bias=True)

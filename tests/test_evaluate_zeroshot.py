@@ -1,4 +1,4 @@
-"""Zero-shot: figures equal a naive twin's and peers', nothing is judged by the images that it was chosen on."""
+"""Zero-shot: metrics equal a naive twin's and peers', and nothing is evaluated on the images that chose it."""
 
 import json
 import math
@@ -17,14 +17,11 @@ from torch import Tensor
 import evaluate
 from lib.data.classes.class_names import renamed
 from lib.errors import InputError
-from lib.evaluation import class_plots
-from lib.evaluation.class_plots import plot_confusions
-from lib.evaluation.zeroshot import plots, task
-from lib.evaluation.zeroshot.calibration import BINS, calibrate, fit_scale, reliability
-from lib.evaluation.zeroshot.held_out import Fold, Labelled, folds
-from lib.evaluation.zeroshot.metrics import class_embeddings, ensemble, top5, zeroshot_metrics, zeroshot_scores
-from lib.evaluation.zeroshot.prompt_study import study_prompts
-from lib.evaluation.zeroshot.task import draw_pictures
+from lib.evaluation import charts, class_charts, zeroshot
+from lib.evaluation.calibration import BINS, calibrate, fit_scale, reliability
+from lib.evaluation.classification import class_embeddings, ensemble, top5, zeroshot_metrics, zeroshot_scores
+from lib.evaluation.prompt_study import study_prompts
+from lib.evaluation.splits import Fold, Labelled, folds
 
 COUNTS = {split: dict.fromkeys(COLOURS, count) for split, count in (("train", 2), ("val", 4), ("test", 5))}
 
@@ -135,7 +132,7 @@ def test_halves_judge_every_image_once_and_never_by_itself():
     first, second = folds(Labelled(unit(97, 4), labels), None, seed=1)
     for fold, other in ((first, second), (second, first)):
         assert np.array_equal(fold.chooser.labels, labels[other.rows])
-        assert np.array_equal(fold.chooser.embeds, unit(97, 4)[other.rows])
+        assert np.array_equal(fold.chooser.rows, unit(97, 4)[other.rows])
         assert np.abs(np.bincount(fold.chooser.labels) - np.bincount(labels) / 2).max() <= 1
     assert sorted([*first.rows, *second.rows]) == list(range(97))
     again, other_seed = (folds(Labelled(unit(97, 4), labels), None, seed) for seed in (1, 2))
@@ -154,13 +151,13 @@ def naive_study(test: Labelled, prompts: Tensor, chooser: Labelled) -> dict:
         total = sum(int(y == k) + int(p == k) for y, p in zip(labels, predicted, strict=True))
         return 2 * hits / total if total else 0.0
 
-    chosen_on = [predict(chooser.embeds, list(prompts[:, t])) for t in range(templates)]
+    chosen_on = [predict(chooser.rows, list(prompts[:, t])) for t in range(templates)]
     right = [sum(y == p for y, p in zip(chooser.labels, each, strict=True)) for each in chosen_on]
     order = sorted(range(templates), key=lambda t: -right[t])
     per_class = [max(order, key=lambda t, k=k: f1(chooser.labels, chosen_on[t], k)) for k in range(classes)]
 
     def accuracy(rows: list[Tensor]) -> float:
-        predicted = predict(test.embeds, rows)
+        predicted = predict(test.rows, rows)
         return sum(y == p for y, p in zip(test.labels, predicted, strict=True)) / len(test.labels)
 
     return {
@@ -214,7 +211,7 @@ def test_one_image_or_one_class_is_no_fault():
         parts = folds(test, None, 0)
         study_prompts(test, prompts, parts)
         class_embeds = ensemble(prompts)
-        scores = zeroshot_scores(test.embeds, class_embeds)
+        scores = zeroshot_scores(test.rows, class_embeds)
         before, after = calibrate(scores, test.labels, class_embeds, parts, 10.0)
         assert math.isfinite(before.ece) and math.isfinite(after.nll)
 
@@ -261,9 +258,9 @@ def test_the_fitted_temperature_is_the_one_that_made_the_labels():
 def test_the_temperature_is_fitted_on_the_other_images():
     test, sharp = clouds(80, 4, 1.5, seed=1), clouds(80, 4, 0.05, seed=2)
     class_embeds = unit(4, 12)
-    scores = zeroshot_scores(test.embeds, class_embeds)
+    scores = zeroshot_scores(test.rows, class_embeds)
     before, after = calibrate(scores, test.labels, class_embeds, folds(test, sharp, 0), 20.0)
-    expected = fit_scale(zeroshot_scores(sharp.embeds, class_embeds), sharp.labels)
+    expected = fit_scale(zeroshot_scores(sharp.rows, class_embeds), sharp.labels)
     assert before.temperatures == [1 / 20] and after.temperatures == [1 / expected]
     halves = calibrate(scores, test.labels, class_embeds, folds(test, None, 0), 20.0)[1]
     assert len(set(halves.temperatures)) == 2 and halves.nll < before.nll
@@ -296,9 +293,9 @@ def test_class_names_come_from_a_list_or_a_mapping(tmp_path):
 @pytest.mark.parametrize("count", [2, 26])
 def test_zeroshot_pictures_for_few_and_many_classes(monkeypatch, tmp_path, count):
     for limit, few in {"ANNOTATED_CLASSES": 5, "LABELLED_CLASSES": 10, "MOST_BARS": 20, "BARS_PER_COLUMN": 9}.items():
-        monkeypatch.setattr(class_plots, limit, few)
-    monkeypatch.setattr(plots, "MOST_TEMPLATES", 10)
-    monkeypatch.setattr(task, "PREDICTIONS", 6)
+        monkeypatch.setattr(class_charts, limit, few)
+    monkeypatch.setattr(charts, "MOST_TEMPLATES", 10)
+    monkeypatch.setattr(zeroshot, "PREDICTIONS", 6)
     classes = [f"class_{i} of $very <long> names & more" for i in range(count)]
     rng = np.random.default_rng(0)
     labels = np.arange(2 * count) % count
@@ -307,22 +304,19 @@ def test_zeroshot_pictures_for_few_and_many_classes(monkeypatch, tmp_path, count
     metrics = zeroshot_metrics(scores, labels, torch.eye(count), classes)
     test, prompts = Labelled(scores, labels), torch.eye(count)[:, None].repeat(1, 13, 1)
     parts = folds(test, None, 0)
-    pictures = draw_pictures(
-        tmp_path,
-        metrics,
-        study_prompts(test, prompts, parts),
-        calibrate(scores.numpy(), labels, torch.eye(count), parts, 5.0),
-        labels,
-        predicted,
-        classes,
-        [f"a template number {i} of $some length {{}}" for i in range(13)],
-        SmallImages(2 * count, {}).open,
-    )
+    study = study_prompts(test, prompts, parts)
+    reliabilities = calibrate(scores.numpy(), labels, torch.eye(count), parts, 5.0)
+    templates = [f"a template number {i} of $some length {{}}" for i in range(13)]
+    pictures = zeroshot.report_charts(metrics, study, reliabilities, classes, templates)
+    pictures.append(zeroshot.example_sheet(labels, predicted, classes, SmallImages(2 * count, {}).open))
     names = ["confusion.png", "class_f1.png", "prompts.png", "calibration.png", "examples.png"]
-    assert [picture.path.name for picture in pictures] == names
-    plot_confusions({"one": metrics["confusion"], "two": metrics["confusion"]}, classes, tmp_path / "two.png")
-    for path in (*(picture.path for picture in pictures), tmp_path / "two.png"):
-        with Image.open(path) as drawn:
+    assert [picture.file for picture in pictures] == names
+    for picture in pictures:
+        picture.draw(tmp_path / picture.file)
+    twice = {"one": metrics["confusion"], "two": metrics["confusion"]}
+    class_charts.plot_confusions(twice, classes, tmp_path / "two.png")
+    for name in (*names, "two.png"):
+        with Image.open(tmp_path / name) as drawn:
             assert max(drawn.size) < 4000 and min(drawn.size) > 100
 
 
@@ -334,7 +328,7 @@ def model(tmp_path_factory) -> Path:
     return save_model(tmp_path_factory.mktemp("model"))
 
 
-def zeroshot(model: Path, data: str | Path, out: Path, *flags: str) -> dict:
+def run_zeroshot(model: Path, data: str | Path, out: Path, *flags: str) -> dict:
     arguments = [f"--model={model}", f"--data={data}", f"--output-dir={out}", f"--cache-dir={out.parent / 'cache'}"]
     assert evaluate.main(["zeroshot", *arguments, "--workers=0", *flags]) == 0
     return json.loads((out / "metrics.json").read_text())
@@ -344,7 +338,7 @@ def test_the_script_studies_prompts_and_calibrates_on_the_validation_part(model,
     squares = make_squares(tmp_path / "squares", COUNTS)
     names = tmp_path / "names.yaml"
     names.write_text("dark grey: anthracite\n")
-    metrics = zeroshot(model, squares, tmp_path / "out", f"--class-names={names}", "--prompts=objects")
+    metrics = run_zeroshot(model, squares, tmp_path / "out", f"--class-names={names}", "--prompts=objects")
     printed = capsys.readouterr().out
     assert "chosen on: squares (val), 16 images" in printed and "images: 20" in printed
     assert set(metrics["per_class"]) == {"red", "green", "blue", "anthracite"}
@@ -358,24 +352,24 @@ def test_the_script_studies_prompts_and_calibrates_on_the_validation_part(model,
 
 
 def test_without_a_validation_part_halves_choose_for_each_other(model, tmp_path, capsys):
-    first = zeroshot(model, "digits", tmp_path / "a", "--limit=40")
-    assert "chosen on: each half of these images" in capsys.readouterr().out
+    first = run_zeroshot(model, "digits", tmp_path / "a", "--limit=40")
+    assert "chosen on: one half of these images" in capsys.readouterr().out
     assert len(first["calibration"]["after"]["temperatures"]) == 2
-    other = zeroshot(model, "digits", tmp_path / "b", "--limit=40", "--seed=1")
+    other = run_zeroshot(model, "digits", tmp_path / "b", "--limit=40", "--seed=1")
     assert other["calibration"]["after"] != first["calibration"]["after"], "--seed draws the halves"
     assert other["confusion"] == first["confusion"]
 
 
 def test_what_was_asked_to_be_measured_is_not_what_chooses(model, tmp_path, capsys):
     squares = make_squares(tmp_path / "squares", COUNTS)
-    zeroshot(model, squares, tmp_path / "out", "--split=val")
-    assert "chosen on: each half" in capsys.readouterr().out
+    run_zeroshot(model, squares, tmp_path / "out", "--split=val")
+    assert "chosen on: one half" in capsys.readouterr().out
 
 
 def test_validation_classes_are_told_by_name(model, tmp_path, capsys):
     # "blue" has no test images and "red" no validation images.
     counts = {"val": {"blue": 3, "green": 3}, "test": {"green": 4, "red": 4}}
-    metrics = zeroshot(model, make_squares(tmp_path / "squares", counts), tmp_path / "out")
+    metrics = run_zeroshot(model, make_squares(tmp_path / "squares", counts), tmp_path / "out")
     assert {name: figures["support"] for name, figures in metrics["per_class"].items()} == {
         "blue": 0,
         "green": 4,

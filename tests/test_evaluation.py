@@ -1,4 +1,4 @@
-"""Evaluation: figures equal naive twins, any number of ranks gives the same, and nothing broken hides."""
+"""Evaluation: metrics equal naive twins for any number of ranks, and bad samples are reported."""
 
 from functools import partial
 
@@ -22,13 +22,12 @@ from lib.data.prepare import text_key
 from lib.distributed import gather_objects, logsumexp_over_ranks
 from lib.errors import InputError
 from lib.evaluation import validation
+from lib.evaluation.classification import class_embeddings, zeroshot_metrics
 from lib.evaluation.embed import embed_images, embed_texts
-from lib.evaluation.html import aligned, write_report
-from lib.evaluation.outcome import Picture
-from lib.evaluation.retrieval.metrics import retrieval_metrics
+from lib.evaluation.report import aligned, write_report
+from lib.evaluation.retrieval_ranks import retrieval_metrics
 from lib.evaluation.subset import limited
 from lib.evaluation.validation import validate
-from lib.evaluation.zeroshot.metrics import class_embeddings, zeroshot_metrics
 from lib.losses import infonce, sigmoid
 from lib.train import _validation_loss
 
@@ -221,7 +220,7 @@ def test_validation_of_real_towers_on_the_digits():
     assert towers.training
 
 
-# A part of the data
+# A sample of the data
 
 
 def test_a_limited_set_keeps_images_labels_and_captions_together():
@@ -245,7 +244,7 @@ def test_a_limited_set_keeps_images_labels_and_captions_together():
 def test_the_report_is_one_file_that_loads_nothing(tmp_path):
     Image.new("RGB", (3, 3)).save(tmp_path / "a.png")
     tables = {"Figures": [["", "R@1"], ["<script>", "0.5"]]}
-    write_report(tmp_path / "r.html", "A & B", {"data": "<b>"}, tables, [Picture("One", tmp_path / "a.png")])
+    write_report(tmp_path / "r.html", "A & B", {"data": "<b>"}, tables, {"One": tmp_path / "a.png"})
     page = (tmp_path / "r.html").read_text(encoding="utf-8")
     assert "&lt;script&gt;" in page and "<script" not in page and "A &amp; B" in page and "&lt;b&gt;" in page
     assert page.count("src=") == page.count('src="data:image/png;base64,') == 1

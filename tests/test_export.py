@@ -1,4 +1,4 @@
-"""An exported folder gives the same logits through transformers alone, or it is not there at all."""
+"""An exported folder gives the same logits in transformers alone, or it does not exist."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""`python -m lib.export` as a user runs it, on what a training run left."""
+"""`python -m lib.export` as a user runs it, on the folder of a training run."""
 
 import json
 import os
@@ -211,7 +211,7 @@ def test_a_card_names_base_models_of_the_hub_and_no_folder_of_this_machine(run):
     config |= {
         "data": ["/home/me/secret/cap|tions.csv", "https://me:pass@host.org/a.tar?key=abc", "pipe:cat /home/me/x"]
     }
-    config |= {"freeze": ["image"], "unfreeze": ["image.last:1"], "lora": 8, "eval_ema": True, "ema": 0.999}
+    config |= {"freeze": ["image"], "unfreeze": ["image.last:1"], "lora": 8, "ema": 0.999}
     (run / "config.yaml").write_text(yaml.safe_dump(config))
     main([str(run)])
     text = "".join(
@@ -240,7 +240,7 @@ def test_a_model_of_elsewhere_has_a_card_without_figures(run, tmp_path):
 
 @pytest.fixture
 def hub(monkeypatch) -> list:
-    """Records what is asked of the hub; somebody is logged in."""
+    """Records requests to the hub; a user is logged in."""
     calls = []
 
     def create_repo(self, repo_id, **options):

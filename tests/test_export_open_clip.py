@@ -150,7 +150,7 @@ def test_what_open_clip_cannot_express_is_refused(kind, part, change, words, tmp
 
 
 def test_a_siglip_whose_image_tower_timm_knows_loads_by_that_name(tmp_path, monkeypatch):
-    """The name stands for the shape: no other file is needed, and no folder has to be told."""
+    """The name implies the shape: no other file and no folder is needed."""
 
     name, transformer = "vit_test_patch8_siglip_32", timm.models.VisionTransformer
 

@@ -48,7 +48,7 @@ def exported(towers: TwoTowers, processing: Processing, folder: Path, **options)
 
 
 def composed(image_tower: str, text_tower: str, **options) -> tuple[TwoTowers, Processing]:
-    """A pair of these encoders, away from its start."""
+    """A pair of these encoders with changed weights."""
     towers, processing = load_towers(family="siglip", image_tower=image_tower, text_tower=text_tower, **options)
     with torch.no_grad():
         for parameter in towers.parameters():
@@ -145,7 +145,7 @@ def test_what_sentence_transformers_cannot_load_is_refused(image, text, options,
 
 
 def test_a_tower_that_timm_builds_in_another_shape_is_refused(tmp_path):
-    """As a Swin for another image size is: its windows have other sizes from the start."""
+    """Like a Swin for another image size, whose windows have other sizes from the start."""
     pytest.importorskip("timm", reason="needs timm, an optional package")
     bert = encoders(tmp_path)["text_tower"]
     towers, processing = composed("timm:test_vit:random", bert, projection_dim=16)

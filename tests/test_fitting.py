@@ -6,11 +6,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from lib.config import TrainConfig
 from lib.data import ImagePipeline, Prepare, open_sources
 from lib.errors import RunError
-from lib.setup import fitting
+from lib.setup import chunk_memory
+from lib.setup import plan as planning
+from lib.setup.chunk_memory import ChunkMemory, even_chunk, largest_chunk, largest_that_fits, repeated
 from lib.setup.data import TwoLengths, longest_text, sample_inputs
-from lib.setup.fitting import MARGIN, ChunkMemory, Fitting, even_chunk, largest_chunk, largest_that_fits, repeated
 from lib.towers import build_preset
 from train_clip import DEFAULTS
 
@@ -70,8 +72,8 @@ def test_compiled_chunks_are_all_alike_where_the_batch_allows_it():
     assert even_chunk(32771, 512) == 512, "a prime has no divisor: its chunks differ by one"
 
 
-def on_an_accelerator(monkeypatch, measure, free: int, **changes) -> Fitting:
-    """The plan's search where memory is measured, with measurements of our own."""
+def on_an_accelerator(monkeypatch, measure, free: int, **changes) -> planning.BatchPlan:
+    """The plan where memory is measured, with measurements of our own."""
     towers, processing = build_preset("tiny-clip", ["a photo of a cat"])
     input_ids, attention_mask = processing.tokenize(["a photo of a cat"] * 4)
     inputs = {"pixel_values": torch.zeros(4, 3, 32, 32), "input_ids": input_ids, "attention_mask": attention_mask}
@@ -81,11 +83,11 @@ def on_an_accelerator(monkeypatch, measure, free: int, **changes) -> Fitting:
         shards_weights=False,
         state_bytes=lambda weights, trained, moments: weights + trained * (1 + moments),
     )
-    config = fitting.TrainConfig(**vars(DEFAULTS) | {"effective_batch": 1024, "xbm_size": 0} | changes)
-    monkeypatch.setattr(fitting, "memory_of_chunk", lambda towers, inputs, device, pairs: measure(pairs))
-    monkeypatch.setattr(fitting, "free_memory", lambda device: free)
-    monkeypatch.setattr(fitting, "total_memory", lambda device: free)
-    return Fitting(config, backend, towers, inputs, None)
+    config = TrainConfig(**vars(DEFAULTS) | {"effective_batch": 1024, "xbm_size": 0} | changes)
+    monkeypatch.setattr(planning, "memory_of_chunk", lambda towers, inputs, device, pairs: measure(pairs))
+    monkeypatch.setattr(planning, "free_memory", lambda device: free)
+    monkeypatch.setattr(planning, "total_memory", lambda device: free)
+    return planning.make_plan(config, backend, towers, inputs, 1000, None)
 
 
 MEGA = 2**20
@@ -93,13 +95,11 @@ MEGA = 2**20
 
 def test_on_an_accelerator_the_plan_has_what_was_measured(monkeypatch):
     measure = lambda pairs: ChunkMemory(2 * MEGA * pairs, 3 * MEGA * pairs)  # noqa: E731
-    fit = on_an_accelerator(monkeypatch, measure, free=1700 * MEGA, keep_graphs="auto")
-    plan = fit.plan(image_bytes=1000, state=None)
+    plan = on_an_accelerator(monkeypatch, measure, free=1700 * MEGA, keep_graphs="auto")
     assert plan.chunk_size == 448 and plan.chunk_pairs == 342 and plan.chunks == 3
     assert plan.chunk_bytes == 3 * MEGA * 342 and plan.graph_bytes == 2 * MEGA * 342
-    assert plan.keep_graphs == 0 and MARGIN * 1700 * MEGA > plan.device_bytes > 3 * MEGA * 342
-    roomy = on_an_accelerator(monkeypatch, measure, free=10_000 * MEGA, keep_graphs="auto", chunk_size=128)
-    plan = roomy.plan(image_bytes=1000, state=None)
+    assert plan.keep_graphs == 0 and planning.MARGIN * 1700 * MEGA > plan.device_bytes > 3 * MEGA * 342
+    plan = on_an_accelerator(monkeypatch, measure, free=10_000 * MEGA, keep_graphs="auto", chunk_size=128)
     assert (plan.chunk_size, plan.chunks, plan.keep_graphs) == (128, 8, 8)
 
 
@@ -110,13 +110,13 @@ def test_compiled_trunks_are_measured_and_get_the_larger_chunks_that_fit(monkeyp
         tried.append((pairs, bool(compiled)))
         return ChunkMemory(MEGA * pairs, (2 if compiled else 4) * MEGA * pairs)
 
-    monkeypatch.setattr(fitting, "compile_trunks", lambda *given: compiled.append(given))
+    monkeypatch.setattr(planning, "compile_trunks", lambda *given: compiled.append(given))
     monkeypatch.setattr(torch.compiler, "reset", lambda: resets.append(tried[-1][0]))
-    plan = on_an_accelerator(monkeypatch, measure, free=1400 * MEGA, compile=True).plan(1000, None)
+    plan = on_an_accelerator(monkeypatch, measure, free=1400 * MEGA, compile=True)
     assert plan.chunk_size == 512 and plan.chunk_pairs == 512
     assert [pairs for pairs, after in tried if after] == [256, 512, 512]
     assert resets == [256], "each size is compiled for itself, and what the run uses is kept"
-    fixed = on_an_accelerator(monkeypatch, measure, free=1400 * MEGA, compile=True, chunk_size=100).plan(1000, None)
+    fixed = on_an_accelerator(monkeypatch, measure, free=1400 * MEGA, compile=True, chunk_size=100)
     assert fixed.chunk_size == 100 and fixed.chunk_pairs == 94
 
 
@@ -125,7 +125,7 @@ def test_a_chunk_that_does_not_fit_is_one_error_before_the_first_batch(monkeypat
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has")
 
     with pytest.raises(RunError) as told:
-        on_an_accelerator(monkeypatch, measure, free=10**9, chunk_size=512).plan(1000, None)
+        on_an_accelerator(monkeypatch, measure, free=10**9, chunk_size=512)
     assert str(told.value) == (
         "out of memory with chunks of 512 pairs (20.00 MiB more were asked for): use --chunk-size 256"
     )
@@ -140,7 +140,7 @@ def test_a_chunk_on_a_gpu_takes_memory_with_its_pairs():
     pixel_values = torch.zeros(4, 3, 32, 32, dtype=torch.uint8, device=CUDA)
     inputs = {"pixel_values": pixel_values, "input_ids": input_ids, "attention_mask": attention_mask}
     # The first also takes what cuBLAS keeps for its products.
-    _, few, many = (fitting.memory_of_chunk(towers, inputs, CUDA, pairs) for pairs in (8, 512, 4096))
+    _, few, many = (chunk_memory.memory_of_chunk(towers, inputs, CUDA, pairs) for pairs in (8, 512, 4096))
     assert 4 * few.peak < many.peak < 16 * few.peak and few.graph < few.peak
     assert all(parameter.grad is None for parameter in towers.parameters())
 

@@ -30,9 +30,8 @@ from lib.backends.precision import LAUNCHED, full_float32
 from lib.data.ahead import ImageBuffer
 from lib.errors import StoppedEarly
 from lib.gradcache.prefetch import on_device
-from lib.gradcache.step import cached_step
-from lib.losses import infonce, sigmoid
-from lib.losses.blocks import Pairs
+from lib.gradcache.step import GradCache, cached_step
+from lib.losses import Pairs, infonce, sigmoid
 from lib.losses.objective import dense_infonce, dense_sigmoid
 from lib.runs import reporter as report
 from lib.runs.reporter import read_metrics
@@ -102,23 +101,21 @@ def test_the_cached_step_gives_on_cuda_what_it_gives_on_the_cpu(kind, kept):
         old = Pairs(*(embed.to(device) for embed in embeds), *(torch.arange(9, device=device) for _ in range(3)))
         negatives = [{"input_ids": torch.arange(8).view(2, 4), "attention_mask": torch.ones(2, 4, dtype=torch.int64)}]
         for loss in (infonce, sigmoid):
-            cached_step(
+            cache = GradCache(
                 towers,
-                chunks,
-                loss,
-                old,
-                device=device,
+                device,
                 keep_graphs=kept,
-                share=kind == "shared texts",
+                share_texts=kind == "shared texts",
                 negatives=negatives if kind == "negatives" else (),
             )
+            cached_step(cache, chunks, loss, old)
         gradients[device.type] = {name: p.grad.cpu() for name, p in towers.named_parameters()}
     for name, expected in gradients["cpu"].items():
         assert (gradients["cuda"][name] - expected).abs().max() <= 1e-8 * max(1.0, expected.abs().max().item()), name
 
 
 def test_pixels_arrive_whole_while_the_gpu_is_busy():
-    """Random chunks through page-locked slots that are used again and again, copied beside large products."""
+    """Random chunks through reused page-locked slots, copied during large products."""
     slots, rows, generator = 4, 64, torch.Generator().manual_seed(0)
     buffer = ImageBuffer(slots, rows, torch.zeros(3, 64, 64, dtype=torch.uint8), pin=True)
     assert buffer[0].is_pinned()
@@ -213,7 +210,7 @@ def test_compiled_trunks_are_few_graphs_and_train_the_same(tmp_path):
 
 
 def test_a_step_waits_for_the_gpu_a_few_times_and_no_chunk_does(tmp_path, monkeypatch):
-    """As torch counts it: every operation that makes the host wait warns."""
+    """Counts torch's warnings for operations that make the host wait."""
     per_step = {chunk: synchronizations(tmp_path / str(chunk), monkeypatch, chunk) for chunk in (32, 4)}
     print("synchronizations of the last steps:", per_step)
     for counts in per_step.values():

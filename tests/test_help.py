@@ -1,4 +1,4 @@
-"""--help as a person reads it: groups by what is done, each flag once, with its default."""
+"""--help as a user reads it: flags in groups, each once, with its default."""
 
 import dataclasses
 import os
@@ -16,17 +16,21 @@ from lib.config import TrainConfig, flag
 
 ROOT = Path(__file__).resolve().parents[1]
 GROUPS = {
-    "file": ["config"],
-    "data": ["data", "val_data", "prompts", "max_bad", "workers", "cache_dir", "data_info"],
-    "images": ["image_size", "augment", "flip"],
-    "model": ["model", "image_tower", "projection_dim"],
-    "fine-tuning": ["freeze", "lora"],
-    "batch": ["effective_batch", "chunk_size", "keep_graphs", "xbm_size", "xbm_gradients"],
+    "most-used": [
+        "data", "hold_out", "model", "image_tower", "text_tower", "freeze", "effective_batch", "xbm_size", "epochs",
+        "lr", "output_dir", "resume",
+    ],
+    "data": ["val_data", "prompts", "max_bad", "workers", "cache_dir", "store_outputs", "data_info"],
+    "images": ["image_size", "augment"],
+    "model": ["projection", "projection_dim"],
+    "fine-tuning": ["unfreeze", "lora"],
+    "batch": ["chunk_size", "keep_graphs", "xbm_gradients"],
     "loss": ["positives", "label_smoothing", "pos_weight", "scale_max"],
-    "optimizer": ["epochs", "steps", "lr", "warmup_steps", "seed"],
+    "optimizer": ["steps", "warmup_steps", "seed"],
     "evaluation": ["eval_every", "best_metric", "patience"],
-    "run": ["output_dir", "resume", "save_every", "tracker"],
-}
+    "run": ["save_every", "tracker"],
+    "file": ["config"],
+}  # fmt: skip
 FRAMES = str.maketrans("│╭╮╰╯─", "      ")  # of tyro's boxes, where the terminal has such letters
 
 
@@ -42,7 +46,7 @@ def boxes(script, capsys, monkeypatch, *task: str) -> dict[str, str]:
 
 
 def flags_of(box: str) -> dict[str, str]:
-    """What is said of each flag of a box."""
+    """Help text of each flag of a box."""
     parts = re.split(r"^ {1,4}(--[a-z][\w-]*)", box, flags=re.MULTILINE)
     return {name: " ".join(told.split()) for name, told in zip(parts[1::2], parts[2::2], strict=True)}
 
@@ -51,6 +55,7 @@ def flags_of(box: str) -> dict[str, str]:
 def test_every_flag_is_told_once_in_a_group_with_its_default(script, capsys, monkeypatch):
     told = {group: flags_of(box) for group, box in boxes(script, capsys, monkeypatch).items()}
     assert list(told) == list(GROUPS)
+    assert set(told["most-used"]) == {flag(name) for name in GROUPS["most-used"]}, "the first box has these alone"
     for group, names in GROUPS.items():
         assert {flag(name) for name in names} <= told[group].keys()
     flags = [name for group in told.values() for name in group]
@@ -86,9 +91,9 @@ def test_what_is_counted_or_measured_says_in_what(capsys, monkeypatch):
         name: text for box in boxes(train_clip, capsys, monkeypatch).values() for name, text in flags_of(box).items()
     }
     units = {
-        "--rotation": "degrees", "--image-size": "pixels", "--shard-cache-gib": "GiB", "--save-every": "Steps",
+        "--image-size": "pixels", "--shard-cache-gib": "GiB", "--save-every": "Steps",
         "--eval-every": "Steps", "--warmup-steps": "Steps", "--xbm-size": "pairs", "--chunk-size": "pairs",
-        "--max-bad": "fraction", "--flip": "Probability", "--dropout": "probability", "--epochs": "Passes",
+        "--max-bad": "fraction", "--dropout": "probability", "--epochs": "Passes",
     }  # fmt: skip
     assert not [name for name, unit in units.items() if unit not in told[name]]
 

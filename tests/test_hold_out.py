@@ -1,4 +1,4 @@
-"""--hold-out: what training keeps back is what evaluation looks at, and nothing else."""
+"""--hold-out: evaluation uses exactly the images that training leaves out."""
 
 import csv
 import json
@@ -93,7 +93,7 @@ def run(pictures, tmp_path) -> Path:
 def test_evaluation_warns_of_images_that_the_model_was_trained_on(run, pictures, flags, warned, tmp_path, capsys):
     out = tmp_path / "out"
     common = [f"--data={pictures}", f"--output-dir={out}", f"--cache-dir={tmp_path}", "--workers=0", *flags]
-    words = f"{run} has seen these images, or some of them, in training: figures are too good; --hold-out 0.25 measures"
+    words = f"{run} has seen these images, or some of them, in training: figures are too good; use --hold-out 0.25"
     assert evaluate.main(["zeroshot", f"--model={run}", *common]) == 0
     assert (f"warning: {words}" in capsys.readouterr().err) is warned
     assert (words in (out / "report.html").read_text()) is warned

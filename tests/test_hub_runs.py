@@ -16,9 +16,7 @@ from test_pack import evaluated, pack, records, training_pairs
 import evaluate
 from lib.data import open_sources
 from lib.errors import InputError
-from lib.evaluation.measure import measure
-from lib.evaluation.options import Examined, Running
-from lib.evaluation.tasks import Retrieval, Zeroshot
+from lib.evaluation.tasks import DataFlags, Retrieval, RunFlags, Zeroshot
 
 COUNTS = {"train": {"red": 7, "green": 6, "dark grey": 7}, "test": {"red": 3, "green": 2, "dark grey": 3}}
 
@@ -79,9 +77,9 @@ def model(tmp_path_factory) -> Path:
 
 def measured(task: type[Retrieval | Zeroshot], model: Path, data: Path | str, **columns: str) -> dict:
     """The figures of a task, without its pictures."""
-    running = Running(output_dir=model, workers=0, batch_size=8)
-    options = task(model=str(model), data=Examined(data=str(data), **columns), run=running)
-    return measure(options, torch.device("cpu")).metrics
+    running = RunFlags(output_dir=model, workers=0, batch_size=8)
+    options = task(model=str(model), data=DataFlags(data=str(data), **columns), run=running)
+    return options.measure(torch.device("cpu")).metrics
 
 
 def test_classes_are_evaluated_as_those_of_folders(squares, model, tmp_path):

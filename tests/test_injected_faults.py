@@ -1,4 +1,4 @@
-"""Writes of every script meet a kill or a full disk, by name: nothing finished is lost, one line says what to do."""
+"""A kill or a full disk at each write of every script: nothing finished is lost, and one line says what to do."""
 
 import json
 import os
@@ -24,7 +24,7 @@ TIMED = {"pairs_per_second", "step_seconds", "data_seconds", "peak_memory_bytes"
 
 @dataclass
 class Outcome:
-    """What a script left: its exit code (negative: a signal), the names of its writes, and what it printed."""
+    """Outcome of a script: exit code (negative: a signal), names of its writes, and output."""
 
     code: int
     writes: list[str]
@@ -76,7 +76,7 @@ def train(server: Server, *flags: str, fault: tuple[str, str] | None = None) -> 
     root = server.root
     return server.run(
         "train", f"--data={root}/data", "--hold-out=0.25", f"--output-dir={root}/run", f"--cache-dir={root}/cache",
-        "--freeze=text.trunk", "--cache-text", "--effective-batch=8", "--chunk-size=4", "--xbm-size=8", "--xbm-start=1",
+        "--freeze=text.trunk", "--effective-batch=8", "--chunk-size=4", "--xbm-size=8", "--xbm-start=1",
         "--workers=0", "--steps=4", "--save-every=2", "--eval-every=2", "--keep-checkpoints=1", "--dropout=0.1",
         "--warmup-steps=0", "--resume=auto", *flags, fault=fault,
     )  # fmt: skip
@@ -88,7 +88,7 @@ def clean(server: Server) -> None:
 
 
 def outcome(run: Path) -> tuple:
-    """What two equal runs agree in: the weights, the steps' metrics, the export's model."""
+    """Results that are equal in equal runs: weights, metrics of the steps, the exported model."""
     last = run / "checkpoints" / "step_000004"
     assert find_damage(last, MANIFEST) is None and find_damage(run / "export", RECORD) is None
     weights = {name: load_file(last / f"{name}.safetensors") for name in ("model", "memory")}
@@ -102,14 +102,14 @@ def outcome(run: Path) -> tuple:
 
 @pytest.fixture(scope="module")
 def unbroken(server) -> tuple[list[str], tuple]:
-    """The names of the writes of an unbroken run, in order, and what it left."""
+    """Names of the writes of an uninterrupted run, in order, and its files."""
     whole = train(server)
     assert whole.code == 0, whole.printed
     return list(dict.fromkeys(whole.writes)), outcome(server.root / "run")
 
 
 def told_once(outcome: Outcome, words: str, fault: object) -> bool:
-    """Whether the script ended with one line, which has these words, and no traceback."""
+    """True if the script ended with one line with these words and without a traceback."""
     lines = [line for line in outcome.printed.splitlines() if line.startswith(("error: ", "stopped: "))]
     assert len(lines) == 1 and words in lines[0] and "Traceback" not in outcome.printed, (fault, outcome.printed)
     return True
@@ -173,7 +173,7 @@ def test_a_full_disk_in_evaluate_and_export_is_told_in_one_line(server, unbroken
             if name.startswith(("out", ".out")):
                 assert full.code in (1, 2) and told_once(full, "No space left", name)
             else:
-                assert "embeddings are not kept for a next time" in full.printed
+                assert "embeddings are not stored for later evaluations" in full.printed
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a small disk")

@@ -1,4 +1,4 @@
-"""What a user types: launchers, configs, and errors that come once, in one line, with the right exit code."""
+"""Launchers, configs, and errors as a user meets them: once, in one line, with the right exit code."""
 
 import os
 import subprocess
@@ -23,7 +23,7 @@ def run(command: list[str], cwd: Path = ROOT) -> subprocess.CompletedProcess:
 
 @pytest.mark.slow
 def test_the_headline_command_works_from_any_folder_without_a_data_flag(tmp_path):
-    """A small batch here; the names of its negatives are those of the plan."""
+    """With a small batch; the plan prints its numbers of negatives."""
     command = [*LAUNCH, str(ROOT / "train_siglip.py"), "--effective-batch", "96", "--xbm-size", "64", "--steps", "2"]
     finished = run([*command, "--eval-every", "0"], cwd=tmp_path)
     assert finished.returncode == 0, finished.stderr

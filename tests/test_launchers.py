@@ -1,4 +1,4 @@
-"""The launchers of launch/: sound shell, the right commands, signals and exit codes passed on, fields that matter."""
+"""The launchers of launch/: valid shell, the right commands, signals and exit codes, and important fields."""
 
 import os
 import shutil
@@ -23,9 +23,9 @@ SCRIPTS = sorted([*(ROOT / "launch").glob("*.sh"), *(ROOT / "launch").glob("*.sb
 
 @pytest.fixture
 def stands(tmp_path) -> Path:
-    """A folder like .venv whose bin/ has stand-ins: torchrun with one rank, srun, scontrol; all write what they get."""
+    """A folder like .venv whose bin/ has stand-ins for torchrun (one rank), srun and scontrol; they log arguments."""
     tools = {
-        # As torchrun does, it waits for its rank and turns any failure into 1. The rank ends with 75 when told.
+        # Like torchrun, it waits for its rank and exits with 1 for any failure. The rank exits with 75 on USR1.
         "torchrun": f"""#!/usr/bin/env bash
 echo "torchrun $*" >>"{tmp_path}/told"
 env | grep -E '^(MASTER|NODE)' | sort >>"{tmp_path}/told"

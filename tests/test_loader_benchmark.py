@@ -1,4 +1,4 @@
-"""The loader benchmark runs as its own words say and leaves its figures."""
+"""The loader benchmark runs as documented and writes its results."""
 
 import json
 import os

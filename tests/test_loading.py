@@ -1,4 +1,4 @@
-"""How data reaches a step: workers and shared memory, what is read ahead, and chunks that are used as they come."""
+"""Loading of a step's data: workers, shared memory, reading ahead, and chunks used in order of arrival."""
 
 import errno
 import gc
@@ -29,7 +29,7 @@ from lib.data.order import stable_hash
 from lib.data.workers import LARGEST_PART, bytes_in_flight, workers_that_fit
 from lib.errors import InputError, RunError, machine_errors_reported
 from lib.gradcache import prefetch
-from lib.gradcache.step import cached_step
+from lib.gradcache.step import GradCache, cached_step
 from lib.losses import sigmoid
 from lib.setup import data as data_setup
 from lib.setup.data import Loading, chunks_ahead
@@ -153,7 +153,7 @@ def flags_of_mapping(address: int) -> list[str]:
 
 
 class Cudart:
-    """CUDA's functions that lock memory; refuses where it is told to."""
+    """CUDA's functions that lock memory; fails on request."""
 
     def __init__(self, refuses: bool) -> None:
         self.refuses, self.locked, self.calls = refuses, {}, []
@@ -214,7 +214,7 @@ def test_free_memory_is_that_of_the_container(tmp_path, monkeypatch, membership,
 
 @pytest.mark.parametrize("fault", ["raises", "cannot send", "is killed"])
 def test_a_worker_that_fails_ends_the_run_and_leaves_no_process(monkeypatch, fault):
-    """Neither a lost part nor a traceback that holds the workers may be waited for."""
+    """Neither a lost piece nor a traceback that holds the workers may block the end."""
 
     def failing(*given):
         if fault == "raises":
@@ -281,7 +281,7 @@ def test_a_thread_reads_no_further_than_there_is_room():
 
 
 def test_closing_does_not_wait_for_a_whole_chunk(monkeypatch):
-    """A chunk of many parts is given up between two of them."""
+    """A chunk of many pieces is abandoned between two of them."""
     data, begun = training_data(source(), workers=1, batch=24, chunk_size=24, part_size=1), []
     original = training.ReadAhead
 
@@ -320,12 +320,12 @@ def test_pass_1_begins_when_the_first_chunk_is_there():
         towers, gradients = ToyTowers(0.3), []
         towers.register_forward_pre_hook(lambda *_: events.append("forward"))
         torch.manual_seed(1)
-        cached_step(towers, Slow(), sigmoid, None, device=CPU, keep_graphs=kept)
+        cached_step(GradCache(towers, CPU, keep_graphs=kept), Slow(), sigmoid, None)
         assert events[:8] == [word for n in range(4) for word in (f"chunk {n} is there", "forward")]
         gradients.append([parameter.grad for parameter in towers.parameters()])
         at_once = ToyTowers(0.3)
         torch.manual_seed(1)
-        cached_step(at_once, chunks, sigmoid, None, device=CPU, keep_graphs=kept)
+        cached_step(GradCache(at_once, CPU, keep_graphs=kept), chunks, sigmoid, None)
         for ours, theirs in zip(gradients[-1], (p.grad for p in at_once.parameters()), strict=True):
             assert torch.equal(ours, theirs)
 

@@ -1,4 +1,4 @@
-"""Low-rank adapters: what moves, what is merged, and that a run with them goes on exactly."""
+"""Low-rank adapters: which weights train, merging, and exact resume."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from small_runs import losses, moved, pair, same, save_encoders, saved, train
 from transformers import AutoModel
 
 from lib.errors import InputError
-from lib.gradcache import step as cached_step
+from lib.gradcache.step import cached_step
 from lib.runs.reporter import read_metrics
 from lib.towers import TwoTowers, build_preset, load_towers
 from lib.towers.lora import add_adapters, merge, merged_weights
@@ -78,7 +78,7 @@ def test_bert_vit_and_a_part_of_a_trunk_are_known_by_name(encoders):
 
 
 def test_a_run_trains_adapters_heads_and_scale_and_exports_a_plain_model(tmp_path):
-    run = train(tmp_path / "run", "--lora=2", "--lora-alpha=16", "--weight-decay=0.2")
+    run = train(tmp_path / "run", "--lora=2", "--weight-decay=0.2")
     names = moved(run, name="weights")
     assert {name for name in names if ".lora_" not in name} == {"image.head.weight", "text.head.weight", "logit_scale"}
     assert len({name for name in names if ".lora_B." in name}) == 2 * 2 * len(PROJECTIONS)
@@ -94,7 +94,7 @@ def test_a_run_trains_adapters_heads_and_scale_and_exports_a_plain_model(tmp_pat
 
 
 def test_a_run_with_adapters_and_dropout_resumes_exactly(tmp_path):
-    flags = ("--lora=2", "--lora-dropout=0.3", "--freeze", "text", "--steps=4")
+    flags = ("--lora=2", "--dropout=0.3", "--freeze", "text", "--steps=4")
     whole = train(tmp_path / "whole", *flags)
     assert not any(name.startswith("text.") for name in moved(whole, name="weights"))
     rest = train(tmp_path / "rest", *flags, f"--resume={whole / 'checkpoints' / 'step_000002'}")
@@ -104,25 +104,25 @@ def test_a_run_with_adapters_and_dropout_resumes_exactly(tmp_path):
 
 
 def test_the_cached_step_replays_the_adapters_dropout(tmp_path):
-    train(tmp_path / "run", "--lora=2", "--lora-dropout=0.3", "--verify-gradients", "--steps=1")
+    train(tmp_path / "run", "--lora=2", "--dropout=0.3", "--verify-gradients", "--steps=1")
 
 
 @pytest.mark.parametrize(("dropout", "shared"), [(0.0, True), (0.3, False)])
 def test_texts_are_encoded_once_only_while_adapters_drop_nothing(dropout, shared, tmp_path, monkeypatch):
     """At the start adapters give 0, with dropout or without."""
-    told, step = [], cached_step.cached_step
+    told = []
 
-    def watched(*arguments, share: bool, **options):
-        told.append(share)
-        return step(*arguments, share=share, **options)
+    def watched(cache, *arguments, **options):
+        told.append(cache.share_texts)
+        return cached_step(cache, *arguments, **options)
 
     monkeypatch.setattr("lib.train.cached_step", watched)
-    train(tmp_path / "run", "--lora=2", f"--lora-dropout={dropout}", "--steps=1")
+    train(tmp_path / "run", "--lora=2", f"--dropout={dropout}", "--steps=1")
     assert told == [shared]
 
 
 def test_a_checkpoint_with_adapters_starts_another_run_and_is_what_was_evaluated(tmp_path):
-    run = train(tmp_path / "run", "--lora=2", "--lora-alpha=64", "--lr=1e-2", "--eval-every=2")
+    run = train(tmp_path / "run", "--lora=2", "--lr=3e-2", "--eval-every=2")
     model = f"--model={run / 'checkpoints' / 'step_000002'}"
     again = train(tmp_path / "again", model, "--steps=1", "--lr=1e-12", "--eval-every=1")
     first, second = saved(run, 2), saved(again, 1)
@@ -135,7 +135,6 @@ def test_a_checkpoint_with_adapters_starts_another_run_and_is_what_was_evaluated
     ("flags", "message"),
     [
         (("--lora=2", "--freeze", "image", "text"), "--lora 2: both trunks are frozen"),
-        (("--lora-dropout=0.1",), "give their rank with --lora"),
         (("--lora=2", "--freeze", "image", "text", "--unfreeze", "re:text.*norm"), "--lora 2: no attention layer"),
     ],
 )

@@ -7,7 +7,7 @@ import pytest
 import torch
 from naive import naive_infonce, naive_sigmoid, random_pairs
 
-from lib.losses import LossShare, Pairs, infonce, sigmoid
+from lib.losses import LossShare, Pairs, infonce, positives, sigmoid
 from lib.losses import tiles as logit_tiles
 from lib.losses.objective import Objective, dense_infonce, dense_sigmoid
 
@@ -65,12 +65,11 @@ CASES = [
 
 
 @pytest.mark.parametrize("groups", [None, 4])
-@pytest.mark.parametrize("memory", ["none", "use", "ignore"])
+@pytest.mark.parametrize("memory", [False, True])
 @pytest.mark.parametrize(("loss", "naive", "options"), CASES)
 def test_value_and_gradients_equal_a_double_loop(loss, naive, options, memory, groups):
     fresh = random_pairs(17, DIM, seed=1, groups=groups)
-    remembered = None if memory == "none" else remembered_pairs(groups, fresh)
-    options = options | ({} if memory == "none" else {"remembered_positives": memory})
+    remembered = remembered_pairs(groups, fresh) if memory else None
     share = loss(fresh, remembered, SCALE, BIAS, slice(0, 17), **options)
     assert_same(share, autograd(naive, fresh, remembered, SCALE, BIAS, **options))
 
@@ -88,15 +87,15 @@ def test_with_negative_texts_too(loss, naive, options, memory):
 
 
 @pytest.mark.parametrize("groups", [None, 4])
-@pytest.mark.parametrize("memory", ["none", "use", "ignore"])
+@pytest.mark.parametrize("memory", [False, True])
 @pytest.mark.parametrize("same_text", ["exclude", "positive", "negative"])
 @pytest.mark.parametrize(("loss", "naive", "options"), CASES)
 def test_equal_texts_of_other_groups_count_as_asked(loss, naive, options, same_text, memory, groups):
     """In one batch and in the slices of four ranks; were all texts distinct, the loss would be another."""
     fresh = random_pairs(17, DIM, seed=1, groups=groups, texts=6)
     fresh = replace(fresh, negative_texts=random_pairs(3, DIM, seed=2).text_embeds)
-    remembered = None if memory == "none" else remembered_pairs(groups, fresh, texts=6)
-    options = options | {"same_text": same_text} | ({} if memory == "none" else {"remembered_positives": memory})
+    remembered = remembered_pairs(groups, fresh, texts=6) if memory else None
+    options = options | {"same_text": same_text}
     twin = autograd(naive, fresh, remembered, SCALE, BIAS, **options)
     whole = loss(fresh, remembered, SCALE, BIAS, slice(0, 17), **options)
     assert_same(whole, twin)
@@ -117,7 +116,7 @@ def test_with_distinct_texts_there_is_nothing_to_exclude(loss):
 
 @pytest.mark.parametrize("same_text", ["exclude", "positive", "negative"])
 @pytest.mark.parametrize("positives", ["group", "pair"])
-@pytest.mark.parametrize("extras", ["none", "use", "ignore"])
+@pytest.mark.parametrize("extras", [False, True])
 @pytest.mark.parametrize(
     ("loss", "dense", "options"),
     [
@@ -127,11 +126,10 @@ def test_with_distinct_texts_there_is_nothing_to_exclude(loss):
     ],
 )
 def test_the_dense_twins_of_verify_gradients_equal_the_losses(loss, dense, options, extras, positives, same_text):
-    """With negative texts and a memory too, of which remembered positives are used or ignored; in tiles of any size."""
-    options = options | {"remembered_positives": "use" if extras == "none" else extras}
+    """With negative texts and a memory too; in tiles of any size."""
     objective = Objective("clip", partial(loss, **options), partial(dense, **options)).of_run(positives, same_text)
     fresh, remembered = random_pairs(17, DIM, seed=1, groups=4, texts=6), None
-    if extras != "none":
+    if extras:
         fresh = replace(fresh, negative_texts=random_pairs(3, DIM, seed=2).text_embeds)
         remembered = remembered_pairs(4, fresh, texts=6)
     twin = autograd(objective.dense, fresh, remembered, SCALE, BIAS)
@@ -177,7 +175,7 @@ def test_shares_of_row_slices_add_up_to_the_whole_batch(loss):
 @pytest.mark.parametrize("same_text", ["exclude", "positive", "negative"])
 @pytest.mark.parametrize("loss", [infonce, partial(infonce, through="anchors", label_smoothing=0.1), sigmoid])
 def test_a_share_without_rows_contributes_nothing(loss, same_text):
-    """As of a rank that has none: validation may have fewer pairs than there are ranks."""
+    """A rank without pairs: validation may have fewer pairs than ranks."""
     fresh = random_pairs(17, DIM, seed=1, groups=4, texts=6)
     fresh = replace(fresh, negative_texts=random_pairs(9, DIM, seed=2).text_embeds)
     for remembered in (None, remembered_pairs(4, fresh, texts=6)):
@@ -204,7 +202,7 @@ def over_slices(loss, options: dict, fresh, remembered, slices: list[slice]) -> 
 
 
 def partial_column_merger(options: dict, fresh, remembered, slices):
-    """What the ranks exchange: the log-sum-exp of all slices' partial ones."""
+    """Exchange of the ranks: the log-sum-exp over the partial ones of all slices."""
     partials = []
 
     def collect(partial):
@@ -338,18 +336,95 @@ def test_one_hand_computed_value():
     assert pairwise == pytest.approx((torch.log1p(torch.exp(-one)) + torch.log(torch.tensor(2.0))).item())
 
 
+def float32_errors(fresh: Pairs, remembered: Pairs | None, scale: float, **options) -> dict[str, float]:
+    """Largest differences of InfoNCE in float32 from float64, relative to the largest element."""
+    rows, numbers = slice(0, len(fresh)), (torch.tensor(scale), torch.tensor(0.0))
+    share = infonce(fresh, remembered, *numbers, rows, **options)
+    exact = (None if pairs is None else doubled(pairs) for pairs in (fresh, remembered))
+    twin = infonce(*exact, *(number.double() for number in numbers), rows, **options)
+    errors = {}
+    for name in ("loss", "image_embeds", "text_embeds", "logit_scale"):
+        ours, expected = getattr(share, name), getattr(twin, name)
+        errors[name] = ((ours - expected).abs().max() / expected.abs().max().clamp(min=1e-30)).item()
+    return errors
+
+
+@pytest.mark.parametrize("memory", [False, True])
+@pytest.mark.parametrize("through", ["both", "anchors"])
+@pytest.mark.parametrize("classes", [32, 10, 2])
+def test_infonce_in_float32_is_within_1e_5_of_float64(classes, through, memory):
+    for spread in (3.0, 0.3):
+        fresh, old = learnt(512, classes, spread), None
+        if memory:
+            old = learnt(512, classes, 1.3 * spread)
+            old = replace(old, sample_id=old.sample_id + 300)
+        for scale in (1.0, 30.0, 100.0):
+            errors = float32_errors(fresh, old, scale, through=through, tile=200)
+            # Of anchors alone less is left where both towers have learnt the classes: the rounded logits show more.
+            assert max(errors.values()) <= (1e-5 if through == "both" else 5e-5), (spread, scale, errors)
+
+
+@pytest.mark.parametrize(("spread", "largest"), [(0.3, 1e-4), (0.1, 1e-5), (0.03, 1e-5)])
+def test_infonce_of_pairs_that_are_nearly_perfect_keeps_its_digits_in_float32(spread, largest):
+    """Losses from 3e-5 down to 1e-17, where 1 - p of a positive is far below what float32 resolves next to 1."""
+    fresh = learnt(512, 512, spread)
+    for scale in (30.0, 100.0):
+        assert infonce(fresh, None, torch.tensor(scale), torch.tensor(0.0), slice(0, 512), tile=200).loss < largest
+        errors = float32_errors(fresh, None, scale, tile=200)
+        assert max(errors.values()) <= 1e-5 * (2 if scale > 30 else 1), (scale, errors)
+
+
+def test_negative_control_p_less_target_in_float32_loses_its_digits():
+    fresh, count, scale = learnt(512, 512, 0.1), 512, 30.0
+    exact = infonce(doubled(fresh), None, *(torch.tensor(x).double() for x in (scale, 0.0)), slice(0, count), tile=200)
+    logits = scale * fresh.image_embeds @ fresh.text_embeds.T
+    slope = logits.softmax(1) + logits.softmax(0) - 2 * torch.eye(count)
+    plain = slope @ fresh.text_embeds * scale / (2 * count)
+    assert (plain - exact.image_embeds).abs().max() > 1e-3 * exact.image_embeds.abs().max()
+
+
+@pytest.mark.parametrize("classes", [32, 10, 2])
+def test_what_infonce_loses_on_tight_classes_is_the_rounding_of_its_logits(classes):
+    """Logits near 100 that differ by 0.2 have lost digits before the loss; it adds next to nothing to that."""
+    fresh, scale, count = learnt(512, classes, 0.1), 100.0, 512
+    assert max(float32_errors(fresh, None, scale, tile=200).values()) <= 1e-4
+    share = infonce(fresh, None, torch.tensor(scale), torch.tensor(0.0), slice(0, count), tile=count)
+    logits = ((fresh.image_embeds * scale) @ fresh.text_embeds.T).double()  # as float32 rounds them
+    positive = (fresh.group[:, None] == fresh.group).double()
+    slope = logits.softmax(1) + logits.softmax(0) - 2 * positive / positive.sum(1, keepdim=True)
+    expected = slope @ fresh.text_embeds.double() * scale / (2 * count)
+    assert (share.image_embeds - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
 @pytest.mark.parametrize("order", ["rising", "falling", "drawn"])
-def test_one_visit_gives_log_sum_exp_and_mean_by_softmax_at_any_range_of_logits(order):
-    """In float32 at the largest scale, whichever tile holds what dominates; an anchor may have no candidate at all."""
+@pytest.mark.parametrize("all_excluded", [False, True])
+def test_softmax_over_tiles_at_any_range_of_logits(order, all_excluded):
+    """In float32 at the largest scale, whichever tile holds what dominates; a memory may have no candidate at all."""
     generator = torch.Generator().manual_seed(3)
-    anchors, others = (torch.nn.functional.normalize(torch.randn(9, DIM, generator=generator), dim=1) for _ in "ab")
-    by_cosine = (anchors[0] @ others.T).argsort(descending=order == "falling")
-    others = (others if order == "drawn" else others[by_cosine]).repeat_interleave(3, dim=0)
-    left_out = torch.rand(9, len(others), generator=generator) < 0.3
-    left_out[4] = True
-    buffers, mask = logit_tiles.TileBuffers(7), lambda r, c: left_out[r, c]
-    lse, mean = logit_tiles.LogitTiles(anchors, others, torch.tensor(100.0), None, buffers, mask).softmax_mean()
-    logits = (100 * anchors.double() @ others.double().T).masked_fill(left_out, -torch.inf)
-    torch.testing.assert_close(lse.double(), logits.logsumexp(1), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(mean.double(), logits.softmax(1).nan_to_num() @ others.double(), rtol=1e-4, atol=1e-5)
-    assert lse[4] == -torch.inf and not mean[4].any()
+    fresh, old = random_pairs(9, DIM, seed=1), random_pairs(27, DIM, seed=2, first_id=100)
+    by_cosine = (old.text_embeds @ fresh.image_embeds[0]).argsort(descending=order == "falling")
+    if order != "drawn":
+        old = replace(old, text_embeds=old.text_embeds[by_cosine], image_embeds=old.image_embeds[by_cosine])
+    stale = torch.rand(27, generator=generator) < 0.3
+    old = replace(old, sample_id=torch.where(stale, torch.arange(27) % 9, old.sample_id))
+    if all_excluded:
+        fresh, old = replace(fresh, text_id=torch.zeros(9).long()), replace(old, text_id=torch.zeros(27).long())
+    single = (replace(p, image_embeds=p.image_embeds.float(), text_embeds=p.text_embeds.float()) for p in (fresh, old))
+    options = {"same_text": "exclude"}
+    share = infonce(*single, torch.tensor(100.0), torch.tensor(0.0), slice(0, 9), tile=7, **options)
+    scale = torch.tensor(100.0, dtype=torch.float64)
+    twin = autograd(naive_infonce, fresh, old, scale, torch.zeros_like(scale), **options)
+    for name in ("loss", "image_embeds", "text_embeds", "logit_scale"):
+        torch.testing.assert_close(getattr(share, name).double(), getattr(twin, name), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("same_text", ["exclude", "positive", "negative"])
+@pytest.mark.parametrize("loss", [partial(infonce, label_smoothing=0.1), infonce, sigmoid])
+def test_masks_that_hold_nothing_change_nothing(loss, same_text, monkeypatch):
+    """As on a GPU, which would have to be waited for to learn that no id occurs on both sides."""
+    fresh = random_pairs(17, DIM, seed=1, groups=9, texts=9)
+    fresh = replace(fresh, negative_texts=random_pairs(9, DIM, seed=2).text_embeds)
+    remembered = remembered_pairs(9, fresh, texts=9)
+    found = loss(fresh, remembered, SCALE, BIAS, slice(0, 17), same_text=same_text, tile=3)
+    monkeypatch.setattr(positives, "_equal", lambda anchors, others: anchors[:, None] == others)
+    assert_same(loss(fresh, remembered, SCALE, BIAS, slice(0, 17), same_text=same_text, tile=3), found)

@@ -15,7 +15,7 @@ from toy import VOCABULARY, ToyTowers, toy_chunks
 import train_siglip
 from lib.distributed import logsumexp_over_ranks, rank_and_world_size
 from lib.errors import InputError
-from lib.gradcache.step import cached_step
+from lib.gradcache.step import GradCache, cached_step
 from lib.losses import Pairs, infonce, sigmoid
 from lib.losses.positives import Ids
 
@@ -41,17 +41,15 @@ def cached(loss: str, keep_graphs: int, dropout: float = 0.0, share: bool = Fals
     towers = ToyTowers(dropout)
     wrapped = DistributedDataParallel(towers) if world_size > 1 else towers
     torch.manual_seed(100 + rank)
-    result = cached_step(
+    cache = GradCache(
         wrapped,
-        toy_chunks(COUNT, 2, 4, rank, world_size),
-        LOSSES[loss][0],
-        None,
-        device=CPU,
+        CPU,
         no_sync=getattr(wrapped, "no_sync", nullcontext),
         keep_graphs=keep_graphs,
+        share_texts=share,
         negatives=negatives(),
-        share=share,
     )
+    result = cached_step(cache, toy_chunks(COUNT, 2, 4, rank, world_size), LOSSES[loss][0], None)
     assert result.fresh.negative_texts is None and result.replay_difference == 0
     return gradients(towers)
 
@@ -112,7 +110,7 @@ def test_a_run_has_them_as_candidates_and_stores_their_outputs(tmp_path, capsys)
     run = train(tmp_path / "run", flag)
     assert "11 negative prompts more" in capsys.readouterr().out
     assert losses(run)[0] > losses(without)[0] + 0.1
-    stored = ("--freeze", "text.trunk", "--cache-text", f"--cache-dir={tmp_path}")
+    stored = ("--freeze", "text.trunk", f"--cache-dir={tmp_path}")
     kept, again = train(tmp_path / "kept", flag, *stored), train(tmp_path / "again", flag, *stored[:2])
     assert losses(kept) == pytest.approx(losses(again), rel=1e-5)
     assert any("text" in name for name in moved(run))

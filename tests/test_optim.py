@@ -1,4 +1,4 @@
-"""Learning rates by part and block, weight decay, the kinds of optimizer, and a resume at other rates."""
+"""Learning rates of trunks, heads and blocks, weight decay, kinds of optimizer, and a resume at other rates."""
 
 import pytest
 import torch
@@ -101,7 +101,7 @@ def test_with_sgd_each_part_of_a_run_moves_by_its_own_rate(tmp_path, capsys):
     resume = f"--resume={start / 'checkpoints' / 'step_000001'}"
     base = train(tmp_path / "base", *flags, "--steps=2", resume)
     assert "peak learning rates" not in capsys.readouterr().out
-    rates = ("--image-lr=0.04", "--head-lr=0.02", "--layer-decay=0.5")
+    rates = ("--trunk-lr", "0.04", "0.01", "--head-lr=0.02", "--layer-decay=0.5")
     other = train(tmp_path / "other", *flags, "--steps=2", resume, *rates)
     assert "peak learning rates, 0.00125 to 0.04" in capsys.readouterr().out
     weights = [saved(start, 1), saved(base, 2), saved(other, 2)]
@@ -121,7 +121,16 @@ def test_with_sgd_each_part_of_a_run_moves_by_its_own_rate(tmp_path, capsys):
 
 
 def test_a_run_with_many_rates_resumes_exactly_and_logs_the_highest(tmp_path):
-    flags = ("--optimizer=adam", "--lr=1e-3", "--text-lr=2e-3", "--layer-decay=0.8", "--dropout=0.1", "--steps=4")
+    flags = (
+        "--optimizer=adam",
+        "--lr=1e-3",
+        "--trunk-lr",
+        "1e-3",
+        "2e-3",
+        "--layer-decay=0.8",
+        "--dropout=0.1",
+        "--steps=4",
+    )
     flags = (*flags, "--schedule=cosine")
     whole = train(tmp_path / "whole", *flags)
     rest = train(tmp_path / "rest", *flags, f"--resume={whole / 'checkpoints' / 'step_000002'}")

@@ -1,4 +1,4 @@
-"""Out of memory, wherever it strikes, is one line with the amount, the chunk, what to do, and what is safe."""
+"""Running out of memory anywhere gives one line with the amount, the chunk size, the remedy, and the checkpoint."""
 
 import sys
 
@@ -112,7 +112,7 @@ def test_what_counts_as_out_of_memory(error, expected):
 
 
 def test_a_fault_of_the_device_while_saving_is_not_taken_for_one_of_the_disk(tmp_path, monkeypatch):
-    """CUDA tells of a failed kernel at the next copy, which may be the checkpoint's."""
+    """CUDA reports a failed kernel at the next copy, which may be the checkpoint's."""
     copy = torch.Tensor.cpu
 
     def failing(tensor):

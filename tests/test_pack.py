@@ -1,4 +1,4 @@
-"""Packing loses nothing and adds nothing: the shards are the data again, and the same bytes after interruptions."""
+"""Packing neither loses nor adds samples, and gives the same bytes after interruptions."""
 
 import io
 import json

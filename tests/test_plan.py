@@ -8,8 +8,8 @@ from naive import fresh_kind, random_pairs
 
 from lib.losses import sigmoid
 from lib.losses.start_bias import bias_from_counts, solved_bias
-from lib.setup.fitting import MARGIN, graphs_that_fit, measure_activations
-from lib.setup.plan import BatchPlan, oversize_warning, useless_memory_warning
+from lib.setup.chunk_memory import measure_activations
+from lib.setup.plan import MARGIN, BatchPlan, graphs_that_fit, oversize_warning, useless_memory_warning
 from lib.towers import build_preset
 from lib.towers.trainable import set_trainable
 
@@ -89,19 +89,19 @@ def test_auto_keeps_the_graphs_that_fit_beside_the_plan():
 
 def test_a_batch_above_the_data_set_is_told_with_what_to_use_instead():
     warning = oversize_warning(32768, 32768, 1442)
-    assert "22.7 times" in warning and "about 23 times" in warning
+    assert "has 1,442 pairs" in warning and "32768 repeats each 22.7 times a step" in warning
     assert "--effective-batch 4096 --xbm-size 28672" in warning
-    assert "--effective-batch 64 --xbm-size 0 " in oversize_warning(32768, 32768, 184)
-    assert "--effective-batch 2 --xbm-size 0 " in oversize_warning(32768, 32768, 1)
+    assert "--effective-batch 64 --xbm-size 0:" in oversize_warning(32768, 32768, 184)
+    assert "--effective-batch 2 --xbm-size 0:" in oversize_warning(32768, 32768, 1)
     assert oversize_warning(1000, 0, 1442) is None and oversize_warning(1000, 0, None) is None
 
 
 def test_a_memory_above_the_data_set_is_told():
-    assert "178.1 times" in useless_memory_warning(64, 32768, 184)
+    assert "a memory of 32768 holds each 178.1 times" in useless_memory_warning(64, 32768, 184)
     assert useless_memory_warning(64, 184, 184) is None and useless_memory_warning(64, 32768, None) is None
     assert useless_memory_warning(32768, 32768, 184) is None, "the batch's own warning says what to use"
     assert "--effective-batch 256 --xbm-size 1792" in oversize_warning(2048, 512, 1422)
-    assert useless_memory_warning(256, 1792, 1422) is None, "who follows that is not told the contrary"
+    assert useless_memory_warning(256, 1792, 1422) is None, "that advice is not contradicted"
 
 
 @pytest.mark.parametrize("groups", [None, 3])

@@ -11,11 +11,11 @@ from conftest import ROOT
 
 import evaluate
 import train_clip
+from lib import losses
 from lib.backends.precision import LAUNCHED, Precision, choose_precision, full_float32, set_up_kernels
 from lib.config import TrainConfig
 from lib.errors import InputError, RunError
 from lib.evaluation import subject
-from lib.losses import tiled as losses
 from lib.runs.reporter import read_metrics
 from lib.setup.announce import compile_lines
 from lib.towers import TwoTowers
@@ -125,9 +125,10 @@ def test_deterministic_runs_train_and_a_forbidden_kernel_is_one_line(tmp_path, m
 
         AcceleratorState._reset_state(reset_partial_state=True)
         monkeypatch.setattr(TwoTowers, "forward", forbidden)
-        monkeypatch.setattr("lib.setup.fitting.measure_activations", lambda towers, inputs: 1)
+        monkeypatch.setattr("lib.setup.plan.measure_activations", lambda towers, inputs: 1)
+        monkeypatch.setattr("lib.setup.build.shares_texts", lambda *_: False)
         with pytest.raises(RunError, match="--deterministic: adaptive_avg_pool2d_backward_cuda has no reproducible"):
-            flags = [*SMALL, "--deterministic", "--shared-texts=off", f"--output-dir={tmp_path / 'forbidden'}"]
+            flags = [*SMALL, "--deterministic", f"--output-dir={tmp_path / 'forbidden'}"]
             train_clip.main(flags)
     finally:
         torch.use_deterministic_algorithms(False)

@@ -1,4 +1,4 @@
-"""Passwords and tokens in addresses: on no terminal and in no file but a run's config.yaml, which is its owner's."""
+"""Passwords and tokens in addresses: not on the terminal, and in no file except config.yaml, which is private."""
 
 import json
 import os
@@ -83,7 +83,7 @@ def test_a_text_is_written_whole_or_not_at_all_with_the_mode_that_the_umask_leav
 
 
 def test_every_text_file_of_lib_is_written_in_one_place():
-    """A Path.write_text or an open for text elsewhere would let a secret out."""
+    """A Path.write_text or an open for text elsewhere could write a secret."""
     elsewhere = re.compile(r"""\.write_text\(|\.dump\(|\bopen\([^)\n]*, ["'][wax]["']""")
     found = {
         f"{file.relative_to(ROOT)}: {line.strip()}"
@@ -142,7 +142,7 @@ def run(main, *arguments: str) -> int:
 
 
 def without_secrets_in(folder: Path, capfd) -> str:
-    """What was printed; neither there nor in a file of the folder, but for config.yaml, is a secret."""
+    """The output; neither it nor a file of the folder except config.yaml has a secret."""
     shown = "".join(capfd.readouterr())
     for secret in (PASSWORD, TOKEN, "w0rd", "t0k3n"):
         assert secret not in shown

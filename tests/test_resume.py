@@ -1,4 +1,4 @@
-"""A killed run goes on as if it had never stopped: bit-identical weights, data position and memory included."""
+"""A killed run resumes as if never stopped: bit-identical weights, data position and memory bank."""
 
 import io
 import json
@@ -60,7 +60,7 @@ def arguments(folder: Path, flags: list[str]) -> list[str]:
 
 
 def finish(folder: Path, flags: list[str], ranks: int = 1) -> None:
-    """The same command, from where it stands to its end."""
+    """Resume with the same command until the end."""
     on_ranks(ranks, train_clip.main, arguments(folder, flags))
 
 
@@ -91,7 +91,7 @@ def wait_for_step(folder: Path, process: subprocess.Popen, step: int) -> None:
 
 
 def outcome(folder: Path) -> tuple[bytes, list[dict]]:
-    """The last checkpoint's weights, and what the metrics say that does not depend on time."""
+    """Weights of the last checkpoint, and the metrics that do not depend on time."""
     weights = (folder / "checkpoints" / f"step_{STEPS:06d}" / "model.safetensors").read_bytes()
     timed = ("pairs_per_second", "step_seconds", "data_seconds", "peak_memory_bytes")
     metrics = [{k: v for k, v in line.items() if k not in timed} for line in read_metrics(folder)]
@@ -383,7 +383,7 @@ def test_more_steps_go_on_from_the_last(finished, tmp_path):
 
 @pytest.mark.slow
 def test_a_checkpoint_of_two_ranks_goes_on_on_one_with_the_same_pairs(tmp_path):
-    """The same curve as an unbroken run on one rank, and counts that no rank loses or doubles."""
+    """The same curve as an uninterrupted run on one rank, and counts that no rank loses or doubles."""
     flags = [
         "--effective-batch=48",
         "--xbm-size=60",

@@ -1,4 +1,4 @@
-"""The retrieval benchmark runs as its own words say and leaves its figures."""
+"""The retrieval benchmark runs as documented and writes its results."""
 
 import json
 import subprocess

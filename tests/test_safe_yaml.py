@@ -1,4 +1,4 @@
-"""Every YAML file of the user's goes through one loader: aliases, endless files and odd values are one line each."""
+"""One loader reads all YAML files of the user: aliases, endless files and odd values give errors of one line."""
 
 import math
 import os
@@ -14,7 +14,7 @@ from lib.config import parse_config, safe_yaml, save_config
 from lib.data.classes.class_names import renamed
 from lib.data.classes.prompt_banks import load_negative_prompts, load_templates
 from lib.errors import InputError
-from lib.evaluation.agnostic.prompts import generic_prompts
+from lib.evaluation.agnostic import generic_prompts
 
 READERS = {
     "--config": lambda file: parse_config(train_clip.DEFAULTS, "", ["--config", str(file)]),

@@ -1,4 +1,4 @@
-"""The bytes of docs/scaling.md are those that the code hands over, in a world of eight ranks played by one."""
+"""The bytes of docs/scaling.md equal those that the code sends, with one process in a world of eight ranks."""
 
 import json
 import os
@@ -17,6 +17,6 @@ def test_a_rank_gives_the_bytes_of_the_formulas(loss):
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     finished = subprocess.run([*command, *sizes], capture_output=True, text=True, check=True, env=environment)
     given = json.loads(finished.stdout.splitlines()[-1])
-    of_losses = 4 * n if loss == "infonce" else 0  # the text anchors' log-sum-exp
+    of_losses = 16 * n if loss == "infonce" else 0  # the text anchors' log-sum-exp and log-count, in float64
     assert given["all_gather"] == (8 * d + 24) * n // ranks + of_losses
     assert given["all_reduce"] == 4 * n * d + 12  # the texts' gradient; loss, scale and bias

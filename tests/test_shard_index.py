@@ -1,4 +1,4 @@
-"""index.json beside shards is checked before anything of it is used: one line for what is damaged, no path outside."""
+"""index.json next to shards is checked before use: damage gives one line, and paths outside are refused."""
 
 import json
 import os

@@ -14,8 +14,8 @@ from toy import VOCABULARY, ToyTowers, toy_chunks
 import train_siglip
 from lib.data import Chunk
 from lib.distributed import logsumexp_over_ranks, rank_and_world_size
-from lib.gradcache.inputs import TEXT_INPUTS, StepBatch, same_every_time
-from lib.gradcache.step import cached_step
+from lib.gradcache.distinct_texts import TEXT_INPUTS, DistinctTexts, same_every_time
+from lib.gradcache.step import GradCache, cached_step, forwards_of
 from lib.losses import Pairs, infonce, sigmoid
 from lib.losses.positives import Ids
 from lib.runs.reporter import read_metrics
@@ -74,15 +74,12 @@ def shared(loss: str, size: int, texts: int, keep_graphs: int, text_dropout: boo
     rows: list[int] = []
     towers.text_trunk.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
     torch.manual_seed(100 + rank)
+    no_sync = getattr(wrapped, "no_sync", nullcontext)
     result = cached_step(
-        wrapped,
+        GradCache(wrapped, CPU, no_sync=no_sync, keep_graphs=keep_graphs, share_texts=True),
         prompted_chunks(size, texts, rank, world_size),
         LOSSES[loss][0],
         random_pairs(5, DIM, seed=1, groups=texts, first_id=9),
-        device=CPU,
-        no_sync=getattr(wrapped, "no_sync", nullcontext),
-        keep_graphs=keep_graphs,
-        share=True,
     )
     return gradients(towers), rows, result.replay_difference.item()
 
@@ -149,8 +146,8 @@ def test_texts_of_several_lengths_are_the_same_texts():
     padded = torch.cat([long.input_ids, torch.full((6, 2), 7)], dim=1)
     mask = torch.cat([long.attention_mask, torch.zeros(6, 2, dtype=torch.int64)], dim=1)
     long = replace(long, input_ids=padded, attention_mask=mask, text_id=long.text_id + 50)
-    batch = StepBatch([short, long], (), share=True, pin=False)
-    inputs, text_row = [forward.inputs for forward in batch.forwards()], batch.text_row
+    distinct = DistinctTexts(pin=False)
+    inputs, text_row = [forward.inputs for forward in forwards_of([short, long], (), distinct)], distinct.row
     texts = torch.cat([each["input_ids"] for each in inputs if "input_ids" in each])
     masks = torch.cat([each["attention_mask"] for each in inputs if "input_ids" in each])
     for place, pair in enumerate([*short.input_ids, *long.input_ids[:, :4]]):
@@ -168,21 +165,22 @@ def test_images_do_not_wait_for_the_texts_of_later_chunks():
                 asked.append(number)
                 yield chunk
 
-    batch = StepBatch(Slow(prompted_chunks(3, 5)), (), share=True, pin=False)
-    given = [(list(forward.inputs), forward.last, len(asked)) for forward in batch.forwards()]
+    forwards = forwards_of(Slow(prompted_chunks(3, 5)), (), DistinctTexts(pin=False))
+    given = [(list(forward.inputs), forward.last, len(asked)) for forward in forwards]
     assert given[:3] == [(["pixel_values"], False, 1), (["pixel_values"], False, 2), (["pixel_values"], False, 3)]
     assert given[3] == (["input_ids", "attention_mask"], False, 4)
     assert given[4] == (["pixel_values", "input_ids", "attention_mask"], True, 4) and len(given) == 5
 
 
 @pytest.mark.parametrize("cached", [False, True])
-def test_a_run_with_class_prompts_is_the_run_that_encodes_every_pair(tmp_path, cached):
+def test_a_run_with_class_prompts_is_the_run_that_encodes_every_pair(tmp_path, cached, monkeypatch):
     flags = ["--effective-batch=128", "--chunk-size=32", "--xbm-size=0", "--steps=4"]
     flags += ["--eval-every=0", "--save-every=0"]
     if cached:
-        flags += ["--freeze", "text.trunk", "--cache-text", f"--cache-dir={tmp_path}"]
+        flags += ["--freeze", "text.trunk", f"--cache-dir={tmp_path}"]
     losses = {}
-    for choice in ("auto", "off"):
-        train_siglip.main([*flags, f"--shared-texts={choice}", f"--output-dir={tmp_path / choice}"])
+    for choice in ("once", "each"):
+        train_siglip.main([*flags, f"--output-dir={tmp_path / choice}"])
         losses[choice] = [line["loss"] for line in read_metrics(tmp_path / choice)]
-    assert losses["auto"] == pytest.approx(losses["off"], rel=1e-5)
+        monkeypatch.setattr("lib.setup.build.shares_texts", lambda *_: False)
+    assert losses["once"] == pytest.approx(losses["each"], rel=1e-5)

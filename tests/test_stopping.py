@@ -1,4 +1,4 @@
-"""When a run ends: patience, and where training and validation loss part; the scale that a schedule sets."""
+"""Early stopping, the step where overfitting starts, and a scheduled logit scale."""
 
 import json
 import shutil
@@ -82,7 +82,7 @@ def test_a_run_that_overfits_says_so_and_marks_it(tmp_path, capsys):
     parting = summary(run)["parting"]
     assert parting["validation_loss"] < parting["last_validation_loss"]
     assert parting["training_loss"] > parting["last_training_loss"]
-    assert f"part after step {parting['step']}" in capsys.readouterr().out
+    assert f"overfitting since step {parting['step']}" in capsys.readouterr().out
     assert (run / "loss_curve.png").stat().st_size > 5000
 
 

@@ -1,4 +1,4 @@
-"""What a run survives, and what it says: signals in a step, full disks, second jobs, lost ranks, broken numbers."""
+"""Failures and their messages: signals in a step, full disks, second jobs, lost ranks, NaN losses."""
 
 import io
 import json
@@ -18,9 +18,9 @@ from filelock import FileLock
 from safetensors.torch import load_file
 
 import train_clip
+from lib import losses
 from lib.errors import InputError, RunError, StoppedEarly, heard_signals, one_line_errors
 from lib.gradcache.random_state import batch_norm_statistics, restore_statistics
-from lib.losses import tiled as losses
 from lib.runs import folder as run_folder
 from lib.runs import signals as stopping
 from lib.runs.reporter import Reporter, read_metrics
@@ -200,10 +200,11 @@ def test_an_update_that_is_not_finite_is_left_out(broken_from, tmp_path):
     assert lines[1]["loss"] is None and lines[1]["xbm_filled"] == 48 and lines[2]["xbm_filled"] == 60
 
 
-def test_updates_are_left_out_up_to_a_limit(broken_from, tmp_path):
+def test_updates_are_left_out_up_to_a_limit(broken_from, tmp_path, monkeypatch):
+    monkeypatch.setattr("lib.runs.progress.NONFINITE_LIMIT", 2)
     broken_from(2, 3, 4)
     with pytest.raises(RunError, match="step 4: loss nan.*in 3 steps in a row"):
-        train(tmp_path / "run", "--on-nonfinite=skip", "--nonfinite-limit=2")
+        train(tmp_path / "run", "--on-nonfinite=skip")
 
 
 def test_a_failed_run_leaves_no_data_workers(broken_from, tmp_path):
@@ -340,7 +341,7 @@ def test_a_lost_rank_ends_the_others(lost, how):
     ]
     try:
         assert ranks[1 - lost].wait(timeout=60) == 1
-        assert "--resume auto goes on" in ranks[1 - lost].stderr.read()
+        assert "--resume auto resumes" in ranks[1 - lost].stderr.read()
     finally:
         for rank in ranks:
             rank.kill()

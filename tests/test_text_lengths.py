@@ -1,4 +1,4 @@
-"""The plan and the summary say how many texts are longer than the model reads, without fetching a shard for it."""
+"""Plan and summary count the texts that exceed the model's context, without downloading a shard for it."""
 
 import gzip
 import json
@@ -83,7 +83,7 @@ def test_no_shard_is_fetched_or_unpacked_to_look_at_its_texts(tmp_path, processi
 def test_a_run_tells_of_captions_that_are_cut(tmp_path, capsys, long):
     AcceleratorState._reset_state(reset_partial_state=True)
     folder = train(tmp_path / "run", "--data", table(tmp_path, long, short=25), "--steps=1", "--save-every=0")
-    warning = "warning: 7 of 32 captions are longer than the model's 32 tokens: their ends are not read"
+    warning = "warning: 7 of 32 captions are longer than the model's 32 tokens and are cut there"
     assert capsys.readouterr().out.splitlines().count(warning) == (long > 0)
     found = json.loads((folder / "summary.json").read_text())["texts"]
     assert found.items() >= {"looked_at": 25 + long, "cut": long, "token_limit": 32}.items()

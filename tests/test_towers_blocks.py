@@ -1,4 +1,4 @@
-"""The blocks of a trunk are those that its own code lists, first to last, for every kind that people start from."""
+"""The blocks of a trunk are those that its own code lists, first to last, for every supported kind."""
 
 import pytest
 import torchvision

@@ -389,5 +389,5 @@ def test_the_configs_say_the_published_experiment(name, epochs, batch, optimizer
     assert (config.schedule, config.warmup_steps, config.unfreeze) == (schedule, 0, unfreeze)
     assert config.freeze == ("image.trunk", "text") and config.positives == "pair"
     assert config.image_tower == "torchvision:resnet50" and config.text_tower == "openai/clip-vit-base-patch32#text"
-    assert (config.projection, config.projection_hidden, config.projection_dim) == ("mlp", 2048, 512)
-    assert config.projection_dropout == 0 and config.text_projection == "same"
+    assert (config.projection, config.projection_hidden, config.projection_dim) == (("mlp",), 2048, 512)
+    assert config.dropout == 0

@@ -1,4 +1,4 @@
-"""Every dual encoder that people start from: trains with both losses, and goes back to plain transformers."""
+"""Every supported dual encoder trains with both losses, and loads in plain transformers afterwards."""
 
 import pytest
 import torch
@@ -35,7 +35,7 @@ def families(tmp_path_factory):
 
 @torch.no_grad()
 def logits_of_transformers(model: PreTrainedModel, processor, pixels: torch.Tensor, processing: Processing):
-    """As in the model's own documentation; pixels: (n, 3, H, W) bytes."""
+    """Embeddings as in the model's own documentation; pixels: (n, 3, H, W) bytes."""
     images = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in pixels]
     inputs = processor.image_processor(images, return_tensors="pt")
     padding = {"padding": processing.padding, "max_length": processing.max_length, "truncation": True}

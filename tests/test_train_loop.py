@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -17,12 +18,12 @@ from transformers import AutoModel, AutoProcessor
 
 import train_clip
 import train_siglip
+from lib import losses
 from lib.data import ImagePipeline, Prepare, TrainingData, open_sources
 from lib.errors import InputError, RunError
+from lib.gradcache import step as gradcache_step
 from lib.gradcache.random_state import RandomState
-from lib.gradcache.surrogate import Surrogate
-from lib.losses import tiled as losses
-from lib.runs.reporter import read_metrics
+from lib.runs.reporter import _duration, read_metrics
 from lib.towers import TwoTowers
 from lib.towers.processing import Processing
 
@@ -62,7 +63,7 @@ def test_a_run_leaves_the_promised_files(siglip_run):
     assert (first["step"], last["step"]) == (1, 4)
     assert {"epoch", "loss", "lr", "logit_scale", "logit_bias", "pairs_per_second"} <= first.keys()
     assert {"data_seconds", "peak_memory_bytes", "grad_norm", "replay_difference"} <= first.keys()
-    assert first["replay_difference"] < 1e-5  # pass 1 embeds several chunks at once: other kernels, other last bits
+    assert first["replay_difference"] < 1e-5
     summary = json.loads((siglip_run / "summary.json").read_text())
     assert (summary["steps"], summary["pairs"]) == (4, 256)
     assert summary["data"] == {"read": 256, "used": 256, "skipped": {}, "images": 1442}
@@ -191,7 +192,7 @@ def test_images_with_the_same_caption_are_no_negatives_of_each_other(tmp_path, c
         first[way], second[way] = (step["loss"] for step in steps_of(tmp_path / way)[:2])
         printed = capsys.readouterr().out
         counts = {"positive": "positives", "negative": "negatives"}.get(way, "no negatives")
-        line = f"; 12 captions are word for word those of another image: {counts} of each other (--same-text)"
+        line = f"; 12 captions are identical to a caption of another image: {counts} of each other (--same-text)"
         assert line in printed and "texts      8 distinct texts" in printed
         assert "verify-gradients: largest relative difference" in printed
         said = json.loads((tmp_path / way / "summary.json").read_text())["texts"]
@@ -302,9 +303,9 @@ def test_verify_gradients_passes_and_stops_a_broken_build(tmp_path, monkeypatch,
     with monkeypatch.context() as broken, pytest.raises(RunError, match="verify-gradients"):
         broken.setattr(RandomState, "restore", lambda self: None)
         run(train_siglip.main, tmp_path / "no_replay", "--verify-gradients", "--dropout=0.2", "--steps=1")
-    surrogate = Surrogate.__call__
+    surrogate = gradcache_step.surrogate
     with monkeypatch.context() as broken, pytest.raises(RunError, match="verify-gradients.*'logit_scale': [12]"):
-        broken.setattr(Surrogate, "__call__", lambda self, i, out, final: surrogate(self, i, out, True))
+        broken.setattr(gradcache_step, "surrogate", lambda *given, final: surrogate(*given, final=True))
         run(train_siglip.main, tmp_path / "scale_times_chunks", "--verify-gradients", "--steps=1")
 
 
@@ -321,7 +322,7 @@ def test_the_plan_names_negatives_texts_and_recurrence(tmp_path, capsys):
     plan = capsys.readouterr().out
     assert "2,047 fresh and 512 remembered negatives" in plan
     assert "40 distinct texts" in plan
-    assert "1.4 times the data set" in plan and "--effective-batch 256 --xbm-size 1792" in plan
+    assert "repeats each 1.4 times a step" in plan and "--effective-batch 256 --xbm-size 1792" in plan
 
 
 @pytest.mark.slow
@@ -362,7 +363,6 @@ def test_tensorboard_gets_the_metrics(tmp_path):
         (["--freeze", "image", "text", "scale", "bias"], "--freeze image text scale bias leaves nothing"),
         (["--freeze", "imagee"], "imagee.*image"),
         (["--label-smoothing=0.1"], "--label-smoothing 0.1 .*train_clip.py"),
-        (["--positives=pair", "--remembered-positives=ignore"], "--remembered-positives ignore"),
         (["--output-dir=/proc/nowhere"], "--output-dir /proc/nowhere cannot be written"),
         (["--dropout=1.5"], "--dropout 1.5 must be a fraction"),
         (["--model=tiny", "--dropout=0.1", "--image-size=33"], "33"),
@@ -402,20 +402,35 @@ def test_data_info_tells_of_the_data_and_trains_nothing(tmp_path, capsys):
     assert {file.name for file in (tmp_path / "info").iterdir()} == {"data_info.json", "data_info.png"}
 
 
-def test_augmentation_parameters_reach_the_images(tmp_path):
-    """The same run but for how much a random crop may cut away."""
-    flags = ["--augment=light", "--steps=1", "--eval-every=0", "--save-every=0", "--flip=0"]
-    losses = []
-    for name, scale in (("a", ("1", "1")), ("b", ("0.2", "0.3"))):
-        run(train_clip.main, tmp_path / name, *flags, "--crop-scale", *scale)
-        losses.append(steps_of(tmp_path / name)[0]["loss"])
-    assert losses[0] != losses[1]
-    with pytest.raises(InputError, match="--crop-scale"):
-        run(train_clip.main, tmp_path / "c", *flags, "--crop-scale", "0.9", "0.1")
+def test_the_remaining_time_is_printed_after_three_steps(tmp_path, capsys):
+    flags = ("--eval-every=0", "--save-every=0")
+    run(train_clip.main, tmp_path / "short", *flags, "--steps=3")
+    assert " remaining: " not in capsys.readouterr().out
+    run(train_clip.main, tmp_path / "long", *flags, "--steps=5")
+    said = [line for line in capsys.readouterr().out.splitlines() if " remaining: " in line]
+    assert len(said) == 1 and re.fullmatch(r"about \d+ s remaining: 2 steps of [\d.e-]+ s, and evaluations", said[0])
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"), [(0.4, "0 s"), (99, "99 s"), (100, "2 min"), (5999, "100 min"), (6000, "1.7 h")]
+)
+def test_durations_are_in_seconds_minutes_or_hours(seconds, words):
+    assert _duration(seconds) == words
+
+
+def test_augmentation_reaches_the_images(tmp_path):
+    """The same run but for its augmentation."""
+    losses = set()
+    for augment in ("none", "crop", "light", "jitter", "strong"):
+        run(
+            train_clip.main, tmp_path / augment, f"--augment={augment}", "--steps=1", "--eval-every=0", "--save-every=0"
+        )
+        losses.add(steps_of(tmp_path / augment)[0]["loss"])
+    assert len(losses) == 5
 
 
 def test_several_sources_are_mixed_by_weight(tmp_path):
-    """Digits and a table in one run: counts of both, and a resumed run goes on."""
+    """Digits and a table in one run: counts of both, and an exact resume."""
     Image.new("RGB", (40, 40), "red").save(tmp_path / "red.png")
     (tmp_path / "captions.csv").write_text("filename,caption\nred.png,a red square\ngone.png,not there\n")
     flags = ["--data", "digits::0.75", f"{tmp_path / 'captions.csv'}::0.25", "--workers=0", "--eval-every=0"]

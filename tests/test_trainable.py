@@ -1,4 +1,4 @@
-"""What trains: parts, last blocks and patterns by name, and what frozen modules do not do."""
+"""Trained and frozen weights: parts, last blocks and patterns by name; frozen modules stay in eval mode."""
 
 import pytest
 import torch
@@ -81,7 +81,7 @@ def test_the_last_blocks_of_clip_and_siglip_have_the_norm_and_pooler_behind_them
 
 
 def test_an_embedding_is_below_the_blocks_wherever_a_model_lists_it():
-    """As MPNet's relative positions, listed behind the layers that all take them."""
+    """Like MPNet's relative positions, which follow the layers that share them."""
     trunk = nn.ModuleDict(
         {"layers": nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)]), "positions": nn.Embedding(3, 2)}
     )
@@ -162,7 +162,7 @@ def test_a_run_moves_the_last_block_and_leaves_the_statistics_below_alone(encode
 
 
 def test_a_partly_frozen_trunk_has_the_gradients_of_plain_autograd(encoders, tmp_path, capsys):
-    """--verify-gradients stops the run where pass 2 does not run what trains."""
+    """--verify-gradients stops the run if pass 2 does not run trained modules."""
     flags = ("--freeze", "image", "text", "--unfreeze", "image.last:1", "re:text.*attention.output.LayerNorm")
     train(tmp_path / "run", *flags, *pair(encoders, "vit"), "--verify-gradients", "--steps=1", "--keep-graphs=1")
     assert "verify-gradients: largest relative difference image tower" in capsys.readouterr().out

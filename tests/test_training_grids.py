@@ -1,4 +1,4 @@
-"""benchmarks/positives.py and negatives.py train each cell of their grids by the scripts, and keep the figures."""
+"""benchmarks/positives.py and negatives.py train each cell of their grids with the scripts, and write the results."""
 
 import csv
 import json
@@ -32,7 +32,7 @@ def towers(tmp_path_factory) -> list[str]:
 
 
 def measured(script: str, folder: Path, *flags: str) -> tuple[list[dict], str]:
-    """The raw figures and what was printed."""
+    """The raw results and the output."""
     (folder / "recipe.yaml").write_text(RECIPE)
     own = [
         f"--config={folder / 'recipe.yaml'}",

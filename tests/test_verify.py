@@ -1,7 +1,6 @@
-"""--verify-gradients: it passes, changes nothing, and stops a build with a fault in any part that the run uses."""
+"""--verify-gradients passes, changes nothing, and stops a build with a fault in any feature of the run."""
 
 import os
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -15,10 +14,8 @@ from test_backends import KINDS
 import train_siglip
 from lib.backends import Backend
 from lib.errors import RunError
-from lib.gradcache import step as cached_step
-from lib.gradcache.surrogate import Surrogate
+from lib.gradcache import step
 from lib.losses import tiles as logit_tiles
-from lib.losses.blocks import SoftmaxPart
 from lib.runs.reporter import read_metrics
 
 FLAGS = [
@@ -47,7 +44,7 @@ def all_parts(folder: Path) -> list[str]:
     "flags",
     [
         ("--xbm-gradients=anchors", "--dropout=0.2"),
-        ("--remembered-positives=ignore", "--same-text=exclude", "--label-smoothing=0.1"),
+        ("--same-text=exclude", "--label-smoothing=0.1"),
         ("--positives=pair", "--same-text=positive", "--keep-graphs=4"),
     ],
 )
@@ -57,35 +54,40 @@ def test_it_passes_with_all_that_a_run_uses(flags, tmp_path, capsys):
 
 
 def broken_memory(patch):
-    patch.setattr(SoftmaxPart, "add_gradient", lambda self, lse: None)
+    add = logit_tiles.Logits.add
+
+    def but_of_memory(self, tile, *slopes):
+        if tile.block.d_others is not None:
+            add(self, tile, *slopes)
+
+    patch.setattr(logit_tiles.Logits, "add", but_of_memory)
 
 
 def broken_negatives(patch):
-    made = Surrogate.__init__
+    cache = step._cache
 
-    def without(self, passes, gradients):
-        gone = None if gradients.negative_texts is None else torch.zeros_like(gradients.negative_texts)
-        made(self, passes, replace(gradients, negative_texts=gone))
+    def without(forwards, d_images, d_texts, d_negatives):
+        cache(forwards, d_images, d_texts, None if d_negatives is None else torch.zeros_like(d_negatives))
 
-    patch.setattr(Surrogate, "__init__", without)
+    patch.setattr(step, "_cache", without)
 
 
 def broken_tiles(patch):
     slices = logit_tiles._slices
-    patch.setattr(logit_tiles, "_slices", lambda length, side: list(slices(length, side))[-1:])
+    patch.setattr(logit_tiles, "_slices", lambda rows, side: list(slices(rows, side))[-1:])
 
 
 def broken_kept_graphs(patch):
-    embed = cached_step.embed_chunks
+    embed = step.embed
 
-    def one_graph_lost(*given, keep_graphs, **options):
-        embedded = embed(*given, keep_graphs=keep_graphs, **options)
-        if keep_graphs and keep_graphs > 1:
-            output = embedded.passes[1].output
-            embedded.passes[1].output = output._replace(image_embeds=output.image_embeds.detach())
+    def one_graph_lost(cache, *given):
+        embedded = embed(cache, *given)
+        if cache.keep_graphs > 1:
+            output = embedded.forwards[1].output
+            embedded.forwards[1].output = output._replace(image_embeds=output.image_embeds.detach())
         return embedded
 
-    patch.setattr(cached_step, "embed_chunks", one_graph_lost)
+    patch.setattr(step, "embed", one_graph_lost)
 
 
 def changed_gradients(way: int, change, patch) -> None:
@@ -143,9 +145,9 @@ def verified(folder: Path, kind: str) -> list[float]:
 
 
 def stopped(folder: Path, kind: str) -> bool:
-    """Whether scale gradients that are as many times too large as there are chunks stop the run."""
-    surrogate = Surrogate.__call__
-    Surrogate.__call__ = lambda self, index, output, final: surrogate(self, index, output, True)
+    """True if scale gradients multiplied by the number of chunks stop the run."""
+    surrogate = step.surrogate
+    step.surrogate = lambda *given, final: surrogate(*given, final=True)
     try:
         losses(folder / "broken", kind, "--verify-gradients")
     except RunError as error:

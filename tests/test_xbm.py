@@ -1,4 +1,4 @@
-"""The memory bank holds what an explicit concatenation of past steps would, wraps around, and survives a save."""
+"""The memory bank equals an explicit concatenation of past steps, wraps around, and survives a save."""
 
 import math
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""A folder of files as they go wrong: data, models, runs and settings that no command can use."""
+"""A folder of faulty files: data, models, runs and settings that no command can use."""
 
 import shutil
 from pathlib import Path

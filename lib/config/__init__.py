@@ -1,7 +1,8 @@
 """Every setting of a training run: a module for each group of flags, where they come from, and their checks."""
 
 from lib.config.command_line import parse_config
-from lib.config.flags import TrainConfig, flag
+from lib.config.flags import flag
+from lib.config.train_config import TrainConfig
 from lib.config.yaml_file import changed_settings, save_config
 
 __all__ = ["TrainConfig", "changed_settings", "flag", "parse_config", "save_config"]

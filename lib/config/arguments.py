@@ -1,4 +1,4 @@
-"""Command lines of all scripts: read by tyro, after and before the checks that all flags share."""
+"""Command lines of all scripts: parsed by tyro, between the checks that all flags share."""
 
 import dataclasses
 import sys
@@ -65,15 +65,23 @@ USUAL_NAMES = {
     "--save-total-limit": "--keep-checkpoints",
     "--report-to": "--tracker",
     "--logger": "--tracker",
+    "--cache-image": "--store-outputs",
+    "--cache-text": "--store-outputs",
+    "--eval-ema": "--ema",
+    "--image-lr": "--trunk-lr",
+    "--text-lr": "--trunk-lr",
+    "--text-projection": "--projection",
+    "--projection-dropout": "--dropout",
+    "--lora-dropout": "--dropout",
 }
-"""Names that flags have elsewhere, each with its name here."""
+"""Names of flags in other programs or in earlier versions, each with its name here."""
 
 _WORDS = ("query", "names", "freeze", "unfreeze", "image")
 """Fields of text that are no names of files."""
 
 
 def command_line(arguments: Sequence[str] | None) -> list[str]:
-    """The arguments, or those of this process, which trackers and others then read without secrets."""
+    """The arguments, or those of this process; sys.argv, which trackers log, loses its secrets."""
     if arguments is None:
         arguments = sys.argv[1:]
         sys.argv[1:] = map(without_secrets, arguments)
@@ -83,7 +91,7 @@ def command_line(arguments: Sequence[str] | None) -> list[str]:
 def parse(form: Any, arguments: Sequence[str] | None, *, told: bool = True, **options: Any) -> Any:
     """The arguments as `form`, a dataclass or a union of such; None: those of this process.
 
-    Raises InputError for values that suit no flag; of all else that it cannot read tyro tells, if `told`, and exits.
+    Raises InputError for values that suit no flag; tyro prints other errors, if `told`, and exits.
     """
     words = command_line(arguments)
     if fault := fault_of_words(words) or _other_name(words, form):
@@ -95,7 +103,7 @@ def parse(form: Any, arguments: Sequence[str] | None, *, told: bool = True, **op
 
 
 def fault_of_words(words: Sequence[str]) -> str | None:
-    """The fault of the first word that no flag takes: one without a letter, as of a variable that is not set, ..."""
+    """The fault of the first word that no flag takes: an empty one, as of an unset variable, or one not in UTF-8."""
     for before, word in zip(("", *words), words, strict=False):  # the last of the words has none after it
         flag, has_value, value = word.partition("=")
         if not (word.startswith("--") and has_value):
@@ -114,13 +122,13 @@ def _is_utf8(text: str) -> bool:
 
 
 def _other_name(words: Sequence[str], form: Any) -> str | None:
-    """The fault of a flag that is called otherwise here."""
+    """The error for a flag that has another name here."""
     known = {"--" + name.replace("_", "-") for name in _names(form)}
     for word in words:
         name = word.partition("=")[0].replace("_", "-")
         here = USUAL_NAMES.get(name)
         if here and name not in known and here.split()[0] in known:
-            return f"{word.partition('=')[0]} is called {here} here; --help tells all flags"
+            return f"{word.partition('=')[0]} is called {here} here; --help lists all flags"
     return None
 
 
@@ -148,7 +156,7 @@ def _parsed(form: Any, words: list[str], told: bool, options: dict[str, Any]) ->
 
 
 def _faults(settings: Any) -> Iterator[str]:
-    """Faults of numbers and of names of files that are too long for a computer."""
+    """Faults of numbers that are too large and of file names that are too long."""
     for field in dataclasses.fields(settings):
         value, flag = getattr(settings, field.name), "--" + field.name.replace("_", "-")
         if dataclasses.is_dataclass(value):

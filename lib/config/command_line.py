@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 import tyro
 
@@ -19,20 +19,16 @@ from lib.config.flags import (
     Images,
     Loss,
     Model,
+    MostUsed,
     Optimizer,
     Run,
-    Settings,
-    TrainConfig,
     flag,
 )
+from lib.config.train_config import TrainConfig
 from lib.config.yaml_file import read_settings
 from lib.errors import InputError, on_rank_0
 
-Group = TypeVar("Group", bound=Settings)
-USUAL = (
-    "Most runs name five: --data, --model (or --image-tower and --text-tower), --effective-batch, --lr, --output-dir. "
-    "Without any it trains the smallest preset on the embedded digits."
-)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -45,9 +41,9 @@ class File:
 
 @dataclass(frozen=True)
 class Groups:
-    """The command line: the same flags as TrainConfig, told group by group."""
+    """The command line: the flags of TrainConfig, a box of --help for each group."""
 
-    file: File
+    most_used: MostUsed
     data: Data
     images: Images
     model: Model
@@ -57,31 +53,34 @@ class Groups:
     optimizer: Optimizer
     evaluation: Evaluation
     run: Run
+    file: File
 
     @classmethod
     def of(cls, config: TrainConfig) -> "Groups":
         """The settings, group by group."""
         return cls(
+            most_used=_group(config, MostUsed),
+            data=_group(config, Data),
+            images=_group(config, Images),
+            model=_group(config, Model),
+            fine_tuning=_group(config, FineTuning),
+            batch=_group(config, Batch),
+            loss=_group(config, Loss),
+            optimizer=_group(config, Optimizer),
+            evaluation=_group(config, Evaluation),
+            run=_group(config, Run),
             file=File(),
-            data=_part(config, Data),
-            images=_part(config, Images),
-            model=_part(config, Model),
-            fine_tuning=_part(config, FineTuning),
-            batch=_part(config, Batch),
-            loss=_part(config, Loss),
-            optimizer=_part(config, Optimizer),
-            evaluation=_part(config, Evaluation),
-            run=_part(config, Run),
         )
 
     def flat(self) -> TrainConfig:
         """All groups' settings in one."""
-        groups = [getattr(self, field.name) for field in dataclasses.fields(self)[1:]]
+        groups = [group for group in vars(self).values() if not isinstance(group, File)]
         return TrainConfig(**{name: value for group in groups for name, value in vars(group).items()})
 
 
-def _part(config: TrainConfig, group: type[Group]) -> Group:
-    return group(**{field.name: getattr(config, field.name) for field in dataclasses.fields(group)})
+def _group(config: TrainConfig, group: type[T]) -> T:
+    fields = dataclasses.fields(cast(Any, group))
+    return group(**{field.name: getattr(config, field.name) for field in fields})
 
 
 def parse_config(
@@ -110,8 +109,7 @@ def parse_config(
 def _parse(defaults: TrainConfig, description: str, arguments: Sequence[str], told: bool) -> Groups:
     """As `lib.config.arguments.parse`."""
     flat = (tyro.conf.OmitArgPrefixes,)
-    told_first = f"{description}\n\n{USUAL}"
-    return parse(Groups, arguments, told=told, default=Groups.of(defaults), description=told_first, config=flat)
+    return parse(Groups, arguments, told=told, default=Groups.of(defaults), description=description, config=flat)
 
 
 def _take_config_file(arguments: list[str]) -> tuple[list[str], str | None]:

@@ -88,7 +88,7 @@ def yaml_text(values: object, **style: Any) -> str:
 
 
 def _reason(error: Exception) -> str:
-    """What is wrong, and where, without the lines around: half of an address there could be half of a secret."""
+    """The fault and its place, without the lines around it, which could show half of a secret address."""
     text = str(error)
     if isinstance(error, yaml.MarkedYAMLError):
         mark = error.problem_mark or error.context_mark

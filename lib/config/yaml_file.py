@@ -1,4 +1,4 @@
-"""Settings in a YAML file: read as the flags that they stand for, and written so that they repeat a run."""
+"""Settings in a YAML file: read as command-line flags, and written so that the file repeats a run."""
 
 import dataclasses
 import difflib
@@ -6,16 +6,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from lib.config.arguments import fault_of_words
-from lib.config.flags import TrainConfig, flag
+from lib.config.flags import flag
 from lib.config.safe_yaml import read_yaml, yaml_text
+from lib.config.train_config import TrainConfig
 from lib.errors import InputError
 from lib.files import without_secrets, write_text
 
 
 def read_settings(file: str, parse: Callable[[Sequence[str]], object]) -> list[str]:
-    """The file's settings as command-line words, so that both are read in one way.
+    """The file's settings as command-line words, so that one parser reads both.
 
-    parse: reads such words, and exits where it cannot. Raises InputError for an unknown setting and for a value that
+    parse: reads such words, and exits on an error. Raises InputError for an unknown setting and for a value that
     the flag does not take, naming the file and the line's beginning.
     """
     settings = _read(file)
@@ -51,7 +52,7 @@ def save_config(config: TrainConfig, file: Path) -> None:
 
 
 def changed_settings(config: TrainConfig, file: Path) -> list[str]:
-    """How the settings differ from those that `save_config` wrote, as `--lr 0.001 (was 0.0005)`.
+    """Differences of the settings from those that `save_config` wrote, as `--lr 0.001 (was 0.0005)`.
 
     Nothing is said of where the run goes on from and is written, of settings that the file does not have, nor of a
     file that is missing or was cut short.

@@ -19,7 +19,12 @@ from lib.errors import InputError, RunError
 OpenImage = Callable[[Extent], Image.Image]
 """Decodes an image, RGB and upright, at the extent or larger; raises BadImage."""
 
-Augment = Literal["none", "light", "jitter", "strong"]
+Augment = Literal["none", "crop", "light", "jitter", "strong"]
+
+CROP_SCALE = (0.7, 1.0)  # part of the area that a random crop keeps, least and most
+COLOR_JITTER = (0.2, 0.2, 0.2, 0.1)  # largest change of brightness, contrast, saturation and hue
+ROTATION = 10.0  # degrees, at most
+RANDAUGMENT = (2, 9)  # operations and their magnitude
 
 
 @dataclass(frozen=True)
@@ -31,17 +36,8 @@ class ImagePipeline:
     resize: Resize | Way = "crop"
     """How the image becomes square; a way alone resizes to `size`, bicubic."""
     augment: Augment = "none"
-    """light: flip and mild random crop; jitter: colours; strong: both, small rotations and RandAugment."""
-    crop_scale: tuple[float, float] = (0.7, 1.0)
-    """Part of the area that a random crop keeps, least and most (light, strong)."""
-    flip: float = 0.5
-    """Probability of a horizontal flip (light, strong)."""
-    color_jitter: tuple[float, float, float, float] = (0.2, 0.2, 0.2, 0.1)
-    """Largest change of brightness, contrast, saturation and hue (jitter, strong)."""
-    rotation: float = 10.0
-    """Largest rotation in degrees (strong)."""
-    randaugment: tuple[int, int] = (2, 9)
-    """Operations of RandAugment and their magnitude, 0 to 30 (strong)."""
+    """crop: a mild random crop; light: with a horizontal flip; jitter: colours; strong: all of these with rotation and
+    RandAugment."""
 
     def __post_init__(self) -> None:
         if self.size < 1:
@@ -50,23 +46,6 @@ class ImagePipeline:
             Resize(self.resize)  # refuses an unknown way
         if self.augment not in get_args(Augment):
             raise InputError(f"--augment {self.augment} is not one of {', '.join(get_args(Augment))}")
-        self._check_augmentation()
-
-    def _check_augmentation(self) -> None:
-        if not (len(self.crop_scale) == 2 and 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1):
-            raise InputError(f"--crop-scale {_told(self.crop_scale)} is not two rising parts of 1; the default: 0.7 1")
-        if not 0 <= self.flip <= 1:
-            raise InputError(f"--flip {self.flip} is not a probability, 0 to 1")
-        jitter = self.color_jitter
-        if not (len(jitter) == 4 and min(jitter) >= 0 and jitter[3] <= 0.5):
-            raise InputError(
-                f"--color-jitter {_told(jitter)} is not brightness, contrast and saturation, 0 or more, "
-                "and hue, 0 to 0.5; the default: 0.2 0.2 0.2 0.1"
-            )
-        if not 0 <= self.rotation <= 180:
-            raise InputError(f"--rotation {self.rotation} is not a number of degrees, 0 to 180")
-        if not (len(self.randaugment) == 2 and self.randaugment[0] >= 0 and 0 <= self.randaugment[1] <= 30):
-            raise InputError(f"--randaugment {_told(self.randaugment)} is not a number of operations and 0 to 30")
 
     @property
     def extent(self) -> Extent:
@@ -83,7 +62,7 @@ class ImagePipeline:
         elif self.augment == "none":
             side *= 2
         elif self._crops_whole_image:
-            side = int(self.size / sqrt(self.crop_scale[0]))
+            side = int(self.size / sqrt(CROP_SCALE[0]))
         return Extent(side, "longer" if self._square.way == "pad" else "shorter")
 
     @cached_property
@@ -93,7 +72,7 @@ class ImagePipeline:
     @property
     def _crops_whole_image(self) -> bool:
         """A random crop of the whole image has the middle crop's place."""
-        return self.augment in ("light", "strong") and self._square.way == "crop"
+        return self.augment in ("crop", "light", "strong") and self._square.way == "crop"
 
     def read(self, open_image: OpenImage, seed: int) -> Tensor:
         """Pixels of the image that `open_image` decodes; raises BadImage.
@@ -125,7 +104,7 @@ class ImagePipeline:
             if self.augment == "jitter":
                 return _on_pillow(self._colours, self._square(pixels, self.size))
             framed = self._framed(pixels)
-            return framed if self.augment == "light" else _on_pillow(self._strong, framed)
+            return framed if self.augment in ("crop", "light") else _on_pillow(self._strong, framed)
 
     def _framed(self, pixels: Tensor) -> Tensor:
         """A random crop, flipped or not, of all that a middle crop could show."""
@@ -137,25 +116,20 @@ class ImagePipeline:
     @cached_property
     def _frame(self) -> v2.Transform:
         mode = MODES[self._square.interpolation]
-        crop = v2.RandomResizedCrop(self.size, scale=self.crop_scale, ratio=(0.8, 1.25), interpolation=mode)
-        return v2.Compose([crop, v2.RandomHorizontalFlip(self.flip)])
+        crop = v2.RandomResizedCrop(self.size, scale=CROP_SCALE, ratio=(0.8, 1.25), interpolation=mode)
+        return crop if self.augment == "crop" else v2.Compose([crop, v2.RandomHorizontalFlip()])
 
     @cached_property
     def _colours(self) -> v2.Transform:
-        return v2.ColorJitter(*self.color_jitter)
+        return v2.ColorJitter(*COLOR_JITTER)
 
     @cached_property
     def _strong(self) -> v2.Transform:
         """Colours, small rotations and RandAugment (Cubuk et al., 2020)."""
-        rotate = v2.RandomRotation(self.rotation, interpolation=MODES["bilinear"])
-        operations, magnitude = self.randaugment
-        return v2.Compose([self._colours, rotate, v2.RandAugment(operations, magnitude)])
+        rotate = v2.RandomRotation(ROTATION, interpolation=MODES["bilinear"])
+        return v2.Compose([self._colours, rotate, v2.RandAugment(*RANDAUGMENT)])
 
 
 def _on_pillow(transform: v2.Transform, pixels: Tensor) -> Tensor:
     """Colours and rotations take a third less time on Pillow images than on tensors."""
     return functional.pil_to_tensor(transform(functional.to_pil_image(pixels)))
-
-
-def _told(values: tuple) -> str:
-    return " ".join(map(str, values))

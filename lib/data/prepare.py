@@ -54,7 +54,7 @@ class Prepare:
         if self.image_outputs is None:
             image = self.images.read(open_image, seed)
         else:
-            image = _stored(self.image_outputs, "--cache-image", [image_id])[0]
+            image = _stored(self.image_outputs, [image_id])[0]
         return Pair(image, text, group, sample_id)
 
     def stack(self, pairs: list[Pair]) -> Chunk:
@@ -83,7 +83,7 @@ class Prepare:
         keys = [text_key(text) for text in row_of_text]
         text_id = torch.tensor(keys)[rows]
         if self.text_outputs is not None:
-            pooled = _stored(self.text_outputs, "--cache-text", keys)
+            pooled = _stored(self.text_outputs, keys)
             return text_id, {"input_ids": None, "attention_mask": None, "text_pooled": pooled[rows]}
         input_ids, attention_mask = self.tokenize(list(row_of_text))
         return text_id, {"input_ids": input_ids[rows], "attention_mask": attention_mask[rows]}
@@ -94,7 +94,7 @@ def text_key(text: str) -> int:
     return stable_hash(text)
 
 
-def _stored(outputs: StoredOutputs, flag: str, keys: list[int]) -> Tensor:
-    message = f"{flag}: the data has changed since its outputs were stored; start the run again"
+def _stored(outputs: StoredOutputs, keys: list[int]) -> Tensor:
+    message = "--store-outputs: the data has changed since its outputs were stored; start the run again"
     with raised_as(lambda _: InputError(message), KeyError):
         return outputs.rows(keys)

@@ -1,4 +1,4 @@
-"""The embedding pass: every image and text of a data set through the towers once, shared out over ranks."""
+"""The embedding pass: every image and text of a data set through the towers once, divided among the ranks."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -26,14 +26,14 @@ OpenImage = Callable[[int, Extent], Image.Image]
 
 
 class Embedded(NamedTuple):
-    """The embedded images of a data set, and those that could not be read."""
+    """Embeddings of the images of a data set, and the images that could not be read."""
 
     embeds: Tensor
     """(n, D) float32 on the CPU, unit norm; rows of unread images hold zeros."""
     valid: Tensor
     """(n,) bool, false where the image could not be read."""
     skipped: list[tuple[str, str]]
-    """(image key, reason) of the unread ones, in their order."""
+    """(image key, reason) of the unread images, in their order."""
 
 
 def embed_images(
@@ -48,7 +48,7 @@ def embed_images(
 ) -> Embedded:
     """Embed every image of the set; rank r embeds rows r, r + W, ... and all ranks return all rows.
 
-    Unread images are listed, not fatal. InputError if there are none, none can be read, or NaN comes out.
+    Unread images are listed. InputError if there are no images, none can be read, or an embedding is NaN.
     """
     count = len(images)
     if count == 0:
@@ -87,13 +87,13 @@ def embed_texts(
     batch_size: int = 256,
     progress: bool = False,
 ) -> Tensor:
-    """Embed the texts, each distinct one once, shared out over the ranks; all ranks return all rows.
+    """Embed the texts, each distinct one once, divided among the ranks; all ranks return all rows.
 
-    Returns (m, D) float32 on the CPU, unit norm. InputError if there are none or NaN comes out.
+    Returns (m, D) float32 on the CPU, unit norm. InputError if there are no texts or an embedding is NaN.
     """
     if len(texts) == 0:
         raise InputError("there are no texts to embed; point --data at a data set with captions or classes")
-    # Texts of like length share a batch, so little of it is padding.
+    # Texts of similar length share a batch, so little of it is padding.
     distinct = sorted(set(texts), key=lambda text: (len(text), text))
     mine = [distinct[row] for row in _rows_of_this_rank(len(distinct))]
     pieces = []
@@ -110,7 +110,7 @@ def embed_texts(
 
 
 def require_finite(embeds: Tensor, kind: str) -> None:
-    """Raise InputError if an embedding has NaN or infinity in it: no ranking by it would mean anything."""
+    """Raise InputError if an embedding contains NaN or infinity: a ranking by it would be meaningless."""
     broken = int((~torch.isfinite(embeds).all(dim=1)).sum())
     if broken:
         raise InputError(
@@ -133,7 +133,7 @@ def image_loader(
     batch_size: int,
     workers: int,
 ) -> Iterator[tuple[Tensor, list[str]]]:
-    """Batches of the given rows, in order: pixels uint8 (n, 3, H, W), and n reasons, empty for what was read.
+    """Batches of the given rows, in order: pixels uint8 (n, 3, H, W), and n reasons, empty for images that were read.
 
     As in training, workers send few images at a time and are fewer where there is little shared memory.
     """
@@ -144,14 +144,14 @@ def image_loader(
         num_workers=workers,
         prefetch_factor=PARTS_A_WORKER if workers else None,
         worker_init_fn=start_worker,
-        # A loader draws its seed from the global generator by default; a validation must not move that.
+        # A loader draws its seed from the global generator by default; a validation must not change that.
         generator=torch.Generator(),
     )
     pin = torch.device(device).type == "cuda"
     pixels, reasons = torch.empty(0, 3, pipeline.size, pipeline.size, dtype=torch.uint8), list[str]()
-    # Cut to the same batches whatever the workers sent: all ranks run equally many forwards, as FSDP needs.
-    for part, part_reasons in loader:
-        pixels, reasons = torch.cat([pixels, part]), reasons + list(part_reasons)
+    # All ranks run equally many forwards, as FSDP needs: the batches do not depend on what the workers send.
+    for piece, piece_reasons in loader:
+        pixels, reasons = torch.cat([pixels, piece]), reasons + list(piece_reasons)
         while len(pixels) >= batch_size:
             yield _pinned(pixels[:batch_size], pin), reasons[:batch_size]
             pixels, reasons = pixels[batch_size:], reasons[batch_size:]
@@ -164,7 +164,7 @@ def _pinned(pixels: Tensor, wanted: bool) -> Tensor:
 
 
 class _Images(Dataset):
-    """The given rows as (pixels uint8 (3, H, W), reason), the reason empty for what was read."""
+    """The given rows as (pixels uint8 (3, H, W), reason), the reason empty for images that were read."""
 
     def __init__(self, open_image: OpenImage, pipeline: ImagePipeline, rows: Sequence[int]):
         self.open_image, self.pipeline, self.rows = open_image, pipeline, rows
@@ -177,13 +177,13 @@ class _Images(Dataset):
         try:
             return self.pipeline.read(partial(self.open_image, row), seed=row), ""
         except BadImage as fault:
-            # A blank keeps the batch, and with it the number of forwards on every rank, as planned.
+            # A blank image keeps the batch, and with it the number of forwards, equal on every rank.
             return torch.zeros(3, self.pipeline.size, self.pipeline.size, dtype=torch.uint8), fault.reason
 
 
 @contextmanager
 def evaluating(towers: nn.Module) -> Iterator[None]:
-    """Evaluation mode without graphs; afterwards each module is in the mode it was in, frozen ones too."""
+    """Evaluation mode without gradients; afterwards every module returns to the mode it was in."""
     modes = [(module, module.training) for module in towers.modules()]
     towers.eval()
     try:
@@ -195,19 +195,19 @@ def evaluating(towers: nn.Module) -> Iterator[None]:
 
 
 def _rows_of_this_rank(count: int) -> list[int]:
-    """Rows rank, rank + W, ..., wrapped at the end: all ranks run equally many forwards, as FSDP needs."""
+    """Rows rank, rank + W, ..., wrapped at the end, since FSDP needs equally many forwards on all ranks."""
     rank, world_size = rank_and_world_size()
     padded = -(-count // world_size) * world_size
     return [row % count for row in range(rank, padded, world_size)]
 
 
 def _gather(pieces: list[Tensor], count: int) -> Tensor:
-    """All ranks' rows in the data set's order, without the wrapped ones: (count, D) float32 on the CPU."""
+    """Rows of all ranks in the data set's order, without the wrapped ones: (count, D) float32 on the CPU."""
     _, world_size = rank_and_world_size()
     gathered = gather_rows(torch.cat(pieces).float())
     return rearrange(gathered, "(rank row) d -> (row rank) d", rank=world_size)[:count].cpu()
 
 
-def _bar(what: str, total: int, progress: bool) -> tqdm:
+def _bar(kind: str, total: int, progress: bool) -> tqdm:
     rank, _ = rank_and_world_size()
-    return tqdm(total=total, desc=f"embedding {what}", disable=not progress or rank > 0, leave=False)
+    return tqdm(total=total, desc=f"embedding {kind}", disable=not progress or rank > 0, leave=False)

@@ -1,25 +1,27 @@
-"""The run that a model comes from, and whether it was trained on what it is measured on."""
+"""The training run that a model comes from: its losses and times, and whether it saw the evaluated images."""
 
+import re
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from lib.config.safe_yaml import read_yaml
 from lib.data.sources import split_weight
 from lib.errors import InputError
-from lib.evaluation.options import Examined
-from lib.runs.reporter import CONFIG, METRICS
+from lib.evaluation.tasks import DataFlags
+from lib.runs.reporter import CONFIG, METRICS, read_metrics
 
 
 def run_of(model: str) -> Path | None:
-    """The run's folder, which a model, checkpoint or export is or lies in; None of what we did not train."""
+    """Folder of the run that a model, checkpoint or export is or lies in; None for a model trained elsewhere."""
     path = Path(model).resolve()
     return next((folder for folder in (path, *list(path.parents)[:2]) if (folder / METRICS).is_file()), None)
 
 
-def trained_on(model: str, examined: Examined, part: str) -> str | None:
-    """What to say where the images of `part` were trained on without its name telling so; None where they were not.
+def trained_on(model: str, evaluated: DataFlags, split: str) -> str | None:
+    """A warning if the model was trained on the images of `split` and the split's name does not say so, else None.
 
-    part: "train", "val", "test", or "all" of data without parts.
+    split: "train", "val", "test", or "all" for data without splits.
     """
     run = run_of(model)
     if run is None or not (run / CONFIG).is_file():
@@ -30,17 +32,64 @@ def trained_on(model: str, examined: Examined, part: str) -> str | None:
     if not isinstance(config, dict):
         return f"{run / CONFIG} is damaged: it is unknown whether {run} was trained on these images"
     data, kept = config.get("data") or (), config.get("hold_out") or 0
-    same = {_where(each) for each in ([data] if isinstance(data, str) else data)} & {_where(examined.data)}
-    # What --hold-out keeps is the same images and more for a larger fraction.
-    if not same or (part != "all" and (examined.hold_out or 0) <= kept):
+    same = {_where(each) for each in ([data] if isinstance(data, str) else data)} & {_where(evaluated.data)}
+    # A larger --hold-out holds out the images of a smaller one and more, so only an equal or smaller one is unseen.
+    if not same or (split != "all" and (evaluated.hold_out or 0) <= kept):
         return None
-    told = f"{run} has seen these images, or some of them, in training: figures are too good"
+    warning = f"{run} has seen these images, or some of them, in training: figures are too good"
     if kept:
-        return f"{told}; --hold-out {kept:g} measures on those that were kept back"
-    return f"{told}; train and evaluate with --hold-out 0.1 for figures of unseen images"
+        return f"{warning}; use --hold-out {kept:g} to evaluate on the images that its training held out"
+    return f"{warning}; train and evaluate with --hold-out 0.1 for figures of unseen images"
 
 
 def _where(data: str) -> str:
     """A source without its weight in a mixture; a path in full."""
     name, _ = split_weight(data)
     return str(Path(name).resolve()) if Path(name).exists() else name
+
+
+@dataclass(frozen=True)
+class Training:
+    """Losses and times of a run's steps."""
+
+    epochs: list[float]
+    """at the end of each step; the step's number if the size of the data was not known"""
+    losses: list[float]
+    seconds: float
+    """of all steps together, without evaluations and checkpoints"""
+    in_epochs: bool
+    """false if `epochs` counts steps"""
+    memory_from: float | None
+    """epoch in which the memory bank entered the loss; None if it never did, or from the first step on"""
+
+    @property
+    def seconds_per_epoch(self) -> float | None:
+        """Mean time of an epoch; None if epochs are not known."""
+        return self.seconds / self.epochs[-1] if self.in_epochs else None
+
+    def metrics(self) -> dict:
+        """Its entry in metrics.json."""
+        span = {"epochs": self.epochs[-1]} if self.in_epochs else {"steps": len(self.epochs)}
+        return span | {"seconds_per_epoch": self.seconds_per_epoch, "final_loss": self.losses[-1]}
+
+
+def training_of(model: str) -> Training | None:
+    """Training of the run that a model comes from, up to the step of a checkpoint; None without a run."""
+    run = run_of(model)
+    # A step whose loss was not finite has null for it.
+    steps = [line for line in read_metrics(run) if line.get("loss") is not None] if run else []
+    of_checkpoint = re.fullmatch(r"step_(\d+)", Path(model).resolve().name)
+    if of_checkpoint:
+        steps = [line for line in steps if line["step"] <= int(of_checkpoint[1])]
+    if not steps:
+        return None
+    in_epochs = all(line.get("epoch") is not None for line in steps)
+    key = "epoch" if in_epochs else "step"
+    memory_from = next((line[key] for line in steps if line.get("xbm_used")), None)
+    return Training(
+        epochs=[line[key] for line in steps],
+        losses=[line["loss"] for line in steps],
+        seconds=sum(line["step_seconds"] for line in steps),
+        in_epochs=in_epochs,
+        memory_from=None if memory_from == steps[0][key] else memory_from,
+    )

@@ -1,7 +1,9 @@
-"""The subject of a task: a model, one part of the data, and how to run the one over the other."""
+"""The subject of a task: a model, one split of the data, and the embeddings stored for both."""
 
+import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -12,35 +14,35 @@ import torch
 from torch import Tensor
 
 from lib.backends import Precision, auto_workers, choose_precision
-from lib.data.durable import fingerprint
+from lib.data.durable import Damaged, fingerprint, load_checked, save_checked
 from lib.data.evaluation_set import EvaluationSet
 from lib.data.fields import Columns
 from lib.data.pipeline import ImagePipeline
 from lib.data.recognize import Output
 from lib.data.remote.fetch import default_fetcher
 from lib.data.sources import EvaluationData
-from lib.distributed import rank_and_world_size
+from lib.distributed import gather_objects, rank_and_world_size
 from lib.errors import InputError, on_rank_0
 from lib.evaluation.embed import Embedded, embed_images, embed_texts
-from lib.evaluation.options import Common
 from lib.evaluation.origin import trained_on
-from lib.evaluation.outcome import data_facts
-from lib.evaluation.stored import StoredEmbeddings, of_texts
+from lib.evaluation.report import data_facts
 from lib.evaluation.subset import limited
+from lib.evaluation.tasks import CommonFlags
+from lib.files import without_secrets
 from lib.runs.checkpoint import BEST, newest_whole
 from lib.towers import TwoTowers
 from lib.towers.model_files import CONFIG, OPEN_CLIP_CONFIG, check_local, find_model, reading
 from lib.towers.processing import Processing, read_settings
 
 _FORMAT = 1
-"""Of the stored embeddings: another number where the same model and inputs would give others."""
+"""Version of the stored embeddings: raise it when the same model and inputs give other embeddings."""
 
 Needs = Literal["classes", "captions", "images"]
 
 
 @dataclass(frozen=True)
 class Model:
-    """A pair of towers on a device, and what they want of their inputs."""
+    """A pair of towers on a device, and the processing of their inputs."""
 
     name: str
     """the folder of the weights, or the hub id"""
@@ -58,41 +60,90 @@ class Model:
 
     @property
     def pipeline(self) -> ImagePipeline:
-        """From an image to the pixels that the model takes, without augmentation."""
+        """Image to pixels of the model, without augmentation."""
         return ImagePipeline(self.processing.image_size, self.processing.resize, "none")
 
     @cached_property
     def identity(self) -> str:
-        """Changes when the weights do, the structure, the precision, or what is done to images and texts."""
+        """Hash of the weights, the structure, the precision and the processing of images and texts."""
         form = self.processing.image_mean, self.processing.image_std, self.pipeline
         towers, precision = self.towers, self.precision.identity()
         texts = self.processing.text_identity()
         return fingerprint(_FORMAT, *precision, towers.description, repr(towers), towers, form, texts)
 
 
+@dataclass(frozen=True)
+class StoredEmbeddings:
+    """A folder of embeddings, one file per name; all ranks call each method together."""
+
+    folder: Path
+
+    def find(self, name: str) -> Embedded | None:
+        """Embeddings stored under the name, on every rank; None unless every rank can read them."""
+        file = self._file(name)
+        found = _read(file)
+        # Ranks on other machines may not see the file, and all must take the same branch: embedding is collective.
+        if not all(gather_objects(found is not None)):
+            return None
+        _print_once(f"{name.partition('-')[0]} embeddings from an earlier evaluation: {file}")
+        return found
+
+    def keep(self, name: str, embedded: Embedded) -> None:
+        """Store embeddings for later evaluations; prints a line if the folder cannot be written."""
+        # An image that the network did not deliver today may be there tomorrow.
+        if rank_and_world_size()[0] > 0 or any(reason == "unreachable" for _, reason in embedded.skipped):
+            return
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            tensors = {"embeds": embedded.embeds.contiguous(), "valid": embedded.valid}
+            save_checked(tensors, self._file(name), {"skipped": without_secrets(json.dumps(embedded.skipped))})
+        except OSError as fault:
+            _print_once(f"embeddings are not stored for later evaluations: {fault}; name another --cache-dir")
+
+    def _file(self, name: str) -> Path:
+        return self.folder / f"{name}.safetensors"
+
+
+def _read(file: Path) -> Embedded | None:
+    if not file.is_file():
+        return None
+    with suppress(Damaged):
+        tensors, metadata = load_checked(file)
+        skipped = [(key, reason) for key, reason in json.loads(metadata["skipped"])]
+        return Embedded(tensors["embeds"], tensors["valid"], skipped)
+    _print_once(f"{file} is damaged: its embeddings are computed again")
+    return None
+
+
+def _print_once(line: str) -> None:
+    """Print on rank 0."""
+    if rank_and_world_size()[0] == 0:
+        print(line, flush=True)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """A model and one part of the data; embeddings come from the cache where they were computed before."""
+    """A model and one split of the data; embeddings that were computed before come from the cache."""
 
     model: Model
     data: EvaluationSet
-    part: str
-    """which part `data` is: "train", "val", "test", or "all" where there are none"""
-    every_part: EvaluationData
-    options: Common
+    split: str
+    """name of the split: "train", "val", "test", or "all" for data without splits"""
+    every_split: EvaluationData
+    options: CommonFlags
     stored: StoredEmbeddings
 
     @classmethod
     def open(
-        cls, model: str, options: Common, device: torch.device, *, needs: Needs, prompts: str | None = None
+        cls, model: str, options: CommonFlags, device: torch.device, *, needs: Needs, prompts: str | None = None
     ) -> "Subject":
-        """Open the data, then load the model; InputError for what cannot be used or is of the wrong kind.
+        """Open the data, then load the model; InputError if either cannot be used or the data is of the wrong kind.
 
         needs: what the data must have besides images. prompts: bank or file of templates, None for the data's own.
         """
         fetcher = default_fetcher()
         fetcher = replace(fetcher, cache=options.run.cache_dir or fetcher.cache, allow_pipe=options.data.allow_pipe)
-        every_part = EvaluationData.find(
+        every_split = EvaluationData.find(
             options.data.data,
             prompts,
             image_root=options.data.image_root,
@@ -102,35 +153,38 @@ class Subject:
             fetcher=fetcher,
             output=Output("--output-dir", options.output_dir),
         )
-        part = every_part.part_for(options.data.split)
-        data = _limited(every_part.of_split(part), options.data.limit)
-        _check_kind(data, needs)
+        split = every_split.part_for(options.data.split)
+        data = limited(every_split.of_split(split), options.data.limit)
+        if needs == "classes" and data.classes is None:
+            raise InputError(f"{data.name} has captions and no classes: run `evaluate.py retrieval` on it instead")
+        if needs == "captions" and data.captions is None:
+            raise InputError(f"{data.name} has classes and no captions: run `evaluate.py zeroshot` on it instead")
         stored = StoredEmbeddings(fetcher.cache / "embeddings")
         loaded = Model.load(model, choose_precision(options.run.precision, device))
-        subject = cls(model=loaded, data=data, part=part, every_part=every_part, options=options, stored=stored)
+        subject = cls(model=loaded, data=data, split=split, every_split=every_split, options=options, stored=stored)
         if on_rank_0() and (warning := subject.warning):
             print(f"warning: {warning}", file=sys.stderr)
         return subject
 
-    def of(self, part: str) -> "Subject | None":
-        """The same model on another part, "train", "val" or "test"; None where the data has no such part."""
-        if part == self.part:
+    def of(self, split: str) -> "Subject | None":
+        """The same model on another split, "train", "val" or "test"; None if the data does not have it."""
+        if split == self.split:
             return self
-        data = self.every_part.of(part)
-        return None if data is None else replace(self, data=_limited(data, self.options.data.limit), part=part)
+        data = self.every_split.of(split)
+        return None if data is None else replace(self, data=limited(data, self.options.data.limit), split=split)
 
     @property
     def warning(self) -> str | None:
-        """What the figures do not tell of this model on this part."""
-        return trained_on(self.model.name, self.options.data, self.part)
+        """A sentence if the model was trained on these images, else None."""
+        return trained_on(self.model.name, self.options.data, self.split)
 
     @property
     def measures(self) -> bool:
-        """Whether this process is the one that measures; the others have done their share once all is embedded."""
+        """True on rank 0, which measures alone once all ranks have embedded."""
         return rank_and_world_size()[0] == 0
 
     def facts(self, embedded: Embedded) -> dict[str, str]:
-        """What was measured, for people."""
+        """Model, precision and data, for people."""
         facts = {"model": self.model.name, "precision": self.model.precision.name} | data_facts(self.data, embedded)
         return facts | ({"warning": warning} if (warning := self.warning) else {})
 
@@ -142,47 +196,46 @@ class Subject:
         return 0 if self.options.data.data == "digits" else auto_workers()
 
     def embed_images(self) -> Embedded:
-        """All images of the part, with a progress bar on rank 0; all ranks together."""
+        """Embeddings of all images of the split, with a progress bar on rank 0; all ranks call this together."""
         keys, contents = self.data.image_keys, self.data.images.identity(np.arange(len(self.data)))
-        name = f"image-{fingerprint(self.model.identity, keys, contents)}"
-        found = self.stored.find(name)
-        if found is None:
-            with self.model.precision.autocast():
-                found = embed_images(
-                    self.model.towers,
-                    self.data,
-                    self.model.pipeline,
-                    device=self.model.precision.device,
-                    batch_size=self.options.run.batch_size,
-                    workers=self._workers,
-                    progress=True,
-                )
-            self.stored.keep(name, found)
-        return found
+        return self._stored_or(
+            f"image-{fingerprint(self.model.identity, keys, contents)}",
+            lambda: embed_images(
+                self.model.towers,
+                self.data,
+                self.model.pipeline,
+                device=self.model.precision.device,
+                batch_size=self.options.run.batch_size,
+                workers=self._workers,
+                progress=True,
+            ),
+        )
 
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
-        """Texts (m) -> (m, D), each distinct one encoded once, with a progress bar on rank 0; all ranks together."""
+        """Texts (m) -> (m, D), each distinct one encoded once, with a progress bar; all ranks call this together."""
         distinct = sorted(set(texts))
-        name = f"text-{fingerprint(self.model.identity, distinct)}"
-        found = self.stored.find(name)
-        if found is None:
-            with self.model.precision.autocast():
-                embeds = embed_texts(
-                    self.model.towers,
-                    distinct,
-                    self.model.processing.tokenize,
-                    device=self.model.precision.device,
-                    batch_size=self.options.run.batch_size,
-                    progress=True,
-                )
-            found = of_texts(embeds)
-            self.stored.keep(name, found)
+
+        def embed() -> Embedded:
+            towers, tokenize, run = self.model.towers, self.model.processing.tokenize, self.options.run
+            device = self.model.precision.device
+            embeds = embed_texts(towers, distinct, tokenize, device=device, batch_size=run.batch_size, progress=True)
+            return Embedded(embeds, torch.ones(len(embeds), dtype=torch.bool), [])
+
+        found = self._stored_or(f"text-{fingerprint(self.model.identity, distinct)}", embed)
         row_of = {text: row for row, text in enumerate(distinct)}
         return found.embeds[[row_of[text] for text in texts]]
 
+    def _stored_or(self, name: str, embed: Callable[[], Embedded]) -> Embedded:
+        found = self.stored.find(name)
+        if found is None:
+            with self.model.precision.autocast():
+                found = embed()
+            self.stored.keep(name, found)
+        return found
+
 
 def model_folder(model: str) -> str:
-    """Where the weights are: of a run its export, else its best checkpoint; a hub id stays as it is."""
+    """Folder of the weights: a run's export, else its best or newest checkpoint; a hub id stays as it is."""
     root = Path(model)
     if not root.is_dir():
         check_local("--model", model)
@@ -197,18 +250,7 @@ def model_folder(model: str) -> str:
 
 
 def check_there(model: str, flag: str) -> None:
-    """Raise InputError for a model of which not even config.json can be read, in a moment."""
+    """Raise InputError if the model's config.json cannot be read; loads no weights."""
     files = find_model(flag, model_folder(model), weights=False)
     with reading(flag, files.name):
         read_settings(files)
-
-
-def _limited(data: EvaluationSet, limit: int | None) -> EvaluationSet:
-    return data if limit is None else limited(data, limit)
-
-
-def _check_kind(data: EvaluationSet, needs: Needs) -> None:
-    if needs == "classes" and data.classes is None:
-        raise InputError(f"{data.name} has captions and no classes: run `evaluate.py retrieval` on it instead")
-    if needs == "captions" and data.captions is None:
-        raise InputError(f"{data.name} has classes and no captions: run `evaluate.py zeroshot` on it instead")

@@ -1,5 +1,6 @@
-"""A part of an evaluation set, for a quick look."""
+"""Evenly spaced samples of rows, and of the images of an evaluation set."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -10,25 +11,34 @@ from lib.data.images import Extent
 from lib.data.pairs import Images
 
 
-def limited(evaluation_set: EvaluationSet, limit: int) -> EvaluationSet:
-    """At most `limit` of the images, evenly spaced so that every class has its share, with their captions."""
+def spread(rows: Sequence[int] | np.ndarray, count: int) -> list[int]:
+    """At most `count` of the rows, evenly spaced: a fair sample rather than a choice of the best."""
+    if len(rows) == 0:
+        return []
+    places = np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(int)
+    return [int(rows[place]) for place in places]
+
+
+def limited(evaluation_set: EvaluationSet, limit: int | None) -> EvaluationSet:
+    """At most `limit` of the images with their captions, evenly spaced so that every class has its share."""
     count = len(evaluation_set)
-    if limit >= count:
+    if limit is None or limit >= count:
         return evaluation_set
-    rows = np.linspace(0, count - 1, limit).round().astype(np.int64)
-    part = replace(
+    rows = np.array(spread(range(count), limit))
+    subset = replace(
         evaluation_set,
         name=f"{evaluation_set.name}, {limit} of {count} images",
         images=_Chosen([evaluation_set.image_keys[row] for row in rows], evaluation_set.images, rows),
         group=evaluation_set.group[rows],
     )
     if evaluation_set.labels is not None:
-        part = replace(part, labels=evaluation_set.labels[rows])
+        subset = replace(subset, labels=evaluation_set.labels[rows])
     if evaluation_set.captions is not None:
         captions, image = evaluation_set.captioning
         kept = np.flatnonzero(np.isin(image, rows))
-        part = replace(part, captions=[captions[row] for row in kept], caption_image=np.searchsorted(rows, image[kept]))
-    return part
+        caption_image = np.searchsorted(rows, image[kept])
+        subset = replace(subset, captions=[captions[row] for row in kept], caption_image=caption_image)
+    return subset
 
 
 @dataclass(frozen=True)

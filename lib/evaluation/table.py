@@ -1,4 +1,4 @@
-"""The task table: the figures of several runs and evaluations, gathered from the files that they left."""
+"""The task table: the figures of several runs and evaluations, gathered from their files."""
 
 import csv
 import io
@@ -12,8 +12,7 @@ from typing import NamedTuple
 
 from lib.distributed import rank_and_world_size
 from lib.errors import InputError, raised_as
-from lib.evaluation.html import aligned
-from lib.evaluation.outcome import Rows, figure
+from lib.evaluation.report import Rows, aligned, decimals, words
 from lib.evaluation.tasks import Table
 from lib.files import write_text
 from lib.runs.reporter import SUMMARY
@@ -27,7 +26,7 @@ OF_TRAINING = ("steps", "wall_seconds")
 
 
 class Result(NamedTuple):
-    """Figures of a folder, and of what in it: a classifier, a direction, a temperature, a compared model."""
+    """Figures of a folder, and what they are of: a classifier, a direction, a temperature, a compared model."""
 
     folder: str
     of: str
@@ -35,7 +34,7 @@ class Result(NamedTuple):
 
 
 def table(options: Table) -> None:
-    """Print the tables and write them where asked to."""
+    """Print the tables, and write them to --output-dir if it is given."""
     if rank_and_world_size()[0] > 0:
         return
     results = _results_of_all(options.runs)
@@ -49,14 +48,14 @@ def table(options: Table) -> None:
 
 
 def _results_of_all(runs: Sequence[Path]) -> list[Result]:
-    """Of the folders that hold any, with a warning for each other; InputError where none does."""
+    """Results of all folders; warns of each folder without any, InputError if all are without."""
     found = {run: results_of(run) for run in runs}
     empty = [run for run, results in found.items() if not results]
-    words = f"holds no results, no {METRICS} and no {SUMMARY}"
+    empty_because = f"holds no results, no {METRICS} and no {SUMMARY}"
     if len(empty) == len(found):
-        raise InputError(f"{empty[0]} {words}: name a folder that evaluate.py or a training script left")
+        raise InputError(f"{empty[0]} {empty_because}: name a folder of evaluate.py or of a training script")
     for run in empty:
-        print(f"warning: {run} {words}: it is left out", file=sys.stderr)
+        print(f"warning: {run} {empty_because}: it is left out", file=sys.stderr)
     return [result for results in found.values() for result in results]
 
 
@@ -68,7 +67,7 @@ def results_of(run: Path) -> list[Result]:
 
 def _read(file: Path) -> list[Result]:
     """The results of one file; InputError if it cannot be read."""
-    advice = "make it anew, or leave the folder out"
+    advice = "run the evaluation again, or leave the folder out"
     faults = (OSError, ValueError, KeyError, AttributeError)
     with raised_as(lambda fault: InputError(f"{file} cannot be read: {fault!r}; {advice}"), *faults):
         content = json.loads(file.read_text(encoding="utf-8"))
@@ -81,7 +80,7 @@ def _read(file: Path) -> list[Result]:
 
 
 def _figures(content: dict, of: str = "") -> Iterator[tuple[str, dict[str, float]]]:
-    """(name, figures) of the topmost dictionaries that have figures: those below them are of classes and the like."""
+    """(name, figures) of the topmost dictionaries with figures; those below them are of classes or of prompts."""
     found = {key: content[key] for key in FIGURES if isinstance(content.get(key), int | float)}
     if found:
         yield of, found
@@ -92,7 +91,7 @@ def _figures(content: dict, of: str = "") -> Iterator[tuple[str, dict[str, float
 
 
 def _by_kind(results: Iterable[Result]) -> list[list[Result]]:
-    """Results with the same figures go together."""
+    """Results with the same kinds of figures, which share a table."""
     kinds: dict[tuple, list[Result]] = {}
     for result in results:
         kinds.setdefault(tuple(result.figures), []).append(result)
@@ -101,13 +100,13 @@ def _by_kind(results: Iterable[Result]) -> list[list[Result]]:
 
 def _rows(results: Sequence[Result], mean: bool) -> Rows:
     columns = list(results[0].figures)
-    rows = [["results", "of", *(column.replace("_", " ") for column in columns)]]
-    rows += [[each.folder, each.of, *map(figure, each.figures.values())] for each in results]
+    rows = [["results", "of", *map(words, columns)]]
+    rows += [[each.folder, each.of, *map(decimals, each.figures.values())] for each in results]
     for of, alike in groupby(sorted(results, key=lambda each: each.of), key=lambda each: each.of):
         values = list(zip(*(each.figures.values() for each in alike), strict=True))
         if mean and len(values[0]) > 1:
             for name, function in (("mean", statistics.fmean), ("standard deviation", statistics.stdev)):
-                rows.append([name, of, *(figure(float(function(column))) for column in values)])
+                rows.append([name, of, *(decimals(float(function(column))) for column in values)])
     return rows
 
 
@@ -117,7 +116,7 @@ def _markdown(rows: Rows) -> str:
 
 
 def _write_csv(results: Sequence[Result], path: Path) -> None:
-    """All results in one table, empty cells where one has no such figure."""
+    """Write all results in one table, with empty cells for missing figures."""
     columns = [key for key in (*FIGURES, *OF_TRAINING) if any(key in each.figures for each in results)]
     text = io.StringIO()
     writer = csv.DictWriter(text, ["results", "of", *columns])

@@ -1,6 +1,7 @@
-"""Validation during training: the tasks that the data set allows, and the loss, on held-out data."""
+"""Validation during training: figures and loss on held-out data, and the figure that picks the best checkpoint."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -11,15 +12,20 @@ from lib.data.evaluation_set import EvaluationSet
 from lib.data.pipeline import ImagePipeline
 from lib.data.prepare import text_key
 from lib.errors import InputError
+from lib.evaluation.classification import EmbedText, class_embeddings, zeroshot_metrics
 from lib.evaluation.embed import Embedded, embed_images, embed_texts
-from lib.evaluation.retrieval.metrics import keep_readable, retrieval_metrics
-from lib.evaluation.zeroshot.metrics import class_embeddings, zeroshot_metrics
+from lib.evaluation.retrieval_ranks import keep_readable, retrieval_metrics
 from lib.towers.processing import Processing
 
-LOSS_PAIRS = 8192  # a loss over more pairs costs time and says no more
+LOSS_PAIRS = 8192  # more pairs cost time and hardly change the loss
+_CLASSES = ("accuracy", "macro_f1")
+_RETRIEVAL = tuple(
+    f"{direction}.{figure}"
+    for direction in ("text_to_image", "image_to_text")
+    for figure in ("R@1", "R@5", "R@10", "MRR", "median_rank")
+)
 
 Loss = Callable[[Tensor, Tensor, Tensor, Tensor], float]
-EmbedText = Callable[[list[str]], Tensor]
 Pairs = tuple[Tensor, Tensor, Tensor, Tensor]  # image_embeds, text_embeds, group, text_id, row by row
 
 
@@ -34,7 +40,7 @@ def validate(
     workers: int = 0,
     progress: bool = False,
 ) -> dict:
-    """Measure the towers in evaluation mode; their modes and the global random state are left as they were.
+    """Measure the towers in evaluation mode, without changing their modes or the global random state.
 
     loss(image_embeds (P, D), text_embeds (P, D), group (P,), text_id (P,)) -> float is called once, on at most 8192
     evenly spaced pairs of an image and its first caption, or its class in the first template. Returns "loss", with
@@ -43,23 +49,12 @@ def validate(
     if evaluation_set.classes is None and evaluation_set.captions is None:
         raise InputError(f"{evaluation_set.name} has neither classes nor captions to validate with")
     embed_text = partial(
-        embed_texts,
-        towers,
-        tokenize=processing.tokenize,
-        device=device,
-        batch_size=batch_size,
-        progress=progress,
+        embed_texts, towers, tokenize=processing.tokenize, device=device, batch_size=batch_size, progress=progress
     )
-    # Without augmentation: a validation is the same every time.
+    # Without augmentation, so that figures of different steps compare.
     pipeline = ImagePipeline(processing.image_size, processing.resize, "none")
     embedded = embed_images(
-        towers,
-        evaluation_set,
-        pipeline,
-        device=device,
-        batch_size=batch_size,
-        workers=workers,
-        progress=progress,
+        towers, evaluation_set, pipeline, device=device, batch_size=batch_size, workers=workers, progress=progress
     )
     metrics: dict = {}
     if evaluation_set.classes is not None:
@@ -76,7 +71,7 @@ def validate(
 def _classify(
     embedded: Embedded, evaluation_set: EvaluationSet, embed_text: EmbedText
 ) -> tuple[dict[str, float], Pairs]:
-    """Zero-shot figures, and each image paired with its class in the first template."""
+    """Zero-shot figures, and pairs of each image with its class in the first template."""
     all_labels, classes, templates = evaluation_set.labelling
     image_embeds = embedded.embeds[embedded.valid]
     labels = torch.as_tensor(all_labels)[embedded.valid]
@@ -90,7 +85,7 @@ def _classify(
 def _retrieve(
     embedded: Embedded, evaluation_set: EvaluationSet, embed_text: EmbedText
 ) -> tuple[dict[str, dict[str, float]], Pairs]:
-    """Retrieval figures, and each image that has captions paired with its first one."""
+    """Retrieval figures, and pairs of each captioned image with its first caption."""
     texts, image_of_text = evaluation_set.captioning
     readable, captions, caption_image = keep_readable(embedded.valid, image_of_text)
     image_embeds = embedded.embeds[readable]
@@ -100,3 +95,36 @@ def _retrieve(
     metrics = retrieval_metrics(image_embeds, text_embeds, caption_image)
     text_id = torch.tensor([text_key(texts[captions[row]]) for row in first.tolist()])
     return metrics, (image_embeds[images], text_embeds[first], group, text_id)
+
+
+@dataclass(frozen=True)
+class BestMetric:
+    """The figure that picks the best checkpoint, by its dotted name."""
+
+    name: str
+    less_is_better: bool
+
+    @classmethod
+    def resolve(cls, name: str, validation: EvaluationSet | None) -> "BestMetric":
+        """`auto` is accuracy if there are classes, else text-to-image R@1; InputError if the data lacks the figure."""
+        if validation is None:
+            if name not in ("auto", "loss"):
+                raise InputError(f"--best-metric {name} needs validation data and --eval-every above 0")
+            return cls("loss", True)
+        known = ["loss"]
+        known += _CLASSES if validation.classes is not None else ()
+        known += _RETRIEVAL if validation.captions is not None else ()
+        if name == "auto":
+            name = "accuracy" if validation.classes is not None else "text_to_image.R@1"
+        if name not in known:
+            raise InputError(f"--best-metric {name} is not measured on this data; choose from {', '.join(known)}")
+        return cls(name, name == "loss" or name.endswith("median_rank"))
+
+    def value(self, metrics: dict) -> float:
+        """The figure in nested metrics."""
+        group, _, name = self.name.partition(".")
+        return float(metrics[group][name] if name else metrics[group])
+
+    def better(self, value: float, than: float | None) -> bool:
+        """True if a new value beats the best one so far."""
+        return than is None or (value < than if self.less_is_better else value > than)

@@ -95,7 +95,7 @@ def _training(config: Mapping, summary: Mapping) -> str:
         rows["frozen"] += f", but not {', '.join(config['unfreeze'])}"
     if config.get("lora"):
         rows["adapters"] = f"of rank {config['lora']} on attention layers, merged"
-    if config.get("eval_ema"):
+    if config.get("ema"):
         rows["weights"] = f"moving average with decay {config['ema']:g}"
     if summary:
         rows["length"] = (

@@ -1,4 +1,4 @@
-"""Moves the inputs of one forward after another to the device, while the forward before is computed."""
+"""Copies the inputs of one forward after another to the device, while the forward before is computed."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -6,19 +6,21 @@ from functools import lru_cache
 from typing import TypeVar
 
 import torch
-
-from lib.gradcache.inputs import Inputs
+from torch import Tensor
 
 T = TypeVar("T")
+
+Inputs = dict[str, Tensor]
+"""Inputs of one forward of the towers, by name."""
 
 MOST_IN_FLIGHT = 2  # chunks whose inputs are on the device: one computed, one copied
 
 
 def on_device(items: Iterable[T], inputs_of: Callable[[T], Inputs], device: torch.device) -> Iterator[tuple[T, Inputs]]:
-    """Each item with its inputs on the device, in order.
+    """Yield each item with its inputs on the device, in order.
 
     On a CUDA device an item is copied while the one before is computed, from page-locked memory: a copy from other
-    memory holds the host up.
+    memory blocks the host.
     """
     if device.type != "cuda":
         for item in items:

@@ -1,38 +1,37 @@
-"""--verify-gradients: the cached step against plain autograd, on the user's own model, data, precision and ranks."""
+"""--verify-gradients: compare the cached step with plain autograd, on the run's model, data, precision and ranks."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from lib.backends import Backend
+from lib.backends.precision import full_float32
 from lib.data import Chunk
 from lib.distributed import gather_objects, gather_rows, rank_and_world_size
-from lib.gradcache.inputs import TEXT_INPUTS, Inputs
-from lib.gradcache.random_state import RandomState
-from lib.gradcache.step import gather_ids
+from lib.errors import RunError
+from lib.gradcache.distinct_texts import TEXT_INPUTS
+from lib.gradcache.prefetch import Inputs
+from lib.gradcache.random_state import RandomState, batch_norm_statistics, restore_statistics
+from lib.gradcache.step import GradCache, cached_step, gather_ids
 from lib.losses import Pairs
-from lib.losses.objective import DenseLoss
+from lib.losses.objective import DenseLoss, Objective
 from lib.losses.positives import Ids
 
 TOLERANCE = {"fp32": 1e-3, "fp16": 5e-2, "bf16": 1e-1}  # relative to the largest gradient of a part
 FP16_SCALE = 2.0**10
 PAIRS, CHUNKS = 16, 4  # of each rank, at most about so many: small enough for all graphs at once
 
-PART_OF = {
-    "image": "image tower",
-    "text": "text tower",
-    "logit_scale": "logit_scale",
-    "logit_bias": "logit_bias",
-}
+PART_OF = {"image": "image tower", "text": "text tower", "logit_scale": "logit_scale", "logit_bias": "logit_bias"}
 
 
 class Extras(NamedTuple):
-    """Everything of a step beside its chunks that a run may use."""
+    """Everything of a step except its chunks that a run may use."""
 
     negatives: Sequence[Inputs] = ()
     """texts that belong to no pair, in chunks"""
@@ -48,7 +47,7 @@ EXTRAS = {
     "tile": "more than one tile of logits",
     "keep_graphs": "kept graphs",
 }
-"""Names of the extras in messages, in the order in which a fault is looked for."""
+"""Names of the extras in messages, in the order in which a fault is searched."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,53 @@ class Comparison:
         return not self.faults and all(difference <= tolerance for difference in self.differences.values())
 
 
-def small_chunks(chunks: Sequence[Chunk]) -> list[Chunk]:
+def verify_gradients(
+    cache: GradCache,
+    backend: Backend,
+    objective: Objective,
+    chunks: Sequence[Chunk],
+    has_memory: bool,
+    say: Callable[[str], None],
+) -> None:
+    """Compare both ways on a few pairs, with all that the run uses, and print the differences by `say`.
+
+    Raises RunError for differences above the tolerance. Leaves statistics and random state as they were.
+    """
+    device, tolerance = cache.device, TOLERANCE[backend.precision.name]
+    statistics, random_state = batch_norm_statistics(cache.towers), RandomState.capture(device)
+    few, kept = _few_pairs(chunks), cache.keep_graphs
+    extras = Extras(
+        negatives=[{name: tensor[: PAIRS // CHUNKS] for name, tensor in each.items()} for each in cache.negatives[:2]],
+        remembered=_near_memory(cache, few) if has_memory else None,
+        tile=max(1, 2 * sum(map(len, few)) // 5),  # not a divisor: the last tile is smaller
+        keep_graphs=len(few) if kept >= len(chunks) else min(kept, len(few) - 1),
+    )
+
+    def compare(extras: Extras) -> Comparison:
+        with_extras = replace(cache, keep_graphs=extras.keep_graphs, negatives=extras.negatives)
+        loss = partial(objective.loss, tile=extras.tile)
+        cached = partial(cached_step, with_extras, few, loss, extras.remembered)
+        plain = partial(_plain_autograd, backend, few, extras, objective.dense, device)
+        return _compare_gradients(backend, cached, plain, device)
+
+    with full_float32():
+        where, found = _first_faulty(compare, extras, tolerance)
+    restore_statistics(statistics)
+    random_state.restore()
+    say(
+        "verify-gradients: largest relative difference "
+        + ", ".join(f"{part} {difference:.1e}" for part, difference in found.differences.items())
+    )
+    if not found.within(tolerance):
+        raise RunError(
+            f"--verify-gradients: the cached step's gradients differ from plain autograd's"
+            f"{f' with {where}, and not without' * bool(where)}: "
+            f"{'; '.join([*found.faults, f'largest relative differences {found.differences}'])}, allowed {tolerance}; "
+            "batch norm in training mode and layers that depend on the chunk do this, otherwise it is a bug here"
+        )
+
+
+def _few_pairs(chunks: Sequence[Chunk]) -> list[Chunk]:
     """The first pairs of a step's first chunks, of which some share their group and some their text alone."""
     some = chunks[:CHUNKS]
     size = -(-PAIRS // len(some))
@@ -81,22 +126,17 @@ def _recurring(chunk: Chunk) -> Chunk:
     return replace(chunk, **texts, text_id=chunk.text_id[rows], group=group)
 
 
-def small_negatives(negatives: Sequence[Inputs]) -> list[Inputs]:
-    """A few of the negative texts, in as many chunks as they come in, at most two."""
-    return [{name: tensor[: PAIRS // CHUNKS] for name, tensor in inputs.items()} for inputs in negatives[:2]]
-
-
 @torch.no_grad()
-def small_memory(wrapped: nn.Module, chunks: Sequence[Chunk], device: torch.device) -> Pairs:
-    """As many remembered pairs as there are fresh ones on all ranks, and near enough to compete with them.
+def _near_memory(cache: GradCache, chunks: Sequence[Chunk]) -> Pairs:
+    """Remember as many pairs as there are fresh ones on all ranks, near enough to compete with them.
 
     In turn they are an older copy of a fresh sample, of its group and text alone, of its text alone, and of nothing.
     """
-    outputs = [wrapped(**chunk.to(device).inputs) for chunk in chunks]
+    outputs = [cache.towers(**chunk.to(cache.device).inputs) for chunk in chunks]
     images = gather_rows(torch.cat([output.image_embeds for output in outputs])).float()
     texts = gather_rows(torch.cat([output.text_embeds for output in outputs])).float()
-    ids = gather_ids([Ids.of(chunk) for chunk in chunks], device)
-    kind = torch.arange(len(images), device=device) % 4
+    ids = gather_ids([Ids.of(chunk) for chunk in chunks], cache.device)
+    kind = torch.arange(len(images), device=cache.device) % 4
     return Pairs(
         F.normalize(images + images.roll(1, 0) / 2, dim=1),
         F.normalize(texts + texts.roll(1, 0) / 2, dim=1),
@@ -106,7 +146,7 @@ def small_memory(wrapped: nn.Module, chunks: Sequence[Chunk], device: torch.devi
     )
 
 
-def first_faulty(compare: Callable[[Extras], Comparison], extras: Extras, tolerance: float) -> tuple[str, Comparison]:
+def _first_faulty(compare: Callable[[Extras], Comparison], extras: Extras, tolerance: float) -> tuple[str, Comparison]:
     """Compare with all extras; where that fails, add one after another and name the first that makes a difference.
 
     Returns "" for a cached step that is wrong without any, or where nothing is wrong.
@@ -124,10 +164,10 @@ def first_faulty(compare: Callable[[Extras], Comparison], extras: Extras, tolera
     return EXTRAS[used[-1]], found
 
 
-def compare_gradients(
+def _compare_gradients(
     backend: Backend, cached: Callable[[], object], plain: Callable[[], object], device: torch.device
 ) -> Comparison:
-    """Differences between the gradients that two ways leave, the largest on any rank.
+    """Compare the gradients that two ways leave; of the ranks' differences the largest counts.
 
     Both start from the same random state and from no gradients, and leave none behind.
     """
@@ -151,6 +191,7 @@ def compare_gradients(
 
 
 def _compared(ours: dict[str, Tensor], twin: dict[str, Tensor]) -> Comparison:
+    """Compare the gradients of this rank, by parameter name."""
     ways = {"the cached step": ours, "plain autograd": twin}
     names = list(twin | ours)
     missing = {name: way for way, found in ways.items() for name in names if name not in found}
@@ -169,7 +210,7 @@ def _compared(ours: dict[str, Tensor], twin: dict[str, Tensor]) -> Comparison:
     return Comparison(differences, faults)
 
 
-def plain_autograd(
+def _plain_autograd(
     backend: Backend, chunks: Sequence[Chunk], extras: Extras, dense: DenseLoss, device: torch.device
 ) -> None:
     """Leave on the towers the gradient of the loss of all ranks' chunks, with all logits and all graphs at once.
@@ -197,20 +238,20 @@ def plain_autograd(
 
 
 def _of_all_ranks(own: Tensor) -> Tensor:
-    """All ranks' embeddings as constants, but this rank's with their graph."""
+    """Gather all ranks' embeddings as constants, except this rank's, which keep their graph."""
     rank, rows = rank_and_world_size()[0], len(own)
     everything = gather_rows(own.detach())
     return torch.cat([everything[: rank * rows], own, everything[(rank + 1) * rows :]])
 
 
 def _part_of_gradient(scalar: Tensor, parts: int) -> Tensor:
-    """The same value, whose gradient is one of so many equal parts."""
+    """Keep the value and divide its gradient by `parts`."""
     return scalar / parts + (1 - 1 / parts) * scalar.detach()
 
 
 @contextmanager
 def _moderate_loss_scale(backend: Backend) -> Iterator[None]:
-    """fp16 training finds its scale by overflows; a comparison needs one that surely has none."""
+    """fp16 training finds its loss scale by overflows; a comparison needs one that surely has none."""
     if backend.loss_scale is None:
         yield
         return

@@ -1,19 +1,24 @@
-"""The objective of a script: its tiled loss, and the dense twin that --verify-gradients compares it with."""
+"""The objective of a script: its loss in tiles, and the dense twin that --verify-gradients compares it with.
 
-from collections.abc import Callable, Sequence
+The twins take each block as one tile, with its masks, and leave the gradients to autograd.
+"""
+
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lib.losses.positives import Ids, RememberedPositives, SameText
-from lib.losses.tiled import Loss, Pairs, PosWeight, Through, balanced_weight, diagonal, each_its_group
+from lib.losses.infonce import Through
+from lib.losses.positives import Pairs, SameText
+from lib.losses.sigmoid import PosWeight, positive_weight, weighted_softplus
+from lib.losses.tiles import Logits, Loss
 from lib.towers import Family
 
-DenseLoss = Callable[[Pairs, Pairs | None, Tensor, Tensor], Tensor]
+DenseLoss = Callable[..., Tensor]
 """(fresh, remembered, logit_scale, logit_bias) -> (), differentiable.
 
 The negative texts may be (W, P, D), where each of W ranks encodes them for its own share of the images.
@@ -22,24 +27,27 @@ The negative texts may be (W, P, D), where each of W ranks encodes them for its 
 
 @dataclass(frozen=True)
 class Objective:
-    """A loss in both forms, and the family of models that it was published with."""
+    """A loss in both forms, which accept `same_text` too, and the family of models that it was published with."""
 
     family: Family
     loss: Loss
-    """takes `same_text` too"""
-    dense: Callable[..., Tensor]
-    """a `DenseLoss` that takes `same_text` too"""
+    dense: DenseLoss
 
     def of_run(self, positives: Literal["group", "pair"], same_text: SameText) -> "Objective":
-        """The objective with --positives and --same-text as a run has them."""
+        """The objective with --positives and --same-text of a run."""
         loss, dense = partial(self.loss, same_text=same_text), partial(self.dense, same_text=same_text)
-        if positives == "group":
-            return replace(self, loss=loss, dense=dense)
+        if positives == "pair":
+            loss, dense = partial(_only_the_diagonal, loss), partial(_only_the_diagonal, dense)
+        return replace(self, loss=loss, dense=dense)
 
-        def dense_diagonal(fresh: Pairs, remembered: Pairs | None, scale: Tensor, bias: Tensor) -> Tensor:
-            return dense(*each_its_group(fresh, remembered), scale, bias)
 
-        return replace(self, loss=diagonal(loss), dense=dense_diagonal)
+def _only_the_diagonal(
+    loss: Callable, fresh: Pairs, remembered: Pairs | None, *given: Any, tile: int | None = None
+) -> Any:
+    """The loss with each pair as a group of its own, as in the papers: only the diagonal is positive."""
+    fresh = replace(fresh, group=fresh.ids.each_its_group().group)
+    remembered = remembered and replace(remembered, group=torch.full_like(remembered.group, -1))
+    return loss(fresh, remembered, *given, **({"tile": tile} if tile else {}))
 
 
 def dense_sigmoid(
@@ -49,18 +57,14 @@ def dense_sigmoid(
     logit_bias: Tensor,
     *,
     pos_weight: PosWeight = 1.0,
-    remembered_positives: RememberedPositives = "use",
     same_text: SameText = "negative",
 ) -> Tensor:
-    """The pairwise sigmoid loss with all logits at once."""
-    of_images, of_texts = _logits(fresh, remembered, logit_scale, same_text, remembered_positives, "both")
-    weight = balanced_weight(fresh.ids, same_text) if pos_weight == "balanced" else pos_weight
-    total = torch.zeros_like(logit_scale)
-    for part in (*of_images, *of_texts[1:]):  # fresh pairs count once
-        logits = part.scaled + logit_bias
-        losses = torch.where(part.positive, -weight * F.logsigmoid(logits), -F.logsigmoid(-logits))
-        total = total + (losses * part.counted).sum()
-    return total / len(fresh)
+    """The pairwise sigmoid loss with each block of logits as one tile."""
+    logits = Logits(fresh, remembered, logit_scale, logit_bias, slice(0, len(fresh)), same_text)
+    weight = positive_weight(pos_weight, fresh.ids, same_text).to(logits.scale)
+    blocks = (logits.dense(block) for block in logits.blocks)
+    sums = (weighted_softplus(S * (1 - 2 * positive), positive, weight).sum() for S, positive, _ in blocks)
+    return sum(sums, start=torch.zeros_like(logit_scale)) / len(fresh)
 
 
 def dense_infonce(
@@ -70,76 +74,21 @@ def dense_infonce(
     logit_bias: Tensor,
     *,
     label_smoothing: float = 0.0,
-    remembered_positives: RememberedPositives = "use",
     same_text: SameText = "negative",
     through: Through = "both",
 ) -> Tensor:
     """Symmetric InfoNCE with all logits at once; `through="anchors"` as in the tiled loss."""
-    total = torch.zeros_like(logit_scale)
-    for parts in _logits(fresh, remembered, logit_scale, same_text, remembered_positives, through):
-        scaled, positive, counted = _joined(parts)
-        logits = scaled + logit_bias
-        target = (1 - label_smoothing) * positive.to(logits.dtype) / positive.sum(1, keepdim=True)
-        if label_smoothing:
-            target += label_smoothing * counted.to(logits.dtype) / counted.sum(1, keepdim=True)
-        if same_text == "exclude" or remembered is not None:
-            logits = logits.masked_fill(~counted, torch.finfo(logits.dtype).min)  # not -inf, which times 0 is not 0
-        total = total + F.cross_entropy(logits, target) / 2
+    logits = Logits(fresh, remembered, logit_scale, logit_bias, slice(0, len(fresh)), same_text)
+    image, total = logits.fresh, torch.zeros_like(logit_scale)
+    text = image._replace(tower="text", anchors=image.others, others=image.anchors)
+    blocks = [image, text, *logits.blocks[1:]]
+    if through == "anchors" and remembered is not None:  # the same value, with another slope
+        blocks[:2] = (block._replace(others=block.others.detach()) for block in blocks[:2])
+        blocks = [block._replace(anchors=2 * block.anchors - block.anchors.detach()) for block in blocks]
+    for tower in ("image", "text"):
+        of_tower = (logits.dense(block) for block in blocks if block.tower == tower)
+        S, positive, excluded = (torch.cat(column, 1) for column in zip(*of_tower, strict=True))
+        candidate = (~excluded).to(positive)
+        target = (1 - label_smoothing) * positive / positive.sum(1, keepdim=True)
+        total = total + F.cross_entropy(S, target + label_smoothing * candidate / candidate.sum(1, keepdim=True)) / 2
     return total
-
-
-class _Part(NamedTuple):
-    """Some anchors against one kind of candidates: logits but for the bias, positives, and what counts, each (A, M)."""
-
-    scaled: Tensor
-    positive: Tensor
-    counted: Tensor
-
-
-def _joined(parts: Sequence[_Part]) -> _Part:
-    return parts[0] if len(parts) == 1 else _Part(*(torch.cat(column, 1) for column in zip(*parts, strict=True)))
-
-
-def _logits(
-    fresh: Pairs,
-    remembered: Pairs | None,
-    scale: Tensor,
-    same_text: SameText,
-    remembered_positives: RememberedPositives,
-    through: Through,
-) -> tuple[list[_Part], list[_Part]]:
-    """All logits of the images, and of the texts: first against the fresh pairs, then against what else there is."""
-    images, texts = scale * fresh.image_embeds, scale * fresh.text_embeds
-    masks = _masks(fresh.ids, fresh.ids, same_text)  # symmetric
-    if through == "both" or remembered is None:
-        scaled = images @ fresh.text_embeds.T
-        of_images, of_texts = [_Part(scaled, *masks)], [_Part(scaled.T, *masks)]
-    else:  # as anchors alone, but twice: the same value with another slope
-        images, texts = (scale * (2 * embeds - embeds.detach()) for embeds in (fresh.image_embeds, fresh.text_embeds))
-        of_images = [_Part(images @ fresh.text_embeds.detach().T, *masks)]
-        of_texts = [_Part(texts @ fresh.image_embeds.detach().T, *masks)]
-    if fresh.negative_texts is not None:
-        of_ranks = fresh.negative_texts if fresh.negative_texts.ndim == 3 else fresh.negative_texts[None]
-        scaled = (images.unflatten(0, (len(of_ranks), -1)) @ of_ranks.mT).flatten(0, 1)
-        nobody = torch.zeros_like(scaled, dtype=torch.bool)
-        of_images.append(_Part(scaled, nobody, ~nobody))
-    if remembered is not None:
-        masks = _masks(fresh.ids, remembered.ids, same_text, remembered_positives)
-        of_images.append(_Part(images @ remembered.text_embeds.T, *masks))
-        of_texts.append(_Part(texts @ remembered.image_embeds.T, *masks))
-    return of_images, of_texts
-
-
-def _masks(
-    anchors: Ids, others: Ids, same_text: SameText, remembered: RememberedPositives | None = None
-) -> tuple[Tensor, Tensor]:
-    """(positives, what counts) of A anchors against M others, each (A, M) bool; remembered: the others are."""
-    same_group, equal_text = anchors.group[:, None] == others.group, anchors.text_id[:, None] == others.text_id
-    positive = same_group | equal_text if same_text == "positive" else same_group
-    counted = positive | ~equal_text if same_text == "exclude" else torch.ones_like(positive)
-    if remembered is None:
-        return positive, counted
-    counted = counted & (anchors.sample_id[:, None] != others.sample_id)
-    if remembered == "ignore":
-        return torch.zeros_like(positive), counted & ~positive
-    return positive & counted, counted

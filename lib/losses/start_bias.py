@@ -10,8 +10,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lib.losses.positives import Ids, Relation, SameText
-from lib.losses.tiled import Pairs, PosWeight, balanced_weight, sigmoid
+from lib.losses.positives import Ids, Pairs, SameText, count_positives
+from lib.losses.sigmoid import PosWeight, positive_weight, sigmoid
 
 SOLVED_ON = 2048  # pairs that the solved bias is taken from: more would not move it
 
@@ -21,13 +21,12 @@ def bias_from_counts(ids: Ids, remembered: int, pos_weight: PosWeight = 1.0, sam
 
     ids: (N,) each. Every row meets N fresh texts, Q remembered texts, and with its text Q remembered images.
     """
-    counts = Relation(ids, ids, same_text, some_left_out=True).counts(torch.float64)
-    positives, candidates = (count.sum().item() for count in counts)
+    positives, candidates = (count.item() for count in count_positives(ids, same_text))
     size = len(ids.group)
     # Of its N - 1 others, each pair has so many as positives and as negatives; the remembered are met alike.
     more = (size - 1 + 2 * remembered) / (size * max(size - 1, 1))
     negatives, positives = more * (candidates - positives), 1 + more * (positives - size)
-    weight = float(balanced_weight(ids, same_text)) if pos_weight == "balanced" else pos_weight
+    weight = float(positive_weight(pos_weight, ids, same_text))
     return -math.log(max(negatives, 1.0) / (positives * weight))
 
 

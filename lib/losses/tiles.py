@@ -1,17 +1,173 @@
-"""Logits of some anchors against some others, visited in tiles, and the gradients that gather over them."""
+"""Blocks of logits, visited in tiles, and the gradients that accumulate over them; never the N x N logits as a whole.
 
+Everything is computed for some *rows* of the global batch. Over any partition of the batch into rows the shares add up
+to the loss and gradients of the whole batch, so the losses know nothing of ranks.
+Letters: N fresh pairs of the global batch, B rows of it, Q remembered pairs, P negative texts, D embedding dimension.
+"""
+
+import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-TILE = 1024  # rows and columns of a block of logits on a CPU: with its spare, what a core's share of the cache holds
+from lib.losses.positives import Ids, Pairs, SameText, masks
+
+TILE = 1024  # rows and columns of a tile on a CPU: its buffers fit a core's share of the cache
 ACCELERATOR_TILE = 4096  # fewer and longer kernels: launching one costs as much as a small tile
 
-TileSlope = Callable[[slice, slice, Tensor, Tensor], Tensor]
-"""(rows, columns, tile of logits, spare of its shape) -> the tile's d loss / d logits; it may overwrite both."""
-TileMask = Callable[[slice, slice], Tensor]
-"""(rows, columns) -> bool of the tile's shape: what does not count."""
+
+@dataclass(frozen=True)
+class LossShare:
+    """The rows' share of the loss, (), and of its gradients; summed over all rows they are those of the whole batch.
+
+    image_embeds: (B, D), complete. text_embeds: (N, D), for *all* fresh texts. logit_scale: (), for the multiplier, not
+    its logarithm. logit_bias: (). negative_texts: (P, D).
+    """
+
+    loss: Tensor
+    image_embeds: Tensor
+    text_embeds: Tensor
+    logit_scale: Tensor
+    logit_bias: Tensor
+    negative_texts: Tensor | None = None
+
+
+Loss = Callable[..., LossShare]
+"""(fresh, remembered, logit_scale, logit_bias, rows, *, tile=None) -> LossShare.
+
+tile: rows and columns of the logits that are held at a time; None: as suits the device. It changes no result.
+"""
+
+
+class Block(NamedTuple):
+    """Anchors (A, D) of a tower against others (M, D) of the other tower, and where their gradients accumulate."""
+
+    tower: Literal["image", "text"]
+    anchors: Tensor
+    others: Tensor
+    ids: Ids
+    other_ids: Ids | None  # None: texts that belong to no pair
+    d_anchors: Tensor
+    d_others: Tensor | None  # None: remembered, which take no gradients
+    rows: slice  # the anchors that are visited
+
+
+class Tile(NamedTuple):
+    """Rows r and columns c of a block. Logits, spare and positive are buffers, which the next tile overwrites."""
+
+    block: Block
+    r: slice
+    c: slice
+    logits: Tensor
+    """scale * anchors @ others.T + bias; of excluded pairs so low that no softmax or sigmoid notices"""
+    spare: Tensor
+    positive: Tensor | None
+    """1 for positives, else 0"""
+    excluded: Tensor | None
+
+
+class Logits:
+    """All logits of some rows, block by block, and the loss and gradients that accumulate over their tiles.
+
+    Everything is float32 at least, whatever the towers' precision (float64 stays float64).
+    """
+
+    def __init__(
+        self,
+        fresh: Pairs,
+        remembered: Pairs | None,
+        scale: Tensor,
+        bias: Tensor | None,
+        rows: slice,
+        same_text: SameText,
+    ) -> None:
+        dtype = torch.promote_types(fresh.image_embeds.dtype, torch.float32)
+        images, texts = fresh.image_embeds[rows].to(dtype), fresh.text_embeds.to(dtype)
+        self.scale, self.bias, self.same_text = scale.to(dtype), None if bias is None else bias.to(dtype), same_text
+        wide = wide_type(scale.device)
+        self.loss, self.d_scale, self.d_bias = (torch.zeros((), dtype=wide, device=scale.device) for _ in "abc")
+        self.d_images, self.d_texts = torch.zeros_like(images), torch.zeros_like(texts)
+        own, everyone, every = fresh.ids.rows(rows), fresh.ids, slice(0, len(images))
+        self.fresh = Block("image", images, texts, own, everyone, self.d_images, self.d_texts, every)
+        self.blocks, self.d_negatives = [self.fresh], None
+        if fresh.negative_texts is not None:
+            negatives = fresh.negative_texts.to(dtype)
+            self.d_negatives = torch.zeros_like(negatives)
+            self.blocks.append(Block("image", images, negatives, own, None, self.d_images, self.d_negatives, every))
+        if remembered is not None:
+            # The memory adds candidates to the anchors of both towers and no anchors: earlier weights embedded it, so
+            # there is nothing that gradients could flow to.
+            old_images, old_texts = remembered.image_embeds.to(dtype), remembered.text_embeds.to(dtype)
+            of_images = Block("image", images, old_texts, own, remembered.ids, self.d_images, None, every)
+            of_texts = Block("text", texts, old_images, everyone, remembered.ids, self.d_texts, None, rows)
+            self.blocks += [of_images, of_texts]
+
+    def tiles(self, side: int | None) -> Iterator[Tile]:
+        """Every tile of every block; side: its rows and columns, None: as suits the device."""
+        side = side or tile_side(self.scale.device)
+        buffers = self.fresh.anchors.new_empty(3, 0)
+        for block in self.blocks:
+            for r in _slices(block.rows, side):
+                anchors = block.anchors[r]
+                self._scaled, self._dots = anchors * self.scale, torch.zeros_like(anchors)
+                for c in _slices(slice(0, len(block.others)), side):
+                    shape = len(anchors), len(block.others[c])
+                    if buffers.shape[1] < math.prod(shape):
+                        buffers = anchors.new_empty(3, math.prod(shape))
+                    # The same memory for every tile: fresh memory would cost more than the arithmetic in it.
+                    logits, spare, ones = (buffer[: math.prod(shape)].view(shape) for buffer in buffers)
+                    torch.mm(self._scaled, block.others[c].T, out=logits)
+                    yield Tile(block, r, c, logits, spare, *self._completed(block, r, c, logits, ones))
+                self.d_scale += wide_sum(self._dots * anchors)  # sum of slope * <anchor, other> over the row of tiles
+                block.d_anchors[r].addcmul_(self._dots, self.scale)
+
+    def add(self, t: Tile, slope: Tensor, slope_of_others: Tensor | None = None) -> None:
+        """Accumulate the gradients of a part of the loss whose d loss / d logits is `slope`, of the tile's shape.
+
+        slope_of_others: of a further part, whose gradients reach the others alone, as those of `slope` the anchors.
+        """
+        block = t.block
+        self._dots.addmm_(slope, block.others[t.c])
+        if slope_of_others is not None and block.d_others is not None:
+            of_others = slope_of_others.T @ self._scaled
+            block.d_others[t.c].add_(of_others)
+            self.d_scale += wide_sum(of_others * block.others[t.c]) / self.scale
+        elif block.d_others is not None:
+            block.d_others[t.c].addmm_(slope.T, self._scaled)
+        if self.bias is not None:
+            self.d_bias += wide_sum(slope)
+
+    def share(self, norm: float) -> LossShare:
+        """What accumulated, divided by `norm`."""
+        sums = (self.loss, self.d_images, self.d_texts, self.d_scale, self.d_bias, self.d_negatives)
+        return LossShare(*(each.div_(norm).to(self.scale.dtype) for each in sums if each is not None))
+
+    def dense(self, block: Block) -> tuple[Tensor, Tensor, Tensor]:
+        """The whole block as one tile, differentiable: logits, positives (1, else 0) and excluded, each (A, M)."""
+        # Negative texts may be (W, P, D), where each of W ranks encodes them for its own images.
+        others = block.others if block.others.ndim == 3 else block.others[None]
+        logits = ((block.anchors * self.scale).unflatten(0, (len(others), -1)) @ others.mT).flatten(0, 1)
+        none = torch.zeros_like(logits)
+        every = slice(None)
+        positive, excluded = self._completed(block, every, every, logits, torch.zeros_like(none))
+        return logits, none if positive is None else positive, none.bool() if excluded is None else excluded
+
+    def _completed(
+        self, block: Block, r: slice, c: slice, logits: Tensor, ones: Tensor
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Add the bias and mask what is excluded, in place; positives (written into `ones`) and excluded pairs."""
+        if self.bias is not None:
+            logits += self.bias
+        if block.other_ids is None:
+            return None, None
+        found, excluded = masks(block.ids.rows(r), block.other_ids.rows(c), self.same_text, block.d_others is None)
+        if excluded is not None:
+            logits.masked_fill_(excluded, torch.finfo(logits.dtype).min / 2)  # not -inf, which times 0 is not 0
+        # From bytes: the conversion of bool takes ten times as long.
+        return None if found is None else ones.copy_(found.view(torch.uint8)), excluded
 
 
 def tile_side(device: torch.device) -> int:
@@ -29,104 +185,5 @@ def wide_sum(matrix: Tensor) -> Tensor:
     return matrix.sum(1).sum(dtype=wide_type(matrix.device))
 
 
-class TileBuffers:
-    """Two tiles of so many rows and columns, which all blocks of one loss share: each visits its tiles alone."""
-
-    def __init__(self, side: int) -> None:
-        self.side = side
-        self._memory: Tensor | None = None
-
-    def of_shape(self, rows: int, columns: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Two tensors (rows, columns) in that memory; what they held is lost."""
-        size = rows * columns
-        if self._memory is None or self._memory.shape[1] < size:
-            self._memory = like.new_empty(2, size)
-        logits, spare = self._memory[:, :size]
-        return logits.view(rows, columns), spare.view(rows, columns)
-
-
-class LogitTiles:
-    """scale * anchors others^T + bias (None: no bias), of anchors (A, D) and others (M, D), never held as a whole.
-
-    What is left out is -inf. Every tile is written into the same two buffers: fresh memory for each would cost more
-    than the arithmetic in it.
-    """
-
-    def __init__(
-        self,
-        anchors: Tensor,
-        others: Tensor,
-        scale: Tensor,
-        bias: Tensor | None,
-        buffers: TileBuffers,
-        left_out: TileMask | None = None,
-    ) -> None:
-        self.anchors, self.others, self.scale, self.bias = anchors, others, scale, bias
-        self.side, self._buffers, self._left_out = buffers.side, buffers, left_out
-
-    def add_logsumexp(self, of_anchors: Tensor, of_others: Tensor | None = None) -> None:
-        """Merge the logits into the log-sum-exp of each anchor (A,) and, where given, of each other (M,), in place."""
-        for r in _slices(len(self.anchors), self.side):
-            for c, logits, spare in self._row_of_tiles(r, self.anchors[r] * self.scale):
-                of_anchors[r] = torch.logaddexp(of_anchors[r], _logsumexp(logits, 1, spare))
-                if of_others is not None:
-                    of_others[c] = torch.logaddexp(of_others[c], _logsumexp(logits, 0, spare))
-
-    def softmax_mean(self) -> tuple[Tensor, Tensor]:
-        """Each anchor's log-sum-exp (A,), and the others' mean by its softmax (A, D), in one visit of the tiles.
-
-        -inf and 0 where all is left out. What was summed is scaled down as larger logits turn up.
-        Source: Milakov and Gimelshein, Online normalizer calculation for softmax, 2018.
-        """
-        lse, means = self.anchors.new_empty(len(self.anchors)), torch.empty_like(self.anchors)
-        for r in _slices(len(self.anchors), self.side):
-            largest = torch.full_like(means[r, :1], torch.finfo(means.dtype).min)
-            total, sums = torch.zeros_like(largest), means[r].zero_()
-            for c, logits, _ in self._row_of_tiles(r, self.anchors[r] * self.scale):
-                before, largest = largest, torch.maximum(largest, logits.amax(1, keepdim=True))
-                shrunk, weights = (before - largest).exp_(), logits.sub_(largest).exp_()
-                total.mul_(shrunk).add_(weights.sum(1, keepdim=True))
-                sums.mul_(shrunk).addmm_(weights, self.others[c])
-            lse[r] = total.log().add_(largest)[:, 0]
-            sums.div_(total.clamp_(min=torch.finfo(total.dtype).tiny))
-        return lse, means
-
-    def add_gradients(self, slope: TileSlope, d_anchors: Tensor, d_others: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Add to d_anchors (A, D) and d_others (M, D) what all tiles' slopes give; return those of scale and bias."""
-        d_scale, d_bias = (torch.zeros((), dtype=wide_type(self.scale.device), device=self.scale.device) for _ in "ab")
-        for r in _slices(len(self.anchors), self.side):
-            anchors = self.anchors[r]
-            scaled = anchors * self.scale
-            of_dots = torch.zeros_like(anchors)  # sum over columns of (d loss / d logits) * other embedding
-            for c, logits, spare in self._row_of_tiles(r, scaled):
-                slopes = slope(r, c, logits, spare)
-                if self.bias is not None:
-                    d_bias += wide_sum(slopes)
-                of_dots.addmm_(slopes, self.others[c])
-                if d_others is not None:
-                    d_others[c].addmm_(slopes.T, scaled)
-            d_scale += wide_sum(of_dots * anchors)  # <slopes, anchors others^T>, without that matrix
-            d_anchors[r].addcmul_(of_dots, self.scale)
-        return d_scale, d_bias
-
-    def _row_of_tiles(self, r: slice, scaled: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """(columns, logits, spare) of every tile of these rows."""
-        for c in _slices(len(self.others), self.side):
-            others = self.others[c]
-            logits, spare = self._buffers.of_shape(len(scaled), len(others), like=scaled)
-            torch.mm(scaled, others.T, out=logits)
-            if self.bias is not None:
-                logits.add_(self.bias)
-            if self._left_out is not None:
-                logits.masked_fill_(self._left_out(r, c), -torch.inf)
-            yield c, logits, spare
-
-
-def _logsumexp(logits: Tensor, over: int, spare: Tensor) -> Tensor:
-    """torch.logsumexp without new memory; where all is -inf, -inf."""
-    largest = logits.amax(over, keepdim=True).clamp_(min=torch.finfo(logits.dtype).min)
-    return torch.sub(logits, largest, out=spare).exp_().sum(over).log_().add_(largest.squeeze(over))
-
-
-def _slices(length: int, side: int) -> Iterator[slice]:
-    return (slice(start, min(start + side, length)) for start in range(0, length, side))
+def _slices(rows: slice, side: int) -> Iterator[slice]:
+    return (slice(start, min(start + side, rows.stop)) for start in range(rows.start, rows.stop, side))

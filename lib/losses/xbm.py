@@ -9,8 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lib.losses.positives import NOBODY
-from lib.losses.tiled import Pairs
+from lib.losses.positives import NOBODY, Pairs
 
 
 @dataclass(frozen=True)

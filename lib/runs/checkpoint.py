@@ -20,8 +20,8 @@ from torch.utils._pytree import tree_map
 
 from lib.data.durable import find_damage, flush, read_manifest, save_tensors, seal
 from lib.errors import InputError
-from lib.towers.processing import Processing
 from lib.towers import TwoTowers
+from lib.towers.processing import Processing
 
 MANIFEST = "checkpoint.json"
 BEST = "best"
@@ -29,7 +29,7 @@ BEST = "best"
 
 @dataclass(frozen=True)
 class TrainingState:
-    """What a checkpoint holds besides the model."""
+    """Everything that a checkpoint holds besides the model."""
 
     progress: dict
     """JSON values: step, world_size, workers, chunk_size, ..."""
@@ -44,7 +44,7 @@ class TrainingState:
     average: dict[str, torch.Tensor] = field(default_factory=dict)
     """The state dict of the weights' moving average; empty without one."""
     data_of_all_ranks: Callable[[], list[dict]] = list
-    """Of a checkpoint: reads every rank's data position, which streams of another layout go on from."""
+    """Reads every rank's data position from the checkpoint: streams of another layout resume from them all."""
 
 
 def save_checkpoint(
@@ -82,6 +82,8 @@ def save_checkpoint(
                 save_tensors(tensors, unfinished / f"{name}.safetensors")
     barrier()
     if rank == 0:
+        # The manifest is written last, and a rename is atomic: whenever the process is killed, step_... is either whole
+        # or absent, and the checkpoint before it is still there.
         seal(unfinished, MANIFEST, {"progress": state.progress})
         if final.exists():  # the same step of an earlier attempt
             outdated = root / f".outdated_step_{step:06d}"
@@ -96,8 +98,8 @@ def save_checkpoint(
 def load_state(folder: Path, rank: int, world_size: int) -> TrainingState:
     """Read a checkpoint's training state for this rank of a run on `world_size` ranks.
 
-    At another number of ranks than the checkpoint's there are no random states to go on from, and rank 0 takes over
-    what all ranks had counted.
+    At another number of ranks than the checkpoint's there are no random states to resume from, and rank 0 takes over
+    the counts of all ranks.
     """
     content = read_manifest(folder, MANIFEST)
     assert content is not None, "find_resume names whole folders"
@@ -131,7 +133,7 @@ def merge_counts(counts: Sequence[dict]) -> dict:
 
 
 def find_resume(resume: str, root: Path) -> tuple[Path | None, list[str]]:
-    """The checkpoint that --resume names, all of whose files have their hashes, and what to warn of.
+    """Find the checkpoint that --resume names, all of whose files have their hashes; return it with warnings.
 
     none; auto: the newest under `root`; or a path. A damaged checkpoint of a run is passed over for the one before.
     """
@@ -181,7 +183,7 @@ def newest_whole(root: Path) -> Path | None:
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether every file that checkpoint.json names is there with its size."""
+    """True if every file that checkpoint.json names is there with its size."""
     return read_manifest(folder, MANIFEST) is not None
 
 

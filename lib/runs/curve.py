@@ -38,12 +38,12 @@ def find_parting(lines: Sequence[dict]) -> dict | None:
 
 
 def parting_words(parting: dict) -> str:
-    """The same for people, with what helps."""
+    """Message with the numbers of `find_parting` and remedies."""
     return (
-        f"training and validation loss part after step {parting['step']}: since then the one fell from "
-        f"{parting['training_loss']:.4f} to {parting['last_training_loss']:.4f}, the other rose from "
-        f"{parting['validation_loss']:.4f} to {parting['last_validation_loss']:.4f}. The model learns its training "
-        "data by heart: --patience ends such a run; --augment, dropout, --freeze and --weight-decay put it off"
+        f"overfitting since step {parting['step']}: training loss fell from {parting['training_loss']:.4f} to "
+        f"{parting['last_training_loss']:.4f}, validation loss rose from {parting['validation_loss']:.4f} to "
+        f"{parting['last_validation_loss']:.4f}. Add --patience to end such a run; --augment, dropout, --freeze and "
+        "--weight-decay delay it"
     )
 
 
@@ -80,7 +80,7 @@ def draw_curve(lines: Sequence[dict], file: Path) -> None:
     if parting := find_parting(lines):
         for panel in losses:
             panel.axvline(
-                parting["step"], color="tab:red", linestyle="--", label="validation loss is least, then parts"
+                parting["step"], color="tab:red", linestyle="--", label="lowest validation loss: overfitting starts"
             )
     for panel in losses:
         panel.set(xlabel="step", ylabel="loss")

@@ -10,11 +10,10 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from lib.distributed import decided_by_rank_0
 from lib.config import TrainConfig
-from lib.files import fault_of
+from lib.distributed import decided_by_rank_0
 from lib.errors import InputError, raised_as
-from lib.files import write_text
+from lib.files import fault_of, write_text
 from lib.runs.reporter import METRICS
 
 LOCK, HOLDER = ".lock", ".lock_holder.json"
@@ -32,7 +31,7 @@ def claimed_folder(config: TrainConfig, family: str) -> Iterator[Path]:
     locks: list[FileLock] = []
     folder = decided_by_rank_0(lambda: _claim(config, family, locks))
     if locks:
-        with suppress(OSError):  # a full disk is told of where it matters
+        with suppress(OSError):  # a full disk is reported where it matters
             write_text(folder / HOLDER, json.dumps({"host": socket.gethostname(), "process": os.getpid()}))
     try:
         yield folder
@@ -43,13 +42,13 @@ def claimed_folder(config: TrainConfig, family: str) -> Iterator[Path]:
 
 
 def _claim(config: TrainConfig, family: str, locks: list[FileLock]) -> Path:
-    """Lock the folder first and look into it then: two jobs that start at one moment cannot both find it free."""
+    """Choose a folder: lock it before looking into it, or two jobs that start at once would both find it free."""
     if config.output_dir is not None:
         folder = config.output_dir
         _lock(folder, SECONDS_FOR_THE_LAST_JOB, locks)
         if config.resume != "auto" and holds_a_run(folder):
             raise InputError(
-                f"--output-dir {folder} already holds a run; go on with it by --resume auto, or name another folder"
+                f"--output-dir {folder} already holds a run; resume it with --resume auto, or name another folder"
             )
         return folder
     for number in range(1, 10_000):
@@ -64,7 +63,7 @@ def _claim(config: TrainConfig, family: str, locks: list[FileLock]) -> Path:
 
 
 def holds_a_run(folder: Path) -> bool:
-    """Whether a run has left anything there that another must not write over."""
+    """True if a run has left anything there that another must not overwrite."""
     return any((folder / name).exists() for name in (METRICS, "checkpoints", "export"))
 
 

@@ -1,4 +1,4 @@
-"""What a run tells: the plan, a progress bar, metrics.jsonl, trackers, summary.json and the loss curve."""
+"""Output of a run: printed lines, a progress bar, metrics.jsonl, trackers, summary.json and the loss curve."""
 
 import json
 import math
@@ -6,20 +6,22 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from statistics import median
 
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from lib.runs.curve import draw_curve, flatten
 from lib.files import append_text, write_text
+from lib.runs.curve import draw_curve, flatten
 
 CONFIG, METRICS, SUMMARY = "config.yaml", "metrics.jsonl", "summary.json"
 SKIPPED, CURVE = "skipped.jsonl", "loss_curve.png"
-CURVE_SECONDS = 10.0  # between two drawings, of which each takes most of a second: runs of small models evaluate often
+CURVE_SECONDS = 10.0  # between two drawings, because one takes most of a second and small models evaluate often
+STEPS_TIMED = 3  # before the remaining time is printed
 
 
 class Reporter:
-    """Everything that a person or a script reads of a run; does nothing on ranks other than 0."""
+    """Writes and prints everything that a person or a script reads about a run, on rank 0 alone."""
 
     def __init__(self, folder: Path, accelerator: Accelerator, steps: int, first_step: int) -> None:
         self.folder, self.accelerator = folder, accelerator
@@ -32,7 +34,8 @@ class Reporter:
             evaluations = [line["eval"] for line in read_metrics(folder) if "eval" in line]
             self.last_evaluation = evaluations[-1] if evaluations else {}
         self.steps, self.first_step = steps, first_step
-        self.bar: tqdm | None = None  # from the first step on: the plan stands above it
+        self.bar: tqdm | None = None  # created at the first step, below the plan
+        self.seconds: list[float] = []
 
     def say(self, *lines: str) -> None:
         """Print lines on rank 0, above the progress bar."""
@@ -41,9 +44,14 @@ class Reporter:
                 tqdm.write(line)
 
     def step(self, metrics: dict) -> None:
-        """Record one optimizer step; `metrics` has at least step and loss."""
+        """Record one optimizer step; `metrics` is a line of metrics.jsonl."""
         self._append(METRICS, metrics)
         self._advance(metrics)
+        self.seconds.append(metrics["step_seconds"])
+        left = self.steps - metrics["step"]
+        if len(self.seconds) == STEPS_TIMED and left:
+            a_step = median(self.seconds)
+            self.say(f"about {_duration(left * a_step)} remaining: {left:,} steps of {a_step:.2g} s, and evaluations")
         self._track(metrics, metrics["step"])
 
     def evaluation(self, step: int, metrics: dict) -> None:
@@ -57,7 +65,7 @@ class Reporter:
             self.curve()
 
     def skipped(self, step: int, skips: Sequence[tuple[str, str, str]]) -> None:
-        """Name samples that could not be used: (shard or source, key, reason), met by any rank at this step."""
+        """Name samples that could not be used: (shard or source, key, reason), encountered by any rank at this step."""
         for where, key, reason in skips:
             self._append(SKIPPED, {"step": step, "shard": where, "key": key, "reason": reason})
 
@@ -127,6 +135,13 @@ def read_summary(folder: Path) -> dict:
     return {}
 
 
+def _duration(seconds: float) -> str:
+    """`40 s`, `12 min` or `3.5 h`."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
 def _finite(value: object) -> object:
     """JSON has no nan: it becomes null."""
     if isinstance(value, dict):
@@ -137,7 +152,7 @@ def _finite(value: object) -> object:
 
 
 def _drop_lines_after(file: Path, step: int) -> None:
-    """A resumed run writes the steps after its checkpoint again: drop what the killed one wrote of them."""
+    """A resumed run writes the steps after its checkpoint again: drop those of the killed run."""
     if not file.exists():
         return
     kept = [json.dumps(line) + "\n" for line in read_lines(file) if line.get("step", 0) <= step]

@@ -1,4 +1,4 @@
-"""Told to stop: a signal sets a flag, and all ranks agree on it between steps or, in long ones, between chunks."""
+"""Stop signals: a signal sets a flag, and all ranks agree on it between steps or, in long ones, between chunks."""
 
 import os
 import signal
@@ -16,21 +16,21 @@ SECONDS_UNTIL_TOLD = 25.0  # torchrun kills 30 s after SIGTERM, Kubernetes too
 
 
 class StepGivenUp(Exception):
-    """A rank was told to stop in the middle of a step: all ranks leave it at the same chunk."""
+    """A rank received a stop signal in the middle of a step: all ranks abandon it at the same chunk."""
 
 
 class StopSignal:
     """Within it stop signals, as a first Ctrl-C, only set a flag; `look` and the loop make the ranks agree on it.
 
-    standing: says what to resume from; it is told where stopping takes longer than a grace period may be.
+    resume_hint: says what to resume from; printed where stopping takes longer than a grace period may be.
     """
 
-    def __init__(self, device: torch.device, standing: Callable[[], str]) -> None:
+    def __init__(self, device: torch.device, resume_hint: Callable[[], str]) -> None:
         self.received = bool(received)
         """A signal came to this rank."""
         self.obeyed = False
         """All ranks have left the loop for it."""
-        self._device, self._standing = device, standing
+        self._device, self._resume_hint = device, resume_hint
         self._looks_due, self._every = 0, 1
         self._timer = threading.Timer(SECONDS_UNTIL_TOLD, self._tell)
         self._timer.daemon = True
@@ -45,9 +45,9 @@ class StopSignal:
             signal.signal(number, handler)
 
     def look(self) -> None:
-        """Between chunks, on all ranks: raises StepGivenUp on all where any was told to stop.
+        """Raise StepGivenUp on all ranks if any received a stop signal; called between chunks, on all ranks.
 
-        Most calls return at once: the ranks reduce their flags about every two seconds, as `pace` reckons.
+        Most calls return at once: the ranks reduce their flags about every two seconds, as `pace` estimates.
         """
         self._looks_due += 1
         if self._looks_due >= self._every:
@@ -56,7 +56,7 @@ class StopSignal:
                 raise StepGivenUp
 
     def pace(self, seconds: float, chunks: int) -> None:
-        """Reckon how many chunks go by between looks, from a step's seconds and chunks, the same on all ranks."""
+        """Estimate how many chunks go by between looks, from a step's seconds and chunks, the same on all ranks."""
         self._looks_due = 0
         self._every = max(1, ceil(SECONDS_BETWEEN_LOOKS * chunks / max(seconds, 1e-6)))
 
@@ -71,7 +71,7 @@ class StopSignal:
 
     def _tell(self) -> None:
         _on_local_rank_0(
-            f"stopping takes longer than {SECONDS_UNTIL_TOLD:.0f} s; if killed meanwhile: {self._standing()}"
+            f"stopping takes longer than {SECONDS_UNTIL_TOLD:.0f} s; if killed meanwhile: {self._resume_hint()}"
         )
 
 

@@ -15,11 +15,11 @@ SECONDS_TO_FAIL = 15.0  # from an error to the end of the process
 
 
 class Watchdog:
-    """Within it a thread of every rank counts aloud in the ranks' common store, and listens to the next rank.
+    """Each rank writes a heartbeat to the shared store and watches its neighbour's, in a thread.
 
-    A collective whose peer is gone may wait for its timeout, 10 to 30 minutes. Here the ranks form a ring: who does
-    not hear the next one for `limit` seconds writes that down for all, and every process ends itself with exit code 1.
-    The store goes with the launcher or rank 0; its loss ends the processes too, so that none trains on as an orphan.
+    A collective whose peer is gone may wait for its timeout, 10 to 30 minutes. Here the ranks form a ring: a rank that
+    sees no heartbeat of the next one for `limit` seconds notes it in the store, and every process exits with code 1.
+    The store ends with the launcher or rank 0; its loss ends the processes too, so that none trains on as an orphan.
     """
 
     def __init__(self, beat: float = 5.0, limit: float = 40.0) -> None:
@@ -69,7 +69,7 @@ class Watchdog:
     def _end(self, reason: str) -> None:
         """End the process, unless it is at its own end: then others may be gone already."""
         if not self._ended.wait(2 * self._beat):
-            print(f"error: rank {self._rank}: {reason}; --resume auto goes on", file=sys.stderr, flush=True)
+            print(f"error: rank {self._rank}: {reason}; --resume auto resumes", file=sys.stderr, flush=True)
             os._exit(1)
 
 

@@ -1,4 +1,4 @@
-"""Lines that a run prints about itself: the start-up plan, a line per step, and the counts of its data."""
+"""Lines that a run prints: the start-up plan with its warnings, metrics of a step, and counts of the data."""
 
 import dataclasses
 import os
@@ -32,46 +32,46 @@ WORKER_BYTES = 50 * 2**20  # that a data worker holds alone, beside what it shar
 
 def announce(run: Run, report: Reporter) -> dict[str, int]:
     """The start-up plan, and the settings as a file; returns `expected_memory`."""
-    config, towers, expected = run.config, run.towers, expected_memory(run)
+    config, towers, expected = run.config, run.model.towers, expected_memory(run)
     trained, total = trained_share(towers)
     name = f"{config.image_tower} and {config.text_tower}" if config.image_tower else config.model
     report.say(
         f"model      {name}: {total:,} parameters, {trained:,} train; {towers.embed_dim} dimensions, "
         f"{towers.image_size} px",
         *_rate_lines(run),
-        f"data       {run.source.description}",
+        f"data       {run.data.source.description}",
         *_text_lines(run),
         *_validation_lines(run),
-        *_stored_lines(run.prepare),
-        *run.plan.lines(),
+        *_stored_lines(run.data.prepare),
+        *run.step.plan.lines(),
         *_host_lines(run, expected["host_memory_bytes"]),
         f"precision  {run.backend.precision}",
         *compile_lines(config, run.backend),
         *_steps_lines(run),
         f"run        {run.folder}",
     )
-    known_faults = run.source.skipped + run.source.unusable
+    known_faults = run.data.source.skipped + run.data.source.unusable
     for warning in (
-        oversize_warning(config.effective_batch, config.xbm_size, run.source.size),
-        useless_memory_warning(config.effective_batch, config.xbm_size, run.source.size),
+        oversize_warning(config.effective_batch, config.xbm_size, run.data.source.size),
+        useless_memory_warning(config.effective_batch, config.xbm_size, run.data.source.size),
         f"--lr {config.lr:g} is high for pretrained weights; 1e-5 is usual"
-        if run.pretrained and config.lr > 2e-4 and not config.lora
+        if run.model.pretrained and config.lr > 2e-4 and not config.lora
         else None,
         *(
             f"--gradient-checkpointing: the {tower} tower does not offer it and keeps its activations"
             for tower in (keeping_activations(towers) if config.gradient_checkpointing else ())
         ),
         "no validation data: --hold-out 0.1 keeps a tenth of the images for it, --val-data names other data"
-        if config.eval_every and not run.validation
+        if config.eval_every and not run.data.validation
         else None,
-        run.loading.warning,
+        run.data.loading.warning,
         _cut_texts_warning(run),
-        f"left out: {counted(reason for _, reason in known_faults)}" if known_faults else None,
-        f"left out of the validation data: {counted(reason for _, reason in run.validation.skipped)}"
-        if run.validation and run.validation.skipped
+        f"skipped: {counted(reason for _, reason in known_faults)}" if known_faults else None,
+        f"skipped in the validation data: {counted(reason for _, reason in run.data.validation.skipped)}"
+        if run.data.validation and run.data.validation.skipped
         else None,
-        "there is one class alone: with --positives group all pairs are positives of each other"
-        if run.source.classes and len(run.source.classes) == 1 and config.positives == "group"
+        "the data has one class: with --positives group all pairs are positives of each other"
+        if run.data.source.classes and len(run.data.source.classes) == 1 and config.positives == "group"
         else None,
         *run.warnings,
     ):
@@ -89,10 +89,10 @@ def announce(run: Run, report: Reporter) -> dict[str, int]:
 
 def expected_memory(run: Run) -> dict[str, int]:
     """Predicted peaks of one rank: on the accelerator, and of what the process holds in the machine's memory."""
-    plan, device = run.plan, run.accelerator.device
+    plan, device = run.step.plan, run.accelerator.device
     host = psutil.Process().memory_info().rss + plan.pixel_bytes
     if device.type == "cpu":
-        host += plan.device_bytes - sum(parameter.nbytes for parameter in run.towers.parameters())
+        host += plan.device_bytes - sum(parameter.nbytes for parameter in run.model.towers.parameters())
     return {"peak_memory_bytes": host if device.type == "cpu" else plan.device_bytes, "host_memory_bytes": host}
 
 
@@ -108,7 +108,7 @@ def compared(run: Run, expected: dict[str, int]) -> dict[str, dict[str, float]]:
 
 def _host_lines(run: Run, host_bytes: int) -> list[str]:
     """The host's memory, and which processes decode."""
-    plan, loading = run.plan, run.loading
+    plan, loading = run.step.plan, run.data.loading
     ahead = f" and {plan.chunks_ahead:,} read ahead" if plan.chunks_ahead else ""
     images = f"{gigabytes(plan.pixel_bytes)} of images ({plan.chunks:,} chunks of a step{ahead})"
     if not loading.workers:
@@ -124,12 +124,12 @@ def _host_lines(run: Run, host_bytes: int) -> list[str]:
 
 def next_command(run: Run) -> str:
     """The command that evaluates the run's model on data that it did not train on."""
-    config, task = run.config, "zeroshot" if run.source.classes else "retrieval"
+    config, task = run.config, "zeroshot" if run.data.source.classes else "retrieval"
     flags = {
         "--model": str(run.folder),
         "--data": config.val_data or split_weight(config.data[0])[0],
         "--hold-out": f"{config.hold_out:g}" if config.hold_out and not config.val_data else None,
-        "--prompts": config.prompts if run.source.classes else None,
+        "--prompts": config.prompts if run.data.source.classes else None,
         "--class-names": str(config.class_names) if config.class_names else None,
         "--captions": config.captions if config.captions == "lines" else None,
         "--image-root": config.image_root,
@@ -144,54 +144,60 @@ def next_command(run: Run) -> str:
 
 
 def _steps_lines(run: Run) -> list[str]:
-    """How far the run goes; of one that goes on, from where, and which settings are not those it had."""
-    if not run.first_step:
-        return [f"steps      {run.steps:,}"]
+    """Number of steps; for a resumed run also its first step and the settings that changed."""
+    if not run.progress.first_step:
+        return [f"steps      {run.progress.steps:,}"]
     changed = changed_settings(run.config, run.folder / CONFIG)
     return [
-        f"steps      {run.steps:,} (from {run.first_step:,})",
+        f"steps      {run.progress.steps:,} (from {run.progress.first_step:,})",
         *([f"changed    {', '.join(changed)}"] if changed else []),
     ]
 
 
 def compile_lines(config: TrainConfig, backend: Backend) -> list[str]:
-    """How the trunks run, or what would make them faster."""
+    """Compilation of the trunks, or the hint that it would be faster."""
     if config.compile:
-        return [f"compile    both trunks, by {config.compile_backend}, in the first step: it takes minutes longer"]
+        return ["compile    both trunks, in the first step: it takes minutes longer"]
     if backend.accelerator.device.type == "cpu" or backend.shards_weights:
         return []
     return ["compile    no: --compile makes steps faster once the first has compiled the trunks, for a minute or two"]
 
 
 def _text_lines(run: Run) -> list[str]:
-    """How many texts are different, with class prompts far fewer than there are pairs; how many are of two images."""
-    distinct, batch = run.source.distinct_texts, run.plan.effective_batch
+    """Numbers of distinct texts and of captions that several images share; class prompts are few and often repeated."""
+    distinct, batch = run.data.source.distinct_texts, run.step.plan.effective_batch
     once = ""
-    if distinct is not None and distinct < batch and run.config.shared_texts == "auto":
-        once = "; each is encoded once a step" if run.share_texts else ": each pair's is encoded, as dropout is its own"
-    shared, same = run.source.shared_text_pairs, ""
+    if distinct is not None and distinct < batch:
+        once = (
+            "; each is encoded once a step"
+            if run.step.cache.share_texts
+            else "; encoded once per pair, because the text tower uses dropout"
+        )
+    shared, same = run.data.source.shared_text_pairs, ""
     if shared:
         count_as = {"exclude": "no negatives", "positive": "positives", "negative": "negatives"}[run.same_text]
-        same = f"; {shared:,} captions are word for word those of another image: {count_as} of each other (--same-text)"
+        same = (
+            f"; {shared:,} captions are identical to a caption of another image: {count_as} of each other (--same-text)"
+        )
     known = [] if distinct is None else [f"texts      {distinct:,} distinct texts{once}{same}"]
-    count = sum(len(next(iter(chunk.values()))) for chunk in run.negatives)
+    count = sum(len(next(iter(chunk.values()))) for chunk in run.step.cache.negatives)
     return known + ([f"           {count:,} negative prompts more, candidates of every image"] if count else [])
 
 
 def _cut_texts_warning(run: Run) -> str | None:
-    """How many texts are longer than the model reads, if there are any."""
-    found, texts = run.text_lengths, "prompts" if run.source.templates else "captions"
+    """The number of texts that are longer than the model's context; None without any."""
+    found, texts = run.data.text_lengths, "prompts" if run.data.source.templates else "captions"
     if not found or not found.cut:
         return None
     return (
-        f"{found.cut:,} of {found.looked_at:,} {texts} are longer than the model's {found.token_limit} tokens: their "
-        "ends are not read"
+        f"{found.cut:,} of {found.looked_at:,} {texts} are longer than the model's {found.token_limit} tokens and "
+        "are cut there"
     )
 
 
 def _validation_lines(run: Run) -> list[str]:
-    """What the run is validated on, and how often."""
-    data, every = run.validation, run.config.eval_every
+    """Validation data and the steps between evaluations."""
+    data, every = run.data.validation, run.config.eval_every
     if data is None or not every:
         return []
     texts = f"{len(data.classes)} classes" if data.classes else f"{len(data.captions or ()):,} captions"
@@ -200,14 +206,14 @@ def _validation_lines(run: Run) -> list[str]:
 
 def _rate_lines(run: Run) -> list[str]:
     """The peak rates, where parts have their own."""
-    rates = [group["initial_lr"] for group in run.optimizer.param_groups]
+    rates = [group["initial_lr"] for group in run.model.optimizer.param_groups]
     if min(rates) == max(rates):
         return []
     return [f"rates      {len(set(rates))} peak learning rates, {min(rates):.3g} to {max(rates):.3g}"]
 
 
 def _stored_lines(prepare: Prepare) -> list[str]:
-    """What frozen trunks gave, where it is stored."""
+    """Stored outputs of frozen trunks."""
     lines = []
     for tower, outputs in (("image", prepare.image_outputs), ("text", prepare.text_outputs)):
         if outputs is not None:
@@ -222,18 +228,18 @@ def step_metrics(run: Run, step: int, update: Update, drift: Tensor | None, reme
     All numbers of the device are read together: each reading waits for it.
     """
     on_device = {
-        "logit_scale": run.towers.logit_scale.detach().exp(),
-        "logit_bias": run.towers.logit_bias.detach(),
+        "logit_scale": run.model.towers.logit_scale.detach().exp(),
+        "logit_bias": run.model.towers.logit_bias.detach(),
         "replay_difference": update.result.replay_difference,
     }
-    if run.memory.size:
-        on_device["xbm_age"] = run.memory.mean_age(step)
+    if run.step.memory.size:
+        on_device["xbm_age"] = run.step.memory.mean_age(step)
         names = "drift_image", "drift_text", "drift_samples"
         on_device |= zip(names, no_drift(update.result.loss.device) if drift is None else drift, strict=True)
     numbers = dict(zip(on_device, torch.stack([value.float() for value in on_device.values()]).tolist(), strict=True))
     metrics = {
         "step": step,
-        "epoch": step * run.plan.effective_batch / run.source.size if run.source.size else None,
+        "epoch": step * run.step.plan.effective_batch / run.data.source.size if run.data.source.size else None,
         "loss": update.loss,
         "lr": update.lr,
         "grad_norm": update.grad_norm,
@@ -243,9 +249,9 @@ def step_metrics(run: Run, step: int, update: Update, drift: Tensor | None, reme
     }
     if (reserved := peak_reserved_bytes(run.accelerator.device)) is not None:
         metrics["peak_reserved_bytes"] = reserved
-    if run.memory.size:
+    if run.step.memory.size:
         metrics["xbm_used"] = 0 if remembered is None else len(remembered)
-        metrics["xbm_filled"] = len(run.memory)
+        metrics["xbm_filled"] = len(run.step.memory)
         metrics["drift_samples"] = int(numbers["drift_samples"])
     return metrics
 
@@ -253,7 +259,7 @@ def step_metrics(run: Run, step: int, update: Update, drift: Tensor | None, reme
 def step_timing(run: Run, seconds: float, data_seconds: float) -> dict:
     """The times of a line of metrics.jsonl; data_seconds: waiting for chunks, a part of `seconds`."""
     return {
-        "pairs_per_second": run.plan.effective_batch / seconds,
+        "pairs_per_second": run.step.plan.effective_batch / seconds,
         "step_seconds": seconds,
         "data_seconds": data_seconds,
     }
@@ -261,12 +267,12 @@ def step_timing(run: Run, seconds: float, data_seconds: float) -> dict:
 
 def all_counts(run: Run) -> dict:
     """Pairs read, used and skipped in the first pass over the data, over all ranks."""
-    return merge_counts(gather_objects(dataclasses.asdict(run.data.counts)))
+    return merge_counts(gather_objects(dataclasses.asdict(run.data.training.counts)))
 
 
 def counts_at_the_end(run: Run) -> dict:
     """The same, with the pairs of shards that were read and whose turn did not come before the run ended."""
-    counts, waiting = all_counts(run), sum(gather_objects(run.data.waiting))
+    counts, waiting = all_counts(run), sum(gather_objects(run.data.training.waiting))
     if waiting:
         counts["read"] += waiting
         counts["skipped"]["not_reached"] = waiting

@@ -1,5 +1,6 @@
-"""From settings to a run: data, towers, plan, optimizer and memory, or one clear error before the first batch."""
+"""Build a run from its settings: data, model, plan, optimizer, resume; or one clear error before the first batch."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,12 +11,15 @@ from lib.backends import Backend
 from lib.backends.device import device_faults_reported
 from lib.backends.optim import build_schedule
 from lib.config import TrainConfig, flag
-from lib.data import TrainingData
+from lib.data import Prepare, Source, TrainingData
 from lib.distributed import decided_by_rank_0
 from lib.errors import InputError
+from lib.gradcache.prefetch import Inputs
+from lib.gradcache.step import GradCache, Recompute
 from lib.losses.xbm import CrossBatchMemory, MemorySwitch
 from lib.runs import checkpoint
 from lib.runs.checkpoint import TrainingState
+from lib.runs.progress import Progress
 from lib.setup.data import (
     Loading,
     TextLengths,
@@ -27,97 +31,110 @@ from lib.setup.data import (
     sample_inputs,
     steps_of_epochs,
 )
-from lib.setup.fitting import Fitting
 from lib.setup.model import make_optimizer, make_towers
-from lib.setup.run import Run, settings_of_the_weights
+from lib.setup.plan import make_plan, shares_texts
+from lib.setup.run import Data, Model, Run, Step, settings_of_the_weights
 from lib.towers import Family
 from lib.towers.averaging import WeightAverage
 
 
 def make_run(config: TrainConfig, family: Family, backend: Backend, folder: Path) -> Run:
     """Build everything that the settings ask for in the run's folder, or raise InputError before the first batch."""
-    accelerator = backend.accelerator
+    accelerator, device = backend.accelerator, backend.accelerator.device
     _check_backend(config, backend)
     resume_from, warnings = decided_by_rank_0(lambda: checkpoint.find_resume(config.resume, folder / "checkpoints"))
     state = _load_state(resume_from, accelerator)
     if state:
         _check_same_run(config, family, state.progress)
     with device_faults_reported(None):
+        # Data
         fetcher = make_fetcher(config)
         source, validation = open_data(config, fetcher, folder)
+        # Model
         torch.manual_seed(config.seed)
         towers, processing, pretrained = make_towers(config, family, source, resume_from, state)
-        towers.to(accelerator.device).train()
+        towers.to(device).train()
         torch.manual_seed(config.seed + 1 + accelerator.process_index)  # ranks draw their own dropout masks
-
+        # Data as this model reads it
         negatives = negative_texts(config, source)
         prepare = make_prepare(config, towers, processing, source, negatives, fetcher.cache, backend.precision)
-        fitting = Fitting(config, backend, towers, sample_inputs(source, prepare, accelerator.device), resume_from)
-        share_texts = fitting.shares_texts()
-        plan = fitting.plan(prepare.image_bytes, state)  # before the backend deals the weights out
+        # Plan, made while every rank still has all weights
+        inputs = sample_inputs(source, prepare, device)
+        share_texts = shares_texts(backend, towers, inputs)
+        plan = make_plan(config, backend, towers, inputs, prepare.image_bytes, state.progress if state else None)
         loading = Loading.plan(config, state, prepare)
         plan = replace(plan, chunks_ahead=chunks_ahead(plan, loading.workers))
-    steps = config.steps or steps_of_epochs(config, source)
-    warmup = steps // 10 if config.warmup_steps == "auto" else config.warmup_steps
-    if warmup > steps:
-        raise InputError(f"--warmup-steps {warmup} are more than the run's {steps} steps; lower them, or add --steps")
+    steps, warmup = _steps_and_warmup(config, source)
     with device_faults_reported(plan.chunk_pairs):
+        # Optimizer
         optimizer = make_optimizer(config, towers, fused=backend.loss_scale is None)
         average = WeightAverage(towers, config.ema) if config.ema else None
         wrapped = backend.prepare(towers, optimizer, config.grad_clip)
-        memory = CrossBatchMemory(config.xbm_size, towers.embed_dim, accelerator.device)
         schedule = build_schedule(optimizer, config.schedule, warmup, steps)  # after: it knows the final groups
-        run = Run(
-            config=config,
-            family=family,
-            backend=backend,
-            folder=folder,
-            source=source,
-            validation=validation,
-            towers=towers,
-            processing=processing,
-            prepare=prepare,
-            wrapped=wrapped,
-            optimizer=optimizer,
-            schedule=schedule,
-            plan=plan,
-            loading=loading,
-            data=TrainingData(
-                source,
-                prepare,
-                effective_batch=config.effective_batch,
-                chunk_size=plan.chunk_size,
-                rank=accelerator.process_index,
-                world_size=accelerator.num_processes,
-                workers=loading.workers,
-                seed=config.seed,
-                chunks_ahead=plan.chunks_ahead,
-                part_size=loading.part_size,
-                shuffle_buffer=config.shuffle_buffer,
-                pin_memory=accelerator.device.type == "cuda",
-            ),
-            memory=memory,
-            switch=MemorySwitch(config.xbm_start, warmup),
-            average=average,
-            steps=steps,
-            pretrained=pretrained,
+        cache = GradCache(
+            wrapped,
+            device,
+            backward=backend.backward,
+            no_sync=backend.no_sync,
+            keep_graphs=plan.keep_graphs,
+            image_recompute=_recompute(towers.image_frozen, towers.image_trunk_frozen),
+            text_recompute=_recompute(towers.text_frozen, towers.text_trunk_frozen),
             share_texts=share_texts,
-            warnings=warnings,
-            text_lengths=TextLengths.of(source, processing) if accelerator.is_main_process else None,
-            negatives=[
-                {name: tensor.to(accelerator.device) for name, tensor in prepare.texts(list(some)).items()}
-                for some in (
-                    negatives[start : start + plan.chunk_size] for start in range(0, len(negatives), plan.chunk_size)
-                )
-            ],
+            negatives=_in_chunks(negatives, prepare, plan.chunk_size, device),
+        )
+        training = TrainingData(
+            source,
+            prepare,
+            effective_batch=config.effective_batch,
+            chunk_size=plan.chunk_size,
+            rank=accelerator.process_index,
+            world_size=accelerator.num_processes,
+            workers=loading.workers,
+            seed=config.seed,
+            chunks_ahead=plan.chunks_ahead,
+            part_size=loading.part_size,
+            pin_memory=device.type == "cuda",
+        )
+        memory = CrossBatchMemory(config.xbm_size, towers.embed_dim, device)
+        text_lengths = TextLengths.of(source, processing) if accelerator.is_main_process else None
+        evaluated = average.module if average else towers
+        run = Run(
+            config,
+            family,
+            backend,
+            folder,
+            Model(towers, processing, pretrained, optimizer, schedule, average, evaluated),
+            Data(source, validation, prepare, loading, training, text_lengths),
+            Step(cache, plan, memory, MemorySwitch(config.xbm_start, warmup)),
+            Progress(steps, config.patience),
+            warnings,
         )
         if state:
             run.restore(state)
         return run
 
 
+def _steps_and_warmup(config: TrainConfig, source: Source) -> tuple[int, int]:
+    """Optimizer steps of the run, and how many of them warm up."""
+    steps = config.steps or steps_of_epochs(config, source)
+    warmup = steps // 10 if config.warmup_steps == "auto" else config.warmup_steps
+    if warmup > steps:
+        raise InputError(f"--warmup-steps {warmup} are more than the run's {steps} steps; lower them, or add --steps")
+    return steps, warmup
+
+
+def _recompute(tower_frozen: bool, trunk_frozen: bool) -> Recompute:
+    return "none" if tower_frozen else "head" if trunk_frozen else "all"
+
+
+def _in_chunks(texts: Sequence[str], prepare: Prepare, size: int, device: torch.device) -> list[Inputs]:
+    """The inputs of these texts on the device, at most `size` in a forward."""
+    chunks = (texts[start : start + size] for start in range(0, len(texts), size))
+    return [{name: tensor.to(device) for name, tensor in prepare.texts(list(some)).items()} for some in chunks]
+
+
 def _check_backend(config: TrainConfig, backend: Backend) -> None:
-    """Refuse what needs whole weights on every rank where each has a part of them."""
+    """Refuse settings that need all weights on every rank, where each rank has a part of them."""
     asked = {
         f"--keep-graphs {config.keep_graphs}": config.keep_graphs not in (0, "auto"),
         f"--ema {config.ema}": config.ema > 0,
@@ -141,7 +158,7 @@ def _check_same_run(config: TrainConfig, family: str, progress: dict) -> None:
     saved, its_family = progress["settings"], progress.get("family", family)
     if its_family != family:
         raise InputError(
-            f"--resume {config.resume}: the checkpoint is one of train_{its_family}.py; go on with that script, or "
+            f"--resume {config.resume}: the checkpoint is one of train_{its_family}.py; resume with that script, or "
             "start anew from its weights with --model CHECKPOINT_FOLDER"
         )
     for name, value in settings_of_the_weights(config).items():

@@ -1,4 +1,4 @@
-"""From settings to data: where it comes from, what is done to every pair, and how many steps an epoch has."""
+"""From settings to data: sources, the preparation of every pair, workers, and the steps of an epoch."""
 
 import heapq
 import os
@@ -23,18 +23,20 @@ from lib.data.info import data_info
 from lib.data.pairs import parts_of
 from lib.data.recognize import Output
 from lib.data.remote.fetch import Fetcher, default_fetcher
+from lib.data.remote.transfer import is_away
 from lib.data.shards.source import ShardSource, count_pairs
 from lib.data.workers import LARGEST_PART, SHARED_MEMORY, free_shared_memory, shared_memory_for, workers_that_fit
 from lib.distributed import gather_objects, local_ranks
 from lib.errors import InputError
-from lib.gradcache.inputs import Inputs
+from lib.gradcache.prefetch import Inputs
 from lib.runs.checkpoint import TrainingState
 from lib.setup.plan import BatchPlan, gigabytes
-from lib.setup.tower_outputs import Caching
+from lib.setup.tower_outputs import FrozenTrunks
 from lib.towers import TwoTowers
 from lib.towers.processing import Processing
 
 LONG_TEXTS = 64
+MOST_STORED = 1_000_000  # pairs whose tower outputs are stored: 2 GiB of 512 dimensions
 LOOKED_AT, LOOKED_AT_IN_SHARDS, LOOKED_AT_SHARDS = 20_000, 2_000, 10
 """Texts whose tokens are counted at the start; those of shards, the first ones, have to be read for it."""
 
@@ -46,7 +48,7 @@ def make_fetcher(config: TrainConfig) -> Fetcher:
 
 
 def open_data(config: TrainConfig, fetcher: Fetcher, folder: Path) -> tuple[Source, EvaluationSet | None]:
-    """The training source, and what to validate on, if there is anything; folder: of the run."""
+    """The training source, and the validation data if there is any; folder: of the run."""
     source, validation = open_sources(
         config.data,
         config.val_data,
@@ -103,23 +105,24 @@ def make_prepare(
     precision: Precision,
 ) -> Prepare:
     """The preparation of every pair; frozen trunks run here, once, where their outputs are to be stored."""
-    images = ImagePipeline(
-        processing.image_size,
-        processing.resize,
-        config.augment,
-        crop_scale=config.crop_scale,
-        flip=config.flip,
-        color_jitter=config.color_jitter,
-        rotation=config.rotation,
-        randaugment=config.randaugment,
-    )
-    caching = Caching(towers, processing, cache, precision, _workers_asked(config))
-    prepare = Prepare(images, processing.tokenize)
-    prepare = caching.fill(prepare, source, config.cache_image, config.cache_text, more_texts)
+    prepare = Prepare(ImagePipeline(processing.image_size, processing.resize, config.augment), processing.tokenize)
+    if config.store_outputs == "auto" and _reads_again(config, source):
+        trunks = FrozenTrunks(towers, processing, cache, precision, _workers_asked(config))
+        prepare = trunks.store(prepare, source, more_texts)
     if config.compile:
         usual = longest_text(source, prepare)[0].shape[1]
         prepare = replace(prepare, tokenize=TwoLengths(processing.tokenize, usual, processing.max_length))
     return prepare
+
+
+def _reads_again(config: TrainConfig, source: Source) -> bool:
+    """True where the run reads its pairs more than once and they are few enough to store."""
+    shards = [shard for part in parts_of(source) if isinstance(part, ShardSource) for shard in part.shards]
+    if any(map(is_away, shards)):
+        return False
+    pairs = count_pairs(source)
+    asked = config.steps * config.effective_batch if config.steps else config.epochs * pairs
+    return pairs < asked and pairs <= MOST_STORED
 
 
 @dataclass(frozen=True)
@@ -139,13 +142,13 @@ class TwoLengths:
 
 @dataclass(frozen=True)
 class Loading:
-    """How this rank's data is read: the same number of workers on every rank, and on a resumed run."""
+    """Workers of this rank and the size of their messages: the same on every rank, and in a resumed run."""
 
     workers: int
     part_size: int
-    """pairs that a worker sends at a time"""
+    """pairs in one message of a worker"""
     warning: str | None = None
-    """why loading is slower than it could be, and what to do"""
+    """the reason why loading is slow, and the remedy"""
 
     @classmethod
     def plan(cls, config: TrainConfig, state: TrainingState | None, prepare: Prepare) -> "Loading":
@@ -153,7 +156,7 @@ class Loading:
         stored = prepare.image_outputs is not None  # nothing to decode
         asked, wanted = 0 if config.workers == "auto" and stored else _workers_asked(config), LARGEST_PART
         if state and config.workers in ("auto", state.progress["workers"]):
-            # A stream of shards goes on exactly only at the same numbers.
+            # A stream of shards resumes exactly only with the same numbers.
             asked, wanted = state.progress["workers"], state.progress.get("part_size", LARGEST_PART)
         fits = gather_objects(workers_that_fit(asked, prepare.image_bytes))
         workers, part_size = min(workers for workers, _ in fits), min(size for _, size in fits)
@@ -195,7 +198,7 @@ def _workers_asked(config: TrainConfig) -> int:
 
 
 def sample_inputs(source: Source, prepare: Prepare, device: torch.device) -> Inputs:
-    """Make the inputs of a forward on the device: four pairs with texts as long as the data's longest."""
+    """Inputs of a forward on the device: four pairs with texts as long as the longest of the data."""
     inputs: Inputs = {}
     images = prepare.blank.expand(4, *prepare.blank.shape)
     inputs["pixel_values" if prepare.image_outputs is None else "image_pooled"] = images
@@ -207,9 +210,9 @@ def sample_inputs(source: Source, prepare: Prepare, device: torch.device) -> Inp
 
 
 def longest_text(source: Source, prepare: Prepare) -> tuple[Tensor, Tensor]:
-    """(input_ids, attention_mask), each (4, L), of the longest texts; as many tokens as fit where not all are known.
+    """(input_ids, attention_mask), each (4, L), of the longest text; the full context where not all texts are known.
 
-    Texts are many: those of most letters are tokenized alone.
+    Only the texts with most letters are tokenized, because there can be millions.
     """
     if isinstance(source, IndexedSource):
         longest = heapq.nlargest(LONG_TEXTS, source.texts, key=len)
@@ -222,7 +225,7 @@ def longest_text(source: Source, prepare: Prepare) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class TextLengths:
-    """How many of the training texts are longer than the model reads; all of them or some, evenly spaced."""
+    """Number of training texts that are longer than the model's context; of all texts, or of some evenly spaced."""
 
     looked_at: int
     cut: int
@@ -250,7 +253,7 @@ def _texts_at_hand(source: Source, parts: int) -> list[str]:
 
 
 def steps_of_epochs(config: TrainConfig, source: Source) -> int:
-    """Optimizer steps that --epochs stands for; local shards are counted for it, remote ones are an InputError."""
+    """Optimizer steps in --epochs; counts the pairs of local shards, and raises InputError for remote ones."""
     steps = config.epochs * count_pairs(source) / config.effective_batch
     if steps > LARGEST:
         raise InputError(f"--epochs {config.epochs:g} make {steps:.3g} steps, more than are counted; lower it")

@@ -1,4 +1,4 @@
-"""From settings to the model: which towers, what of them trains, and at which rates."""
+"""From settings to the model: its towers, the parts that train, and their learning rates."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -12,8 +12,8 @@ from lib.data.resize import Resize
 from lib.errors import InputError
 from lib.runs.checkpoint import TrainingState
 from lib.towers import PRESETS, Family, TwoTowers, load_towers
-from lib.towers.load import SIZES
 from lib.towers.lora import add_adapters
+from lib.towers.load import SIZES
 from lib.towers.processing import Processing
 from lib.towers.trainable import set_trainable
 from lib.towers.trunk_options import checkpoint_activations
@@ -22,7 +22,7 @@ from lib.towers.trunk_options import checkpoint_activations
 def make_towers(
     config: TrainConfig, family: Family, source: Source, resume_from: Path | None, state: TrainingState | None
 ) -> tuple[TwoTowers, Processing, bool]:
-    """The towers with what trains of them, what they want of their inputs, and whether they are pretrained."""
+    """The towers with their trainable parts, their processing of inputs, and True if they are pretrained."""
     towers, processing = _load(config, family, source, resume_from)
     if config.resize != "auto":
         own_form = Resize(config.resize, channels=processing.resize.channels)
@@ -30,7 +30,7 @@ def make_towers(
     scheduled = ("scale",) if config.scale_schedule else ()
     set_trainable(towers, (*config.freeze, *scheduled), config.unfreeze)
     if config.lora:
-        add_adapters(towers, config.lora, config.lora_dropout, config.seed)
+        add_adapters(towers, config.lora, config.dropout, config.seed)
     if not any(parameter.requires_grad for parameter in towers.parameters()):
         raise InputError(f"--freeze {' '.join(config.freeze)} leaves nothing to train")
     if config.gradient_checkpointing:
@@ -43,7 +43,8 @@ def make_towers(
 
 def make_optimizer(config: TrainConfig, towers: TwoTowers, fused: bool) -> Optimizer:
     """The optimizer over what trains, with a rate for each part and block; see `build_optimizer` for fused."""
-    rates = Rates(config.lr, config.image_lr, config.text_lr, config.head_lr, config.layer_decay)
+    image_lr, text_lr = config.trunk_lr or (None, None)
+    rates = Rates(config.lr, image_lr, text_lr, config.head_lr, config.layer_decay)
     decay, beta2 = config.weight_decay, config.beta2
     return build_optimizer(towers, config.optimizer, rates=rates, weight_decay=decay, beta2=beta2, fused=fused)
 
@@ -53,20 +54,21 @@ def _load(
 ) -> tuple[TwoTowers, Processing]:
     if resume_from:
         return TwoTowers.from_pretrained(resume_from), Processing.from_pretrained(resume_from)
+    fresh = config.image_tower is None and config.model in (*PRESETS, *SIZES)
+    adapters_only = config.lora and not fresh and not (config.image_tower and "mlp" in config.projection)
     return load_towers(
         family=family,
         model=None if config.image_tower else config.model,
         image_tower=config.image_tower,
         text_tower=config.text_tower,
-        projection=config.projection,
-        text_projection=config.text_projection,
+        projection=config.projection[0],
+        text_projection=config.projection[1] if len(config.projection) == 2 else "same",
         projection_dim=config.projection_dim,
         projection_hidden=config.projection_hidden,
-        projection_dropout=config.projection_dropout,
         image_size=config.image_size,
         resize=config.resize,
         texts=source.sample_texts,
         use_bias=family == "siglip",
-        dropout=config.dropout,
+        dropout=0.0 if adapters_only else config.dropout,
         seed=config.seed,
     )

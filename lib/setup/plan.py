@@ -1,16 +1,48 @@
-"""BatchPlan: N, B, C, Q, W of a run, the memory that they need, and the words that tell the user so."""
+"""The plan of a run: chunk size, kept graphs, and the memory they take on the device and on the host.
 
-from dataclasses import dataclass
+Letters: N pairs in a step, W ranks, B = N / W pairs of a rank, C pairs in a chunk, K chunks, Q remembered pairs,
+D dimensions. Bytes are those of one rank. Memory is measured on an accelerator; on a CPU, where running out of memory
+kills the process, it is estimated.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from math import ceil, log2
+from typing import Literal
 
-from lib.losses.tiles import TILE
+import torch
 
-MOST_RECURRENCES = 8  # of a pair, above which a batch or a memory is not merely large but out of place
+from lib.backends import Backend
+from lib.backends.device import device_faults_reported, free_memory, total_memory
+from lib.config import TrainConfig
+from lib.distributed import gather_objects, local_ranks
+from lib.errors import InputError
+from lib.gradcache.distinct_texts import TEXT_INPUTS, same_every_time
+from lib.gradcache.prefetch import Inputs
+from lib.losses.tiles import TILE, tile_side
+from lib.setup.chunk_memory import (
+    LARGEST_CHUNK,
+    ChunkMemory,
+    even_chunk,
+    largest_chunk,
+    largest_chunk_below,
+    largest_that_fits,
+    measure_activations,
+    memory_of_chunk,
+    peak_or_none,
+)
+from lib.towers import TwoTowers
+from lib.towers.trunk_options import compile_trunks
+
+INPUT_COPIES = 1 + 4  # of the bytes of the pixels: as they came, and normalized to float32
+COMPILER: Literal["inductor", "aot_eager"] = "inductor"  # aot_eager only traces: tests need no C++ compiler
+MARGIN = 0.85  # of the free memory: fragmentation, and kernels that need more workspace for other shapes
+MOST_REPEATS = 8  # of a pair, above which a batch or a memory is not merely large but useless
 
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """The numbers of one optimizer step; letters as in the README. Bytes are those of one rank."""
+    """The numbers of one optimizer step."""
 
     effective_batch: int
     """N"""
@@ -43,22 +75,22 @@ class BatchPlan:
 
     @property
     def chunks(self) -> int:
-        """K: chunks of one rank in a step."""
+        """K, chunks of one rank in a step."""
         return ceil(self.per_rank / self.chunk_size)
 
     @property
     def chunk_pairs(self) -> int:
         """Pairs in the largest chunk: the K chunks are as equal as can be."""
-        return largest_part(self.per_rank, self.chunk_size)
+        return ceil(self.per_rank / self.chunks)
 
     @property
     def embedding_bytes(self) -> int:
-        """Fresh embeddings of both towers, their gradients and sums over groups, the memory, and the loss's tiles."""
+        """Embeddings, their gradients, the memory bank, and the loss's tiles."""
         return embedding_bytes(self.effective_batch, self.xbm_size, self.embed_dim, self.tile)
 
     @property
     def device_bytes(self) -> int:
-        """Predicted peak on the device, beside the framework itself: the next chunk's images wait there too."""
+        """Predicted peak on the device, beside the framework itself; the next chunk's images wait there too."""
         kept = min(self.keep_graphs, self.chunks - 1) * self.graph_bytes
         waiting = self.chunk_pairs * self.image_bytes
         return self.state_bytes + self.embedding_bytes + self.chunk_bytes + kept + waiting
@@ -82,43 +114,172 @@ class BatchPlan:
         ]
 
 
-def largest_part(pairs: int, most: int) -> int:
-    """Size of the largest part of so many pairs, in the fewest parts of at most `most`, as equal as can be."""
-    return ceil(pairs / ceil(pairs / most))
+def make_plan(
+    config: TrainConfig, backend: Backend, towers: TwoTowers, inputs: Inputs, image_bytes: int, resumed: dict | None
+) -> BatchPlan:
+    """Choose chunk size and kept graphs, the same on all ranks; with --compile the trunks are compiled here.
+
+    towers: not yet wrapped. inputs: of a forward of a few pairs, on the device. image_bytes: of one image as it comes
+    from the data. resumed: `progress` of the checkpoint: what was measured then holds, so that dropout's masks and the
+    order of sums stay the same. Raises InputError for a batch whose embeddings alone do not fit.
+    """
+    device, world_size = backend.accelerator.device, backend.accelerator.num_processes
+    tile = tile_side(device)
+    embeddings = embedding_bytes(config.effective_batch, config.xbm_size, towers.embed_dim, tile)
+    if embeddings > total_memory(device):
+        raise InputError(
+            f"--effective-batch {config.effective_batch} and --xbm-size {config.xbm_size} take "
+            f"{gigabytes(embeddings)} for embeddings alone, and {device.type} has "
+            f"{gigabytes(total_memory(device))}; lower them"
+        )
+    chunk_size, keep = config.chunk_size, config.keep_graphs
+    if resumed:
+        chunk_size = resumed["chunk_size"] if chunk_size == "auto" else chunk_size
+        keep = resumed["keep_graphs"] if keep == "auto" else keep
+    weights = sum(parameter.nbytes for parameter in towers.parameters())
+    trained = sum(parameter.nbytes for parameter in towers.parameters() if parameter.requires_grad)
+    moments = 0 if config.optimizer == "sgd" else 2
+    state = backend.state_bytes(weights, trained, moments) + (weights if config.ema else 0)
+    per_rank = config.effective_batch // world_size
+    if device.type == "cpu":
+        size, memory = _estimated_chunk(config, backend, towers, inputs, chunk_size, per_rank)
+    else:
+        torch.get_device_module(device).empty_cache()
+        # Gradients and moments, and the embeddings with the loss's tiles, are allocated later.
+        room = MARGIN * (free_memory(device) - (state - weights) - embeddings)
+        size, memory = _measured_chunk(config, backend, towers, inputs, chunk_size, per_rank, room)
+    plan = BatchPlan(
+        effective_batch=config.effective_batch,
+        world_size=world_size,
+        chunk_size=size,
+        keep_graphs=0,
+        xbm_size=config.xbm_size,
+        embed_dim=towers.embed_dim,
+        image_bytes=image_bytes,
+        graph_bytes=memory.graph,
+        chunk_bytes=memory.peak,
+        state_bytes=state,
+        tile=tile,
+    )
+    if backend.shards_weights:
+        keep = 0
+    elif keep == "auto":
+        spare = free_memory(device) if device.type != "cpu" else free_memory(device) // local_ranks()
+        keep = min(gather_objects(graphs_that_fit(plan, spare + weights, device)))
+    return replace(plan, keep_graphs=min(int(keep), plan.chunks))
+
+
+def shares_texts(backend: Backend, towers: TwoTowers, inputs: Inputs) -> bool:
+    """True where each distinct text of a step is encoded once: exact while the text tower draws no random numbers.
+
+    Not where weights are sharded: ranks would differ in the number of text forwards, and must run the same ones.
+    """
+    if backend.shards_weights:
+        return False
+    texts = {name: tensor for name, tensor in inputs.items() if name in TEXT_INPUTS}
+    with backend.autocast():
+        return all(gather_objects(same_every_time(towers, texts)))
+
+
+def _estimated_chunk(
+    config: TrainConfig, backend: Backend, towers: TwoTowers, inputs: Inputs, asked: int | str, per_rank: int
+) -> tuple[int, ChunkMemory]:
+    """The chunk size on a CPU and the estimated memory of such a chunk."""
+    with backend.autocast():
+        a_pair = measure_activations(towers, inputs)
+    size = asked if isinstance(asked, int) else largest_chunk(a_pair, per_rank)
+    if config.compile:
+        compile_trunks(towers, COMPILER, backend.accelerator.device)
+    pairs = ceil(per_rank / ceil(per_rank / size))
+    pixels = INPUT_COPIES * sum(tensor[0].nbytes for tensor in inputs.values())
+    return size, ChunkMemory(pairs * a_pair, pairs * (a_pair + pixels))
+
+
+def _measured_chunk(
+    config: TrainConfig,
+    backend: Backend,
+    towers: TwoTowers,
+    inputs: Inputs,
+    asked: int | str,
+    per_rank: int,
+    room: float,
+) -> tuple[int, ChunkMemory]:
+    """The chunk size on an accelerator, the same on all ranks, and the measured memory of such a chunk."""
+    device, most = backend.accelerator.device, min(per_rank, LARGEST_CHUNK)
+
+    def measure(pairs: int) -> ChunkMemory:
+        # Under an autocast of its own, as in training, where every graph has its own cast weights.
+        with backend.autocast():
+            return memory_of_chunk(towers, inputs, device, pairs)
+
+    size = asked if isinstance(asked, int) else min(gather_objects(largest_that_fits(measure, most, room)))
+    if config.compile:
+        compile_trunks(towers, COMPILER, device)
+        if not isinstance(asked, int):
+            size = _compiled_chunk(measure, size, per_rank, most, room)
+    pairs = ceil(per_rank / ceil(per_rank / size))
+    with device_faults_reported(pairs):
+        return size, measure(pairs)
+
+
+def _compiled_chunk(measure: Callable[[int], ChunkMemory], size: int, per_rank: int, most: int, room: float) -> int:
+    """Measure the compiled trunks once more: they take less memory than those that `size` was chosen for."""
+    size = compiled_for = even_chunk(per_rank, size)
+    peak = peak_or_none(measure, size)
+    larger = 0 if peak is None else even_chunk(per_rank, largest_chunk_below(size * room / peak, most))
+    if larger > size:
+        torch.compiler.reset()  # otherwise torch takes the second size for a reason to compile for all sizes
+        compiled_for, peak = larger, peak_or_none(measure, larger)
+        size = size if peak is None or peak > room else larger
+    agreed: int = min(gather_objects(size))
+    if agreed != compiled_for:
+        torch.compiler.reset()
+    return agreed
+
+
+def graphs_that_fit(plan: BatchPlan, free: int, device: torch.device) -> int:
+    """Chunks for --keep-graphs auto: those that fit into the free memory besides the plan.
+
+    On an accelerator all but a margin for fragmentation; on a CPU half, which other processes need as well, and the
+    images of this and of the next step lie there too.
+    """
+    if device.type == "cpu":
+        spare = (free - plan.device_bytes - 2 * plan.pixel_bytes) // 2
+    else:
+        spare = int(MARGIN * free) - plan.device_bytes
+    return max(0, min(plan.chunks, spare // max(plan.graph_bytes, 1)))
 
 
 def embedding_bytes(effective_batch: int, xbm_size: int, embed_dim: int, tile: int) -> int:
-    """Fresh embeddings of both towers, their gradients and sums over groups, the memory, and the loss's tiles.
+    """Fresh embeddings of both towers, their gradients and copies, the memory bank, and the loss's tiles, in float32.
 
-    All in float32; tile: rows and columns of the logits that the loss holds at a time.
+    tile: rows and columns of the logits that the loss holds at a time.
     """
     rows = 9 * effective_batch + 2 * xbm_size
     return 4 * (rows * embed_dim + 3 * min(tile, effective_batch) ** 2)
 
 
 def oversize_warning(effective_batch: int, xbm_size: int, pairs: int | None) -> str | None:
-    """What to say about a batch larger than the data set, or None."""
+    """The warning about a batch larger than the data set, with what to use instead; None for other batches."""
     if pairs is None or effective_batch <= pairs:
         return None
+    times = effective_batch / pairs
+    repeats = f"the data set has {pairs:,} pairs, and {effective_batch} repeats each {times:.1f} times a step"
     smaller = max(1, effective_batch // 8)
-    told = (
-        f"--effective-batch {effective_batch} is {effective_batch / pairs:.1f} times the data set: each of the "
-        f"{pairs:,} pairs recurs about {effective_batch / pairs:.0f} times in every step, and is encoded each time. "
-    )
-    if smaller > MOST_RECURRENCES * pairs:
+    if smaller > MOST_REPEATS * pairs:
         of_data = 2 ** max(1, int(log2(max(pairs, 2) / 2)))
-        return f"{told}Use --effective-batch {of_data} --xbm-size 0 instead: a small data set wants many small steps"
+        return f"Use --effective-batch {of_data} --xbm-size 0: {repeats}; few pairs need many small steps"
     instead = f"--effective-batch {smaller} --xbm-size {max(xbm_size, effective_batch) - smaller}"
-    return f"{told}Use {instead} instead: as many candidates, an eighth of the encoding, eight times the updates"
+    return f"Use {instead}: {repeats}; this gives as many candidates and eight times the updates"
 
 
 def useless_memory_warning(effective_batch: int, xbm_size: int, pairs: int | None) -> str | None:
-    """What to say about a memory that a batch of a small data set leaves nothing new for, or None."""
-    if pairs is None or effective_batch > pairs or xbm_size <= MOST_RECURRENCES * pairs:
+    """The warning about a memory that holds only copies of a small data set; None where it is useful."""
+    if pairs is None or effective_batch > pairs or xbm_size <= MOST_REPEATS * pairs:
         return None
     return (
-        f"--xbm-size {xbm_size} is {xbm_size / pairs:.1f} times the data set: the memory holds nothing but older "
-        f"copies of the {pairs:,} pairs. Use --xbm-size 0, or a larger --effective-batch"
+        f"Use --xbm-size 0, or a larger --effective-batch: the data set has {pairs:,} pairs, and a memory of "
+        f"{xbm_size} holds each {xbm_size / pairs:.1f} times"
     )
 
 

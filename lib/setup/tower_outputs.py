@@ -1,7 +1,7 @@
-"""The outputs of frozen trunks, computed once and stored: --cache-text and --cache-image.
+"""Outputs of frozen trunks, computed once and stored (--store-outputs): every later step reads them instead.
 
-A folder of stored outputs is named after everything that they depend on: the trunk's weights and structure, the
-tokenizer or the form of the images, and the texts or image files themselves. What changes makes another folder.
+The name of a folder is a hash of everything that the outputs depend on: the trunk's weights and structure, the
+tokenizer or the form of the images, and the texts or image files themselves. A change makes another folder.
 """
 
 import json
@@ -23,7 +23,7 @@ from lib.data import IndexedSource, Prepare, Source
 from lib.data.durable import Damaged, fingerprint, load_checked, save_checked
 from lib.data.order import stable_hash
 from lib.data.outputs import MANIFEST, StoredOutputs
-from lib.data.pairs import Images
+from lib.data.pairs import Images, parts_of
 from lib.data.prepare import text_key
 from lib.data.shards.evaluation import shard_images
 from lib.data.shards.source import ShardSource
@@ -36,7 +36,7 @@ from lib.towers.processing import Processing
 from lib.towers.tower import ImageTower, TextTower
 
 BLOCK = 4096
-"""Rows of a file: what an interruption loses at most, on each rank."""
+"""Rows of a file: an interruption loses at most so many on each rank."""
 
 _FORMAT = 2
 
@@ -45,36 +45,33 @@ Batches = Callable[[range], Iterator[tuple[dict[str, Tensor], Sequence[str]]]]
 
 
 @dataclass(frozen=True)
-class Caching:
-    """How the outputs of frozen trunks are made."""
+class FrozenTrunks:
+    """Computes and stores the outputs of those trunks that are frozen."""
 
     towers: TwoTowers
     processing: Processing
     cache: Path
-    """Folder; the outputs go to a folder of their own in it."""
+    """--cache-dir, in which each set of outputs has its own folder."""
     precision: Precision
-    """The towers' device, and what they compute in there; what is stored is float32."""
+    """The towers' device and precision; outputs are stored in float32."""
     workers: int
     """Processes that decode images."""
     batch_size: int = 256
 
-    def fill(
-        self, prepare: Prepare, source: Source, cache_image: bool, cache_text: bool, more_texts: Sequence[str] = ()
-    ) -> Prepare:
-        """The same Prepare, with the stored outputs that are asked for; InputError where they would be wrong.
+    def store(self, prepare: Prepare, source: Source, more_texts: Sequence[str] = ()) -> Prepare:
+        """The same Prepare with stored outputs of every frozen trunk whose inputs are not random.
 
-        more_texts: texts that are encoded beside the source's.
+        Augmented images are random. In a mixture of sources one name may belong to different images, so none of their
+        outputs are stored. more_texts: texts that are encoded besides the source's.
         """
-        if cache_image:
+        if self.towers.image_trunk_frozen and prepare.images.augment == "none" and len(parts_of(source)) == 1:
             prepare = replace(prepare, image_outputs=self._images(source, prepare))
-        if cache_text:
+        if self.towers.text_trunk_frozen:
             prepare = replace(prepare, text_outputs=self._texts({*source.sample_texts(sys.maxsize), *more_texts}))
         return prepare
 
     def _texts(self, distinct: set[str]) -> StoredOutputs:
         """Outputs of the text trunk for these texts."""
-        if not self.towers.text_trunk_frozen:
-            raise InputError("--cache-text: the text trunk trains, so its outputs change; add --freeze text.trunk")
         # Texts of like length share a batch, so little of it is padding.
         texts = sorted(distinct, key=lambda text: (len(text), text))
         keys = np.array([text_key(text) for text in texts], dtype=np.int64)
@@ -91,12 +88,6 @@ class Caching:
 
     def _images(self, source: Source, prepare: Prepare) -> StoredOutputs:
         """Outputs of the image trunk for every image of the source; those that cannot be read are noted."""
-        if not self.towers.image_trunk_frozen:
-            raise InputError("--cache-image: the image trunk trains, so its outputs change; add --freeze image.trunk")
-        if prepare.images.augment != "none":
-            raise InputError(
-                f"--cache-image: --augment {prepare.images.augment} makes new images every time; leave either out"
-            )
         images, used, keys = _by_number(source)
 
         def batches(rows: range) -> Iterator[tuple[dict[str, Tensor], Sequence[str]]]:
@@ -121,7 +112,7 @@ class Caching:
         return fingerprint(_FORMAT, *self.precision.identity(), *parts)
 
     def _stored(self, name: str, keys: np.ndarray, batches: Batches, tower: str) -> StoredOutputs:
-        """What the folder of that name holds, once all of it has been computed; each rank computes whole blocks."""
+        """The outputs in the folder of that name, computed where they are missing; each rank computes whole blocks."""
         folder = self.cache / "outputs" / name
         _make(folder, tower)
         with _alone(folder):
@@ -129,11 +120,11 @@ class Caching:
         stored = StoredOutputs(folder)
         if not len(stored):
             reasons = counted(stored.unreadable.values())
-            raise InputError(f"--cache-{tower}: not one of the images can be read ({reasons})")
+            raise InputError(f"--data: none of the images can be read ({reasons})")
         return stored
 
     def _fill(self, folder: Path, keys: np.ndarray, batches: Batches, tower: str) -> None:
-        """Compute the blocks that the folder lacks, or of which the disk gives back other bytes."""
+        """Compute the blocks that are missing or damaged."""
         rank, world_size = rank_and_world_size()
         blocks = [range(start, min(start + BLOCK, len(keys))) for start in range(0, len(keys), BLOCK)]
         unreadable: dict[int, str] = {}
@@ -145,12 +136,12 @@ class Caching:
         if rank == 0:
             names = [_block_name(number) for number in range(len(blocks))]
             _list_blocks(folder, names, {str(key): why for of_rank in found for key, why in of_rank.items()})
-        gather_objects(None)  # nobody reads before rank 0 has written
+        gather_objects(None)  # a barrier: no rank reads before rank 0 has written
 
     def _block(
         self, file: Path, keys: np.ndarray, rows: range, batches: Batches, tower: str, bar: tqdm
     ) -> dict[int, str]:
-        """Compute and write a block that is not there whole; returns why which keys have no row."""
+        """Compute and write a block, unless it is there whole; returns {key: reason} of unreadable images."""
         if file.is_file():
             with suppress(Damaged):
                 stored, metadata = load_checked(file)
@@ -181,15 +172,14 @@ def _by_number(source: Source) -> tuple[Images, np.ndarray, np.ndarray]:
     if isinstance(source, IndexedSource):
         used = np.unique(source.image)
         return source.images, used, source.image_id[used]
-    if isinstance(source, ShardSource):
-        images = shard_images(source)
-        keys = np.array([stable_hash(key) for key in images.keys], dtype=np.int64)
-        return images, np.arange(len(images)), keys
-    raise InputError("--cache-image: several sources may give one name to different images; leave it out")
+    assert isinstance(source, ShardSource)
+    images = shard_images(source)
+    keys = np.array([stable_hash(key) for key in images.keys], dtype=np.int64)
+    return images, np.arange(len(images)), keys
 
 
 def _structure(tower: ImageTower | TextTower) -> object:
-    """What a trunk's output depends on besides its weights."""
+    """Properties of a trunk, besides its weights, that its output depends on."""
     heads = getattr(getattr(tower.trunk, "config", None), "num_attention_heads", None)
     how = tower.interpolate if isinstance(tower, ImageTower) else tower.masked
     return type(tower.trunk).__name__, repr(tower.trunk), heads, tower.pooling, how
@@ -205,8 +195,9 @@ def _alone(folder: Path) -> Iterator[None]:
 
 
 def _make(folder: Path, tower: str) -> None:
-    words = f"--cache-{tower}: {folder} cannot be made"
-    with raised_as(lambda fault: InputError(f"{words} ({fault}); name another place with --cache-dir"), OSError):
+    words = f"the outputs of the frozen {tower} trunk cannot be stored in {folder}"
+    remedy = "name another folder with --cache-dir, or use --store-outputs off"
+    with raised_as(lambda fault: InputError(f"{words} ({fault}); {remedy}"), OSError):
         folder.mkdir(parents=True, exist_ok=True)
 
 

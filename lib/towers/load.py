@@ -56,7 +56,6 @@ def load_towers(
     text_projection: HeadKind | Literal["same"] = "same",
     projection_dim: int = 512,
     projection_hidden: int | None = None,
-    projection_dropout: float = 0.0,
     image_size: int | None = None,
     resize: ResizeFlag = "auto",
     texts: Callable[[], list[str]] | None = None,
@@ -76,15 +75,18 @@ def load_towers(
     resize: auto refuses a model whose own image processor does what our pipeline cannot do.
     texts: returns texts of the training data; called only where a tokenizer has to be built.
     use_bias: logit_bias trains; by default in the SigLIP family. A model's own bias is its start.
-    dropout: of the attention weights of a preset; other models come with their own.
+    dropout: of the attention weights of a preset, or in mlp heads; other models come with their own.
     """
     use_bias = family == "siglip" if use_bias is None else use_bias
     name = f"{model}-{family}" if model in SIZES else model
-    if dropout and name not in PRESETS:
-        raise InputError(f"--dropout {dropout} is for the presets {', '.join(SIZES)}; other models have their own")
+    mlp = bool(image_tower) and "mlp" in (projection, text_projection)
+    if dropout and name not in PRESETS and not mlp:
+        raise InputError(
+            f"--dropout {dropout} is for the presets {', '.join(SIZES)}, mlp heads and --lora; other models have their own"
+        )
     if image_tower or text_tower:
         image_tower, text_tower = _checked_pair(model, image_tower, text_tower, text_projection)
-        image_head = Head(projection, projection_dim, projection_hidden, projection_dropout)
+        image_head = Head(projection, projection_dim, projection_hidden, dropout)
         parts, processing = new_pair(
             image_tower,
             text_tower,

@@ -58,7 +58,7 @@ def compile_trunks(towers: TwoTowers, backend: Literal["inductor", "aot_eager"],
         reason = str(error).strip().split("\n")[0]
         raise InputError(
             f"--compile: {backend} does not work here ({reason}); install a C++ compiler (g++, or name yours in CXX), "
-            "or leave it out"
+            "or leave --compile out"
         ) from error
     dynamo = torch._dynamo.config
     # Both trunks share transformers' wrappers, each is compiled with and without a graph, for training, evaluation and

@@ -1,1 +1,0 @@
-"""Agnostic: what similarities to generic prompts, that name no class, tell about the classes."""

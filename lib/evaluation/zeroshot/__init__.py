@@ -1,1 +1,0 @@
-"""Zero-shot classification: figures, the study of prompts, calibration, and their charts."""

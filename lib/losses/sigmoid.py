@@ -1,0 +1,61 @@
+"""The pairwise sigmoid loss. Source: Zhai et al., Sigmoid Loss for Language Image Pre-Training (SigLIP), 2023."""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lib.losses.positives import Ids, Pairs, SameText, count_positives
+from lib.losses.tiles import Logits, LossShare, wide_sum, wide_type
+
+PosWeight = float | Literal["balanced"]
+"""A number, or as many times as there are negatives for each positive among the fresh pairs."""
+
+
+@torch.no_grad()
+def sigmoid(
+    fresh: Pairs,
+    remembered: Pairs | None,
+    logit_scale: Tensor,
+    logit_bias: Tensor,
+    rows: slice,
+    *,
+    pos_weight: PosWeight = 1.0,
+    same_text: SameText = "negative",
+    tile: int | None = None,
+) -> LossShare:
+    """Pairwise sigmoid loss: softplus(-z S) summed over all pairs and divided by N, z = +1 for positives, else -1.
+
+    S = logit_scale * <image, text> + logit_bias, both (). Each row's image meets all fresh, negative and remembered
+    texts, its text all remembered images. Positives share a group (`same_text`: see SameText); a remembered copy of the
+    same sample is excluded. `pos_weight` multiplies the terms of positives; "balanced" gives fresh positives and fresh
+    negatives the same weight.
+    """
+    logits = Logits(fresh, remembered, logit_scale, logit_bias, rows, same_text)
+    weight = positive_weight(pos_weight, fresh.ids, same_text).to(logits.scale)
+    for t in logits.tiles(tile):
+        if t.positive is None:
+            logits.loss += wide_sum(weighted_softplus(t.logits, None, weight))
+            logits.add(t, t.logits.sigmoid_())
+        else:
+            against = t.logits.mul_(torch.mul(t.positive, -2, out=t.spare).add_(1))  # -z S
+            logits.loss += wide_sum(weighted_softplus(against, t.positive, weight))
+            logits.add(t, against.sigmoid_().mul_(t.positive.mul_(-1 - weight).add_(1)))  # times -weight for positives
+    return logits.share(norm=len(fresh))
+
+
+def weighted_softplus(against: Tensor, positive: Tensor | None, weight: Tensor) -> Tensor:
+    """softplus(-z S), times `weight` for positives; against: -z S."""
+    # Not as softplus(S) - S, summed apart: no digits are left of that where S is large. Above 80 softplus is identity.
+    softplus = F.softplus(against, threshold=80)
+    return softplus if positive is None else softplus * (1 + (weight - 1) * positive)
+
+
+def positive_weight(pos_weight: PosWeight, ids: Ids, same_text: SameText) -> Tensor:
+    """`pos_weight` as a number (); balanced: negatives for each positive among N images and N texts, 1 without any."""
+    if pos_weight != "balanced":
+        return torch.tensor(pos_weight)
+    positives, candidates = count_positives(ids, same_text)
+    negatives = (candidates - positives).to(wide_type(positives.device))
+    return torch.where(negatives > 0, negatives / positives, 1.0)
