@@ -12,8 +12,8 @@ from lib.data.resize import Resize
 from lib.errors import InputError
 from lib.runs.checkpoint import TrainingState
 from lib.towers import PRESETS, Family, TwoTowers, load_towers
-from lib.towers.lora import add_adapters
 from lib.towers.load import SIZES
+from lib.towers.lora import add_adapters
 from lib.towers.processing import Processing
 from lib.towers.trainable import set_trainable
 from lib.towers.trunk_options import checkpoint_activations

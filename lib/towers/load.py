@@ -82,7 +82,8 @@ def load_towers(
     mlp = bool(image_tower) and "mlp" in (projection, text_projection)
     if dropout and name not in PRESETS and not mlp:
         raise InputError(
-            f"--dropout {dropout} is for the presets {', '.join(SIZES)}, mlp heads and --lora; other models have their own"
+            f"--dropout {dropout} is for the presets {', '.join(SIZES)}, for mlp heads and for --lora; other models "
+            "have their own"
         )
     if image_tower or text_tower:
         image_tower, text_tower = _checked_pair(model, image_tower, text_tower, text_projection)
