@@ -79,18 +79,16 @@ def plain_settings(config: PretrainedConfig) -> dict:
     return {key: value for key, value in settings.items() if not key.startswith("_")}
 
 
-def load_dual(
-    model: ModelFolder, settings: dict, image_size: int | None, resize: ResizeFlag, measured: ImageForm | None = None
-) -> Parts:
+def load_dual(model: ModelFolder, settings: dict, image_size: int | None, resize: ResizeFlag) -> Parts:
     """Load a dual encoder; for another image size its position embeddings are resized.
 
-    settings: as `read_settings` returns them. measured: form of the folder's image processor, where it is known.
+    settings: as `read_settings` returns them.
     """
     dual, missing, bias = load_dual_model(model, settings)
     check_complete(missing, model)
     form = model_image_form(settings)
     if "image_form" not in settings:
-        form = measured or read_image_form(model.path, form, f"{model.flag} {model.name}", resize)
+        form = read_image_form(model.path, form, f"{model.flag} {model.name}", resize)
     vision = dual.config.vision_config
     if not getattr(vision, "vision_use_head", True):
         raise model.fault("its image encoder has no pooling head (vision_use_head is false), so it gives no embeddings")

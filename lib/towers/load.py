@@ -134,8 +134,8 @@ def _checked_pair(
 
 def _load(name: str, image_size: int | None, resize: ResizeFlag, use_bias: bool) -> tuple[TwoTowers, Processing]:
     model = find_model("--model", name)
-    processing = Processing.from_pretrained(model, resize)
-    parts = load_parts(model, image_size, resize, processing.image_form)
+    parts = load_parts(model, image_size, resize)
+    processing = Processing.from_pretrained(model, resize, measured=parts.image_form)
     bias = (parts.bias or 0.0) if use_bias else None
     parts = replace(parts, bias=bias, pretrained_bias=parts.pretrained_bias and use_bias)
     form = processing.image_form.at(parts.image_form.size)

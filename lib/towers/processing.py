@@ -152,10 +152,13 @@ class Processing:
         PROCESSORS[self.model_type](self.image_processor(), self.tokenizer).save_pretrained(folder)
 
     @classmethod
-    def from_pretrained(cls, name: str | Path | ModelFolder, resize: ResizeFlag = "auto") -> "Processing":
+    def from_pretrained(
+        cls, name: str | Path | ModelFolder, resize: ResizeFlag = "auto", *, measured: ImageForm | None = None
+    ) -> "Processing":
         """Read what `save_pretrained` wrote, or the files of a CLIP or SigLIP model by folder or hub id.
 
-        resize: as in `lib.towers.image_form.measured_form`.
+        resize: as in `lib.towers.image_form.measured_form`. measured: the form of the folder's image processor, where
+        loading the model has measured it (it does unless config.json has the form): that takes a second.
         """
         model = find_model("--model", name, weights=False)
         with reading(model.flag, model.name):
@@ -167,7 +170,11 @@ class Processing:
             # transformers knows no configuration for a composed pair's folder as a whole
             tokenizer = load_tokenizer(model, text_config, own_config=not composed)
             patch_size = config.vision_config.patch_size if model_type == "siglip2" else None
-            form = read_image_form(model.path, model_image_form(settings), f"{model.flag} {model.name}", resize)
+            form = model_image_form(settings)
+            if measured and "image_form" not in settings:
+                form = measured
+            else:
+                form = read_image_form(model.path, form, f"{model.flag} {model.name}", resize)
             return make_processing(tokenizer, text_config, form, model_type, patch_size)
 
 

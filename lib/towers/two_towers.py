@@ -16,7 +16,6 @@ from lib.data.resize import ResizeFlag
 from lib.files import write_text
 from lib.towers.composed import saved_pair
 from lib.towers.dual import file_weights, load_dual
-from lib.towers.image_form import ImageForm
 from lib.towers.model_files import ModelFolder, find_model, reading
 from lib.towers.processing import read_settings
 from lib.towers.tower import Parts, is_frozen
@@ -191,16 +190,10 @@ def _rest_where_frozen(module: nn.Module) -> None:
             _rest_where_frozen(child)
 
 
-def load_parts(
-    name: str | Path | ModelFolder,
-    image_size: int | None = None,
-    resize: ResizeFlag = "auto",
-    measured: ImageForm | None = None,
-) -> Parts:
+def load_parts(name: str | Path | ModelFolder, image_size: int | None = None, resize: ResizeFlag = "auto") -> Parts:
     """Read a model of any of our kinds, by folder or hub id; its config.json names the kind.
 
     image_size: another side than the model's own. resize: as in `lib.towers.image_form.measured_form`.
-    measured: form of the folder's image processor, where it is known: to measure it takes a second.
     """
     model = find_model("--model", name)
     check_model(model.path)
@@ -209,4 +202,4 @@ def load_parts(
         settings = read_settings(model)
         if settings["model_type"] == "two_towers":
             return saved_pair(settings, load_file(model.path / "model.safetensors"), model, image_size)
-        return load_dual(model, settings, image_size, resize, measured)
+        return load_dual(model, settings, image_size, resize)
