@@ -10,7 +10,7 @@ from lib.distributed import decided_by_rank_0, gather_objects
 from lib.export import export, noise_and_texts
 from lib.export.card import model_card
 from lib.export.checked import RECORD
-from lib.export.formats import HUGGING_FACE
+from lib.export.hugging_face import HUGGING_FACE
 from lib.runs.checkpoint import MANIFEST
 from lib.runs.curve import find_parting, parting_words
 from lib.runs.reporter import Reporter, read_metrics, read_summary

@@ -78,7 +78,7 @@ def test_ema_evaluates_and_exports_the_average_and_resumes_exactly(tmp_path):
 
 def test_an_average_has_the_adapters_of_its_towers():
     towers, _ = build_preset("tiny-clip", ["one two"])
-    add_adapters(towers, rank=2, alpha=4.0, dropout=0.0, seed=0)
+    add_adapters(towers, rank=2, dropout=0.0, seed=0)
     average = WeightAverage(towers, DECAY)
     average.update_parameters(towers)
     assert same(average.module.state_dict(), towers.state_dict())

@@ -227,7 +227,7 @@ def test_what_a_backend_cannot_do_is_refused_before_the_first_batch(tmp_path):
         "--keep-graphs 2: not with FSDP2 or ZeRO 3": (zero(3), ["--keep-graphs=2"]),
         "--ema 0.9 and --compile: not with FSDP2 or ZeRO 3": (zero(3), ["--ema=0.9", "--compile"]),
         "zero_stage 0 is none of 1, 2, 3": (zero(0), []),
-        "the DeepSpeed settings have 'optimizer', which --optimizer says": (
+        "the DeepSpeed settings have 'optimizer': take it out, and use --optimizer": (
             zero(2) | {"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(tmp_path / "own.json")},
             [],
         ),

@@ -14,7 +14,7 @@ from lib.data.resize import Resize
 from lib.errors import InputError, RunError
 from lib.export import export, noise_and_texts
 from lib.export.card import model_card
-from lib.export.formats import HUGGING_FACE
+from lib.export.hugging_face import HUGGING_FACE
 from lib.towers import TwoTowers, build_preset
 from lib.towers.processing import Processing
 

@@ -192,7 +192,7 @@ def test_every_export_has_a_card_from_the_runs_own_files(run):
     for words in (
         "SiglipModel with",
         "the pairwise sigmoid loss",
-        "| base model | none: drawn weights (preset tiny) |",
+        "| base model | none: random weights (preset tiny) |",
         "| data | digits, 1,442 images, 128 pairs read |",
         "| batch | 32 pairs in a step",
         "| contrasted with | 31 other pairs of the step, and up to 32 remembered ones |",
@@ -282,7 +282,7 @@ def test_a_push_that_fails_is_told_in_one_line_and_the_export_stays(run, hub, mo
 @pytest.mark.parametrize(("offline", "words"), [(True, "HF_HUB_OFFLINE is set"), (False, "nobody is logged in")])
 def test_without_network_or_login_nothing_is_begun(run, hub, offline, words, monkeypatch, tmp_path):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
-    monkeypatch.setattr("lib.export.hub.get_token", lambda: None)
+    monkeypatch.setattr("lib.export.__main__.get_token", lambda: None)
     shutil.rmtree(run / "export")
     with pytest.raises(InputError, match=words):
         main([str(run), "--push-to-hub", "me/model"])

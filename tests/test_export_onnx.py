@@ -10,7 +10,7 @@ from made_exports import logits_of, made_towers, picture, run_example
 from lib.errors import RunError
 from lib.export import export, noise_and_texts, onnx
 from lib.export.card import model_card
-from lib.export.formats import ONNX
+from lib.export.onnx import ONNX
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="needs onnxruntime, an optional package")
 pytest.importorskip("onnxscript", reason="needs onnx and onnxscript, optional packages")

@@ -13,10 +13,10 @@ from transformers import CLIPConfig, CLIPModel, CLIPProcessor, CLIPTokenizer
 
 from lib.data.resize import Resize
 from lib.errors import InputError, RunError
-from lib.export import export, noise_and_texts, timm_shape
+from lib.export import export, noise_and_texts
 from lib.export import open_clip as layout
 from lib.export.card import model_card
-from lib.export.formats import OPEN_CLIP
+from lib.export.open_clip import OPEN_CLIP
 from lib.towers import TwoTowers
 from lib.towers.image_form import DEFAULT_FORMS
 from lib.towers.processing import Processing
@@ -159,7 +159,7 @@ def test_a_siglip_whose_image_tower_timm_knows_loads_by_that_name(tmp_path, monk
         return transformer(**shape, class_token=False, global_pool=global_pool, num_classes=num_classes)
 
     monkeypatch.setitem(timm.models._registry._model_entrypoints, name, create)
-    monkeypatch.setitem(timm_shape.SIZES, (16, 2, 2, 32), "test")
+    monkeypatch.setitem(layout.TIMM_SIZES, (16, 2, 2, 32), "test")
     path = save_family("siglip", tmp_path / "start")
     settings = json.loads((path / "config.json").read_text())
     settings["vision_config"]["hidden_act"] = "gelu"  # as timm's
@@ -183,7 +183,7 @@ def test_a_siglip_whose_image_tower_timm_knows_loads_by_that_name(tmp_path, monk
     ],
 )
 def test_the_name_is_that_of_a_model_with_the_same_activation_and_image_size(activation, size, patch, side, name):
-    (shape,) = (shape for shape, word in timm_shape.SIZES.items() if word == size)
+    (shape,) = (shape for shape, word in layout.TIMM_SIZES.items() if word == size)
     keys = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
     vision = dict(zip(keys, shape, strict=True)) | {"hidden_act": activation, "patch_size": patch, "image_size": side}
-    assert timm_shape.timm_name(vision) == name
+    assert layout.timm_name(vision) == name

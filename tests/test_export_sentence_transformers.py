@@ -20,7 +20,7 @@ from lib.errors import InputError, RunError
 from lib.export import export, noise_and_texts
 from lib.export import sentence_transformers as layout
 from lib.export.card import model_card
-from lib.export.formats import SENTENCE_TRANSFORMERS
+from lib.export.sentence_transformers import SENTENCE_TRANSFORMERS
 from lib.towers import TwoTowers, load_towers
 from lib.towers.processing import Processing, build_tokenizer
 

@@ -28,8 +28,19 @@ from transformers import (
 from lib.data.pipeline import ImagePipeline
 from lib.data.resize import Resize
 from lib.errors import InputError
-from lib.towers.image_form import DEFAULT_FORMS, IMAGENET_MEAN, IMAGENET_STD, preparation, read_image_form
-from lib.towers.measured_form import TOLERANCE, ImageForm, Preparation, difference, measured_form, probe
+from lib.towers.image_form import (
+    DEFAULT_FORMS,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    TOLERANCE,
+    ImageForm,
+    Preparation,
+    difference,
+    measured_form,
+    preparation,
+    probe,
+    read_image_form,
+)
 from lib.towers.processing import build_tokenizer, make_processing
 
 DEFAULT = DEFAULT_FORMS["two_towers"]

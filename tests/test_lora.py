@@ -24,7 +24,7 @@ def encoders(tmp_path_factory):
 
 def adapted_towers(family: str = "clip") -> TwoTowers:
     towers, _ = build_preset(f"tiny-{family}", ["one two"])
-    add_adapters(towers, rank=4, alpha=8.0, dropout=0.0, seed=0)
+    add_adapters(towers, rank=4, dropout=0.0, seed=0)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in towers.named_parameters():
@@ -69,7 +69,7 @@ def test_bert_vit_and_a_part_of_a_trunk_are_known_by_name(encoders):
         family="clip", image_tower=str(encoders / "vit"), text_tower=str(encoders / "bert"), image_size=32
     )
     set_trainable(towers, ["text"], ["text.last:1"])
-    add_adapters(towers, rank=2, alpha=4.0, dropout=0.0, seed=0)
+    add_adapters(towers, rank=2, dropout=0.0, seed=0)
     adapted = {name for name, module in towers.named_modules() if isinstance(module, LoraLayer)}
     attention = "text.trunk.encoder.layer.2.attention"
     texts = {f"{attention}.self.{each}" for each in ("query", "key", "value")} | {f"{attention}.output.dense"}

@@ -190,7 +190,7 @@ def test_a_siglip_without_pooling_is_refused(tmp_path):
 
 def test_parameters_that_no_embedding_depends_on_do_not_train(clip, monkeypatch):
     """DistributedDataParallel would wait for their gradients."""
-    import lib.towers.weights as weights
+    from lib.towers import dual
 
     class WithIdle(CLIPModel):
         def __init__(self, config):
@@ -199,7 +199,7 @@ def test_parameters_that_no_embedding_depends_on_do_not_train(clip, monkeypatch)
 
     model = WithIdle(CLIPModel.from_pretrained(clip).config)
     model.save_pretrained(clip)
-    monkeypatch.setitem(weights.DUAL_MODELS, "clip", WithIdle)
+    monkeypatch.setitem(dual.DUAL_MODELS, "clip", WithIdle)
     towers, processing = load_towers(family="clip", model=str(clip))
     fixed = {name for name, parameter in towers.named_parameters() if not parameter.requires_grad}
     assert fixed == {"image.trunk.idle.weight", "image.trunk.idle.bias"}

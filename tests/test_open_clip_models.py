@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, T5Tokenizer
 
 from lib.errors import InputError
 from lib.towers import TwoTowers, load_towers
-from lib.towers.open_clip_names import from_open_clip, to_open_clip
+from lib.towers.open_clip_files import from_open_clip, to_open_clip
 from lib.towers.processing import Processing, build_tokenizer
 
 open_clip = pytest.importorskip("open_clip", reason="needs open_clip_torch, an optional package")
@@ -186,7 +186,7 @@ def test_by_hub_id_and_as_halves(tmp_path, monkeypatch):
 @pytest.mark.parametrize("kind", ["clip with bias", "siglip"])
 def test_our_own_export_for_open_clip_loads_again(kind, tmp_path):
     from lib.export import export, noise_and_texts
-    from lib.export.formats import OPEN_CLIP
+    from lib.export.open_clip import OPEN_CLIP
 
     towers, processing = made_towers(kind, tmp_path / "start")
     export(towers, processing, tmp_path / "export", noise_and_texts(processing), form=OPEN_CLIP)
@@ -221,7 +221,7 @@ def test_names_lead_both_ways(kind, tmp_path):
         ({"multimodal_cfg": {"layers": 2}}, "model_cfg.multimodal_cfg"),
         ({"vision_cfg": {"image_size": [32, 64]}}, "not square"),
         ({"vision_cfg": {"layers": 3}}, "the files lack 16 of the model's weights"),
-        ({"vision_cfg": {"layers": 1}}, "encoder.layers.1.*tells nothing of"),
+        ({"vision_cfg": {"layers": 1}}, "encoder.layers.1.*does not mention"),
         ({"vision_cfg": {"patch_size": 16}}, "is of shape"),
     ],
 )

@@ -27,7 +27,7 @@ from lib.data import open_sources
 from lib.errors import InputError
 from lib.runs.checkpoint import is_whole, newest_whole
 from lib.runs.reporter import read_metrics
-from lib.towers import TwoTowers, build_preset, presets
+from lib.towers import TwoTowers, build_preset, load
 from lib.towers.processing import Processing
 
 STEPS = 12
@@ -155,7 +155,7 @@ def test_a_tiny_siglip_with_the_fewer_positions_of_older_versions_goes_on(tmp_pa
     flags = ["--effective-batch=8", "--chunk-size=8", "--xbm-size=0", "--save-every=2", "--eval-every=0", "--workers=0"]
     command = [*flags, f"--output-dir={tmp_path / 'run'}"]
     with monkeypatch.context() as older:
-        older.setattr(presets, "SIGLIP_TEXT_LENGTH", 32)
+        older.setattr(load, "SIGLIP_TEXT_LENGTH", 32)
         train_siglip.main([*command, "--steps=2"])
     train_siglip.main([*command, "--steps=4", "--resume=auto"])
     assert [line["step"] for line in read_metrics(tmp_path / "run")] == [1, 2, 3, 4]

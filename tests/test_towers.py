@@ -475,7 +475,7 @@ def test_a_linear_head_keeps_the_angles_of_a_frozen_encoder(encoders):
 
 
 def test_heads_have_the_asked_form(encoders):
-    towers, _ = compose(encoders, "resnet", "bert", projection="mlp", projection_dropout=0.3)
+    towers, _ = compose(encoders, "resnet", "bert", projection="mlp", dropout=0.3)
     widths = [(layer.in_features, layer.out_features) for layer in towers.text.head if isinstance(layer, nn.Linear)]
     assert widths == [(16, 64), (64, 24)] and towers.embed_dim == 24
     assert [layer.p for layer in towers.text.head if isinstance(layer, nn.Dropout)] == [0.3]

@@ -17,7 +17,7 @@ from transformers import (
     ViTModel,
 )
 
-from lib.towers.blocks import blocks
+from lib.towers.trainable import blocks
 
 WIDTHS = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
 

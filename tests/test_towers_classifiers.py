@@ -32,8 +32,7 @@ from lib.data import ImagePipeline
 from lib.data.resize import Resize
 from lib.errors import InputError
 from lib.towers import TwoTowers, load_towers
-from lib.towers.image_form import IMAGENET_MEAN, IMAGENET_STD
-from lib.towers.measured_form import ImageForm
+from lib.towers.image_form import IMAGENET_MEAN, IMAGENET_STD, ImageForm
 from lib.towers.processing import Processing, build_tokenizer
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"

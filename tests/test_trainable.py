@@ -7,8 +7,7 @@ from torch import nn
 
 from lib.errors import InputError
 from lib.towers import TwoTowers, load_towers
-from lib.towers.blocks import depths
-from lib.towers.trainable import set_trainable
+from lib.towers.trainable import depths, set_trainable
 
 TEXTS = ["a photo of the digit zero", "one two"]
 

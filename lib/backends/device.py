@@ -14,7 +14,7 @@ import torch
 from lib.distributed import local_ranks
 from lib.errors import RunError
 
-# torch hides why each of cuDNN's algorithms failed: "unable to find an engine" is what is left where none had memory.
+# torch hides why each of cuDNN's algorithms failed: "unable to find an engine" remains where none had memory.
 # cuBLAS cannot even start on a full card.
 _NO_MEMORY = re.compile(
     r"out of memory|CUBLAS_STATUS_ALLOC_FAILED|CUBLAS_STATUS_NOT_INITIALIZED|CUDNN_STATUS_ALLOC_FAILED"
@@ -82,7 +82,7 @@ def _container_memory() -> Iterator[tuple[int, int]]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed: torch's, that of cuBLAS or cuDNN for their work space, or the host's."""
+    """The error is a failed allocation: torch's, that of cuBLAS or cuDNN for their work space, or the host's."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     if isinstance(error, OSError):
@@ -92,7 +92,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def device_faults_reported(chunk_pairs: int | None) -> Iterator[None]:
-    """Turn a failed allocation into a RunError that names the amount, the chunk and what to do.
+    """Turn a failed allocation into a RunError that names the amount, the chunk and the remedy.
 
     The same for a kernel that --deterministic forbids. chunk_pairs: None before chunks are known, when weights and
     stores alone need the memory.
@@ -131,7 +131,7 @@ def fork_rng(device: torch.device) -> Iterator[None]:
 
 
 def use_all_cores() -> None:
-    """accelerate launch and torchrun set OMP_NUM_THREADS=1 where nobody chose: then share the cores over the ranks."""
+    """Share the cores over the ranks where accelerate launch or torchrun set OMP_NUM_THREADS=1 by default."""
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
     if launched and os.environ.get("OMP_NUM_THREADS", "1") == "1":
         torch.set_num_threads(max(1, usable_cores() // local_ranks()))

@@ -1,4 +1,4 @@
-"""FSDP2: every rank holds a part of each weight, gradient and moment, and gathers a block's weights while it runs."""
+"""FSDP2: every rank holds a shard of each weight, gradient and moment, and gathers a block's weights while it runs."""
 
 import os
 import warnings
@@ -14,24 +14,23 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from lib.backends.optim import load_moments
-from lib.backends.replicated import Backend, copy_buffers, copy_on_host, on_host
+from lib.backends.replicated import Backend, on_host
 from lib.towers import TwoTowers
-from lib.towers.blocks import blocks
+from lib.towers.trainable import blocks
 
 
 class FullyShardedBackend(Backend):
     """torch's fully_shard (Zhao et al. 2023, arXiv:2304.11277), each trunk's blocks as units, the rest as one more.
 
-    `logit_scale` and `logit_bias`, which have nothing to shard, stay whole: the surrogate gives every rank all of
-    their gradient.
+    `logit_scale` and `logit_bias` have nothing to shard and stay whole: the surrogate gives every rank their whole
+    gradient.
     """
 
     shards_weights = True
 
     def _wrap(self, largest_norm: float) -> nn.Module:
-        # Of embeddings that are a view of a trunk's output; nobody changes them in place.
+        # It warns of embeddings that are a view of a trunk's output; no code changes them in place.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module", category=UserWarning)
-        self._twin = copy_on_host(self.towers) if self.accelerator.is_main_process else None
         name_of = {id(parameter): name for name, parameter in self.towers.named_parameters()}
         names = [[name_of[id(parameter)] for parameter in group["params"]] for group in self.optimizer.param_groups]
         mesh = init_device_mesh(self.accelerator.device.type, (self.accelerator.num_processes,))
@@ -45,9 +44,9 @@ class FullyShardedBackend(Backend):
         return self.towers
 
     def _give_optimizer(self, names: list[list[str]]) -> None:
-        """Put the sharded parameters in the place of the whole ones; what stays whole has groups of its own.
+        """Replace the whole parameters by the sharded ones; parameters that stay whole get groups of their own.
 
-        The optimizer updates the tensors of a group together, which must be of one kind.
+        The optimizer updates the tensors of a group together: they must be of one kind.
         """
         now, groups = dict(self.towers.named_parameters()), []
         for group, members in zip(self.optimizer.param_groups, names, strict=True):
@@ -79,13 +78,11 @@ class FullyShardedBackend(Backend):
 
     def whole_towers(self) -> TwoTowers | None:
         self._reshard()
-        twins = dict(self._twin.named_parameters()) if self._twin else {}
-        for name, parameter in self.towers.named_parameters():
-            whole = _whole(parameter.detach())  # one at a time: all of them may not fit beside the shards
-            if self._twin:
-                twins[name].data.copy_(whole)
-        copy_buffers(self.towers, self._twin)
-        return self._twin
+        return super().whole_towers()
+
+    @contextmanager
+    def _gathered(self, parameter: nn.Parameter) -> Iterator[Tensor]:
+        yield _whole(parameter.detach())
 
     def moments(self) -> dict[str, dict]:
         self._reshard()
@@ -103,7 +100,7 @@ class FullyShardedBackend(Backend):
         return trained + parts // self.accelerator.num_processes  # gradients are whole until they are reduced
 
     def _reshard(self) -> None:
-        """Free what an evaluation's forward left gathered: the optimizer knows the shards only."""
+        """Free the weights that an evaluation's forward left gathered: the optimizer only knows the shards."""
         for module in self.towers.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()

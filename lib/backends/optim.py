@@ -12,7 +12,8 @@ from transformers import get_scheduler
 
 from lib.errors import InputError
 from lib.towers import TwoTowers
-from lib.towers.blocks import blocks, depths
+from lib.towers.tower import is_frozen
+from lib.towers.trainable import blocks, depths
 
 
 @dataclass(frozen=True)
@@ -42,13 +43,13 @@ def parameter_groups(towers: TwoTowers, rates: Rates, weight_decay: float) -> li
 
 
 def _rates_of_parameters(towers: TwoTowers, rates: Rates) -> dict[str, float]:
-    """The peak rates of what lies in the towers, by the parameters' names."""
+    """Peak rates of the trunks' and heads' parameters, by name."""
     rate_of = {}
     sides = ("image", towers.image, rates.image_trunk), ("text", towers.text, rates.text_trunk)
     for tower, side, own in sides:
         trunk, trunk_rate = side.trunk, rates.lr if own is None else own
         count = len(blocks(trunk))
-        if rates.layer_decay != 1 and not count and any(p.requires_grad for p in trunk.parameters()):
+        if rates.layer_decay != 1 and not count and not is_frozen(trunk):
             raise InputError(
                 f"--layer-decay {rates.layer_decay}: the blocks of a {type(trunk).__name__} are not known; leave it "
                 f"out, or --freeze {tower}.trunk"
@@ -72,7 +73,7 @@ def build_optimizer(
 ) -> Optimizer:
     """AdamW (epsilon 1e-6, as in CLIP's paper, table 20), Adam (decay as a part of the gradient), or plain SGD.
 
-    fused: one kernel for all parameters. Not under a gradient scaler, which could not tell that a step was skipped.
+    fused: one kernel for all parameters. Not with a gradient scaler, which could not notice that a step was skipped.
     """
     groups = parameter_groups(towers, rates, weight_decay)
     if name == "sgd":
@@ -82,12 +83,12 @@ def build_optimizer(
 
 
 def moments_by_name(optimizer: Optimizer, towers: TwoTowers) -> dict[str, dict]:
-    """What the optimizer remembers of each parameter, by name: it holds whatever groups the rates make."""
+    """The optimizer's state of each parameter, by name: the groups, which depend on the rates, do not matter."""
     return {name: optimizer.state[p] for name, p in towers.named_parameters() if p in optimizer.state}
 
 
 def load_moments(optimizer: Optimizer, towers: TwoTowers, moments: dict[str, dict]) -> None:
-    """Put back what `moments_by_name` gave; rates and decay stay those that the optimizer was built with."""
+    """Restore the result of `moments_by_name`; rates and decay stay those that the optimizer was built with."""
     name_of = {id(parameter): name for name, parameter in towers.named_parameters()}
     order = [name_of[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
     state = {index: moments[name] for index, name in enumerate(order) if name in moments}
@@ -114,7 +115,7 @@ def scheduled_scale(first_and_last: tuple[float, float], step: int, steps: int) 
 
 
 def move_schedule(schedule: LambdaLR, updates: int) -> None:
-    """Go to where the schedule stands after this many updates, each group from its own peak."""
+    """Set the schedule to its state after this many updates, each group from its own peak."""
     schedule.last_epoch = updates
     groups = schedule.optimizer.param_groups
     for group, peak, factor in zip(groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):

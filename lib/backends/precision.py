@@ -48,14 +48,14 @@ class Precision:
         return () if (self.name, self.device.type) == ("fp32", "cpu") else (self.name, self.device.type)
 
     def __str__(self) -> str:
-        """As in `bf16 (auto: this device computes in it)`."""
+        """Name and reason: `bf16 (auto: this device computes in it)`."""
         return f"{self.name} ({self.reason.removeprefix('; ')})" if self.reason else self.name
 
 
 def choose_precision(asked: PrecisionFlag, device: torch.device) -> Precision:
-    """Choose as --precision and `accelerate launch --mixed_precision` ask, or as suits the device.
+    """Choose by --precision and `accelerate launch --mixed_precision`, or by the device.
 
-    `accelerate launch` exports "no" where nobody chose, so that "no" asks for nothing. Raises InputError for a value
+    `accelerate launch` exports "no" by default, so "no" is no choice. Raises InputError for a value
     that is not supported, and for a flag that contradicts the launcher.
     """
     launched = os.environ.get(LAUNCHED, "no")
@@ -123,10 +123,10 @@ def full_float32() -> Iterator[None]:
 
 
 class LossScale:
-    """What an fp16 loss is multiplied with, so that small gradients do not vanish (Micikevicius et al. 2018).
+    """Factor of an fp16 loss, so that small gradients do not vanish (Micikevicius et al. 2018, arXiv:1710.03740).
 
-    Halved after an overflow, doubled after 2000 updates without one, as torch's GradScaler does; unlike it, it looks at
-    the norm over all ranks, which the ranks of every backend have in common.
+    Halved after an overflow, doubled after 2000 updates without one, as by torch's GradScaler; but the norm over all
+    ranks decides, which is the same on every rank of every backend.
     """
 
     GROWTH_INTERVAL = 2000
@@ -135,7 +135,7 @@ class LossScale:
         self.value, self._good = 2.0**16, 0
 
     def update(self, finite: bool) -> None:
-        """Take note of an update that was done, or that an overflow prevented."""
+        """Adapt to an update that was done (finite), or that an overflow prevented."""
         self._good = self._good + 1 if finite else 0
         if not finite:
             self.value /= 2
@@ -143,7 +143,7 @@ class LossScale:
             self.value, self._good = self.value * 2, 0
 
     def state_dict(self) -> dict[str, float]:
-        """By the names that GradScaler has for them."""
+        """With the keys of GradScaler."""
         return {"scale": self.value, "_growth_tracker": self._good}
 
     def load_state_dict(self, state: dict[str, float]) -> None:

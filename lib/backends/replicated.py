@@ -16,14 +16,14 @@ from lib.towers import TwoTowers
 
 
 class Backend:
-    """How the towers run on the ranks; the base of the other kinds, and itself one process or DDP.
+    """The towers on the ranks: one process or DDP here; FSDP2 and ZeRO override it.
 
     After `prepare`, the order of an optimizer step is: `gradients_of_a_step` around everything that runs `backward`,
     `clip_gradients`, then `step`, or `drop_gradients` where something is not finite. All ranks call all methods.
     """
 
     shards_weights = False
-    """Each rank holds a part of the weights: all ranks must run the same forwards, of the towers as a whole."""
+    """Each rank holds a shard of the weights: all ranks must run the same forwards, of the towers as a whole."""
 
     def __init__(self, accelerator: Accelerator, precision: Precision) -> None:
         self.accelerator, self.precision = accelerator, precision
@@ -33,31 +33,41 @@ class Backend:
         self.optimizer: Optimizer
 
     def prepare(self, towers: TwoTowers, optimizer: Optimizer, largest_norm: float) -> nn.Module:
-        """Take the towers and their optimizer over, and return the module that all passes go through.
+        """Take over the towers and their optimizer; returns the module that all passes run through.
 
         largest_norm: that of `clip_gradients`, for kinds that clip within their update.
         """
         self.towers, self.optimizer = towers, optimizer
         self.precision.wrap(towers)
+        self._twin = self._copy_on_host() if self.shards_weights and self.accelerator.is_main_process else None
         self.wrapped = self._wrap(largest_norm)
         return self.wrapped
 
     def _wrap(self, largest_norm: float) -> nn.Module:
         return self.accelerator.prepare(self.towers) if self.accelerator.num_processes > 1 else self.towers
 
+    def _copy_on_host(self) -> TwoTowers:
+        """A float32 copy in the host's memory, for whole weights while `towers` will hold shards of them."""
+        twin = copy.deepcopy(self.towers)
+        vars(twin).pop("forward", None)  # the precision's, which would run the original
+        return twin.cpu()
+
     def state_bytes(self, weights: int, trained: int, moments: int) -> int:
-        """What weights, gradients and optimizer take on one rank's device.
+        """Bytes of weights, gradients and optimizer on one rank's device.
 
         weights, trained: bytes of all weights, and of those that train; moments: that the optimizer keeps of each.
         """
         return weights + trained * (1 + moments)
 
     def no_sync(self) -> AbstractContextManager:
-        """Within it, forward and backward accumulate gradients without reducing them over the ranks."""
+        """A context in which forward and backward accumulate gradients without reducing them over the ranks.
+
+        DDP decides in its forward whether the backward will reduce: the context has to enclose both.
+        """
         return self.accelerator.no_sync(self.wrapped) if self.accelerator.num_processes > 1 else nullcontext()
 
     def gradients_of_a_step(self) -> AbstractContextManager:
-        """Around all passes of one optimizer step."""
+        """The context of all passes of one optimizer step."""
         return nullcontext()
 
     def backward(self, value: Tensor) -> None:
@@ -78,20 +88,20 @@ class Backend:
         return norm
 
     def step(self) -> None:
-        """Update the weights from the clipped gradients, and drop these."""
+        """Update the weights from the clipped gradients, and clear these."""
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.loss_scale:
             self.loss_scale.update(finite=True)
 
     def drop_gradients(self) -> None:
-        """Leave the update out, as something was not finite; lowers the loss scale, if there is one."""
+        """Skip the update, because a value was not finite; lowers the loss scale, if there is one."""
         self.forget_gradients()
         if self.loss_scale:
             self.loss_scale.update(finite=False)
 
     def forget_gradients(self) -> None:
-        """Let the next step's gradients start from nothing."""
+        """Let the next step's gradients start from zero."""
         self.optimizer.zero_grad()
 
     def gradients(self) -> dict[str, Tensor]:
@@ -101,19 +111,33 @@ class Backend:
 
     @contextmanager
     def editing(self, *parameters: nn.Parameter) -> Iterator[None]:
-        """Within it these parameters may be changed in place, by the same value on all ranks; `scale` and `bias`."""
+        """A context in which scale and bias may be changed in place, by the same value on all ranks."""
         yield
 
     def whole_towers(self) -> TwoTowers | None:
         """The towers with all of their weights on the main process; on the others None where weights are sharded."""
-        return self.towers
+        if not self.shards_weights:
+            return self.towers
+        twins = dict(self._twin.named_parameters()) if self._twin else {}
+        for name, parameter in self.towers.named_parameters():
+            with self._gathered(parameter) as whole:  # one at a time: all of them may not fit next to the shards
+                if self._twin:
+                    twins[name].data.copy_(whole)
+        if self._twin:  # buffers are whole on every rank
+            for copied, buffer in zip(self._twin.buffers(), self.towers.buffers(), strict=True):
+                copied.copy_(buffer)
+        return self._twin
+
+    def _gathered(self, parameter: nn.Parameter) -> AbstractContextManager[Tensor]:
+        """The whole of a sharded parameter within the context, on every rank."""
+        raise NotImplementedError
 
     def moments(self) -> dict[str, dict]:
-        """What the optimizer remembers of each parameter, by name; complete on the main process."""
+        """The optimizer's state of each parameter, by name; complete on the main process."""
         return moments_by_name(self.optimizer, self.towers)
 
     def load_moments(self, moments: dict[str, dict]) -> None:
-        """Put back what `moments` gave, on this or another kind and number of ranks."""
+        """Restore the result of `moments`, on this or another kind and number of ranks."""
         load_moments(self.optimizer, self.towers, moments)
 
     def autocast(self) -> AbstractContextManager:
@@ -124,17 +148,3 @@ class Backend:
 def on_host(tensor: Tensor) -> Tensor:
     """A copy in the host's memory."""
     return tensor.detach().to("cpu", copy=True)
-
-
-def copy_on_host(towers: TwoTowers) -> TwoTowers:
-    """A copy in the host's memory, in float32, to put whole weights into where `towers` will hold parts of them."""
-    twin = copy.deepcopy(towers)
-    vars(twin).pop("forward", None)  # the precision's, which would run the original
-    return twin.cpu()
-
-
-def copy_buffers(towers: TwoTowers, twin: TwoTowers | None) -> None:
-    """Give the copy the buffers of the towers, which are whole on every rank."""
-    if twin is not None:
-        for copied, buffer in zip(twin.buffers(), towers.buffers(), strict=True):
-            copied.copy_(buffer)

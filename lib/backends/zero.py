@@ -1,21 +1,24 @@
-"""DeepSpeed ZeRO: every rank holds a part of the moments (1), of the gradients too (2), and of the weights (3)."""
+"""DeepSpeed ZeRO: every rank holds a shard of the moments (1), of the gradients too (2), and of the weights (3)."""
 
-# DeepSpeed gives parameters attributes of its own (ds_tensor, ds_shape, all_gather), which torch's types do not know.
+# DeepSpeed adds attributes to parameters (ds_tensor, ds_shape, all_gather), which torch's types do not know.
 # mypy: disable-error-code="attr-defined"
 
 import logging
 import math
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from importlib.metadata import PackageNotFoundError, version
 
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from accelerate.utils import DeepSpeedPlugin
 from torch import Tensor, nn
 
 from lib.backends.precision import Precision
-from lib.backends.replicated import Backend, copy_buffers, copy_on_host, on_host
-from lib.towers import TwoTowers
+from lib.backends.replicated import Backend, on_host
+from lib.errors import InputError, raised_as
 
 LARGEST_BUCKET = 50_000_000  # elements reduced at once: 200 MB
 
@@ -23,9 +26,9 @@ LARGEST_BUCKET = 50_000_000  # elements reduced at once: 200 MB
 class ZeroBackend(Backend):
     """DeepSpeed's engine (Rajbhandari et al. 2020, arXiv:1910.02054), driven directly.
 
-    Accelerate's wrapper would update after every backward; `coalesce_grad_reduction` reduces once for all of a step.
-    Lower precision is autocast's here too, not DeepSpeed's: its bf16 would sum the chunks' gradients in bfloat16 and
-    round the logit scale.
+    Accelerate's wrapper would update after every backward; `coalesce_grad_reduction` reduces once per step. Lower
+    precision is autocast's here too, because DeepSpeed's bf16 would sum the chunks' gradients in bfloat16 and round the
+    logit scale.
     """
 
     def __init__(self, accelerator: Accelerator, precision: Precision, settings: dict) -> None:
@@ -40,11 +43,10 @@ class ZeroBackend(Backend):
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # it warns of optimizers other than its own
         # Its collectives for CPUs would be compiled first, for minutes; gloo has them.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        self._twin = copy_on_host(self.towers) if self.shards_weights and self.accelerator.is_main_process else None
         trained = sum(parameter.numel() for parameter in self.towers.parameters() if parameter.requires_grad)
         zero = {
             "reduce_bucket_size": min(trained, LARGEST_BUCKET),
-            "overlap_comm": False,  # nothing to overlap with: what is reduced is there after the last backward
+            "overlap_comm": False,  # there is nothing to overlap with: all is reduced after the last backward
         }
         settings = self.settings | {
             "train_micro_batch_size_per_gpu": 1,  # has to be a number; no data passes through DeepSpeed
@@ -88,7 +90,7 @@ class ZeroBackend(Backend):
         self.engine.backward(value)
 
     def clip_gradients(self, largest: float) -> Tensor:
-        """Only measures: the engine clips in its update."""
+        """Measure the norm; the engine clips in its update."""
         optimizer = self.engine.optimizer
         if optimizer.has_overflow():  # asked first: some versions write -1 for a norm that is not finite
             return torch.tensor(math.inf)
@@ -110,7 +112,7 @@ class ZeroBackend(Backend):
             return
         looks = optimizer.check_grad_overflow
         optimizer.check_grad_overflow, optimizer.has_overflow = True, lambda *_, **__: True
-        self.engine.step()  # which drops them where there is an overflow
+        self.engine.step()  # drops gradients that overflow
         optimizer.check_grad_overflow = looks
         del optimizer.has_overflow
 
@@ -134,19 +136,13 @@ class ZeroBackend(Backend):
             else:
                 safe_set_full_fp32_param(parameter, parameter.detach())
 
-    def whole_towers(self) -> TwoTowers | None:
+    @contextmanager
+    def _gathered(self, parameter: nn.Parameter) -> Iterator[Tensor]:
         import deepspeed
 
-        if not self.shards_weights:
-            return self.towers
-        gathered = deepspeed.zero.GatheredParameters
-        twins = dict(self._twin.named_parameters()) if self._twin else {}
-        for name, parameter in self.towers.named_parameters():
-            with nullcontext() if parameter.shape == parameter.ds_shape else gathered([parameter]):
-                if self._twin:
-                    twins[name].data.copy_(parameter)
-        copy_buffers(self.towers, self._twin)
-        return self._twin
+        whole = parameter.shape == parameter.ds_shape
+        with nullcontext() if whole else deepspeed.zero.GatheredParameters([parameter]):
+            yield parameter
 
     def moments(self) -> dict[str, dict]:
         from deepspeed.utils import safe_get_full_optimizer_state
@@ -176,7 +172,7 @@ class ZeroBackend(Backend):
         parts = sharded.fp32_partitioned_groups_flat if self.stage == 3 else sharded.single_partition_of_fp32_groups
         example = next(iter(moments.values()))
         keys = [key for key, value in example.items() if value.ndim or key != "step"]
-        for part in parts:  # which the optimizer makes at its first update
+        for part in parts:  # the optimizer would make these at its first update
             zeros = {key: torch.zeros_like(part) for key in keys}
             self.optimizer.state[part] = {key: value.clone() for key, value in example.items()} | zeros
         if self.stage != 3:
@@ -190,7 +186,7 @@ class ZeroBackend(Backend):
                     safe_set_full_optimizer_state(parameter, value, key)
 
     def _link_moments(self) -> None:
-        """Again: DeepSpeed links parameters to moments after its first group's first update; other groups had none."""
+        """Link parameters to moments: DeepSpeed does so after its first group's update, when other groups had none."""
         optimizer = self.engine.optimizer
         optimizer._hp_optimizer_states_linked = False
         optimizer._lazy_init_hp_params_optimizer_state()
@@ -209,8 +205,8 @@ class ZeroBackend(Backend):
 def _not_broadcast(scalars: Iterable[nn.Parameter]) -> Iterator[None]:
     """Let ZeRO 1 and 2 start without sending scale and bias from rank 0: all ranks have loaded the same.
 
-    They would be sent as bytes, which a scalar cannot be viewed as. The mark is DeepSpeed's own, of what ranks do not
-    share.
+    They would be sent as bytes, and a scalar cannot be viewed as bytes. The mark is DeepSpeed's own, for parameters
+    that ranks do not share.
     """
     for parameter in scalars:
         parameter.ds_optim_param = True
@@ -229,3 +225,62 @@ def _divide_scalars(scalars: list[nn.Parameter], settings: dict) -> None:
     deepspeed.zero.Init(module=nn.ParameterList(scalars), config_dict_or_path=settings)
     for parameter in scalars:
         parameter.ds_shape = torch.Size([])
+
+
+_OWN_FLAGS = {
+    "optimizer": "--optimizer",
+    "scheduler": "--schedule",
+    "gradient_clipping": "--grad-clip",
+    "train_batch_size": "--effective-batch",
+    "train_micro_batch_size_per_gpu": "--chunk-size",
+    "fp16": "accelerate launch --mixed_precision",
+    "bf16": "accelerate launch --mixed_precision",
+}
+
+
+def zero_settings(device: torch.device) -> dict:
+    """DeepSpeed's settings (stage, offload, ...) from Accelerate's environment or the file that it names."""
+    try:
+        installed = version("deepspeed")
+    except PackageNotFoundError:
+        raise InputError("ZeRO needs DeepSpeed: pip install 'deepspeed>=0.19.2', or choose DDP or FSDP2") from None
+    if device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+
+    if not hasattr(deepspeed.DeepSpeedEngine, "coalesce_grad_reduction"):
+        raise InputError(
+            f"deepspeed {installed} cannot reduce once for many chunks; pip install 'deepspeed>=0.19.2', or choose DDP "
+            "or FSDP2"
+        )
+    with raised_as(lambda fault: InputError(f"accelerate cannot read its DeepSpeed settings: {fault}"), ValueError):
+        settings = DeepSpeedPlugin().deepspeed_config
+    _check(settings)
+    return _without_auto(settings)
+
+
+def _check(settings: dict) -> None:
+    """Refuse settings that our flags replace, and those that are not supported."""
+    stage = settings["zero_optimization"].get("stage")
+    if stage not in (1, 2, 3):
+        raise InputError(f"zero_stage {stage} is none of 1, 2, 3; for whole copies use accelerate_configs/ddp.yaml")
+    for name, instead in _OWN_FLAGS.items():
+        if settings.get(name) not in (None, "auto", {"enabled": False}):
+            raise InputError(f"the DeepSpeed settings have {name!r}: take it out, and use {instead}")
+    if settings.get("gradient_accumulation_steps") not in (1, "auto", None):
+        raise InputError(
+            f"gradient_accumulation_steps {settings['gradient_accumulation_steps']} must be 1: --effective-batch and "
+            "--chunk-size do its work, exactly"
+        )
+    for name in ("offload_optimizer", "offload_param"):
+        if settings["zero_optimization"].get(name, {}).get("device") not in ("none", "cpu", None):
+            raise InputError(f"{name} goes to the cpu or stays (none); other devices are not supported")
+
+
+def _without_auto(settings: dict) -> dict:
+    """Leave out the settings that DeepSpeed or this module fills in."""
+    return {
+        name: _without_auto(value) if isinstance(value, dict) else value
+        for name, value in settings.items()
+        if value not in ("auto", None)
+    }

@@ -3,6 +3,7 @@
 The folder is loaded again and its logits are compared with the model's before it is put in place.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -10,16 +11,21 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
+from huggingface_hub import HfApi, constants, get_token
+from huggingface_hub.errors import HFValidationError, HTTPError
+from huggingface_hub.utils import validate_repo_id
 
 from lib.config.arguments import parse
-from lib.errors import InputError, one_line_errors, raised_as
+from lib.errors import InputError, RunError, one_line_errors, raised_as
 from lib.export import open_clip
 from lib.export.card import model_card
-from lib.export.checked import export, is_export
-from lib.export.formats import HUGGING_FACE, ONNX, OPEN_CLIP, SENTENCE_TRANSFORMERS, Format
-from lib.export.hub import check_hub, push
-from lib.export.sample import noise_and_texts
-from lib.export.source import find_checkpoint, step_of
+from lib.export.checked import RECORD, export, is_export
+from lib.export.formats import Format, noise_and_texts
+from lib.export.hugging_face import HUGGING_FACE
+from lib.export.onnx import ONNX
+from lib.export.open_clip import OPEN_CLIP
+from lib.export.sentence_transformers import SENTENCE_TRANSFORMERS
+from lib.runs.checkpoint import BEST, MANIFEST, is_whole, newest_whole
 from lib.towers import TwoTowers
 from lib.towers.processing import Processing
 
@@ -33,14 +39,14 @@ FORMATS = {
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """What to export, and to where."""
+    """The model to export, its format, and its place."""
 
     run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
     """Folder of a run."""
     format: Literal["hf", "sentence-transformers", "open_clip", "onnx"] = "hf"
     """hf: for transformers (a composed pair: for this program); sentence-transformers: for it, composed pairs too;
-    open_clip: for CLIP models with a vision transformer and SigLIP; onnx: each tower as a graph. docs/models.md says
-    which model has which formats."""
+    open_clip: for CLIP models with a vision transformer and SigLIP; onnx: each tower as a graph. docs/models.md lists
+    the formats of each model."""
     checkpoint: str = "best"
     """best (the last, where nothing was evaluated), last, step_000100, or the path of a model folder. Where the run
     kept no checkpoint, best and last are RUN/export."""
@@ -52,13 +58,13 @@ class ExportConfig:
     """Make that repository a private one, where it is new."""
 
     def check(self) -> None:
-        """Raise InputError for what cannot work, before anything is loaded."""
+        """Raise InputError for flags that cannot work, before anything is loaded."""
         if not self.run.is_dir():
-            raise InputError(f"RUN {self.run} is no folder; name the --output-dir of a training run")
+            raise InputError(f"RUN {self.run} is no folder; give the --output-dir of a training run")
         if self.private and not self.push_to_hub:
             raise InputError("--private is about --push-to-hub; give both")
         if self.push_to_hub:
-            check_hub(self.push_to_hub)
+            _check_hub(self.push_to_hub)
         folder = self.folder
         if folder.exists() and not is_export(folder) and (not folder.is_dir() or any(folder.iterdir())):
             raise InputError(f"--output {folder} holds something that is no export; name another folder")
@@ -73,7 +79,7 @@ class ExportConfig:
 
     @property
     def form(self) -> Format:
-        """The format; open_clip's files name the repository that they will be in."""
+        """The format; open_clip's files contain the name of the repository that they will be in."""
         form = FORMATS[self.format]
         if form is OPEN_CLIP and self.push_to_hub:
             return replace(form, write=partial(open_clip.write, repository=self.push_to_hub))
@@ -81,7 +87,7 @@ class ExportConfig:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Export as the command line (or `arguments`) says."""
+    """Export by the flags of the command line (or `arguments`)."""
     config: ExportConfig = parse(
         ExportConfig,
         arguments,
@@ -90,11 +96,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         config=(tyro.conf.FlagCreatePairsOff,),
     )
     config.check()
-    checkpoint = find_checkpoint(config.run, config.checkpoint)
+    checkpoint = _find_checkpoint(config.run, config.checkpoint)
     towers, processing = TwoTowers.from_pretrained(checkpoint), Processing.from_pretrained(checkpoint)
     form, folder = config.form, config.folder
     name, on_hub = config.push_to_hub or folder.name, config.push_to_hub is not None
-    step = step_of(config.run, checkpoint)
+    step = _step_of(config.run, checkpoint)
     card = model_card(config.run, step, towers, processing, form, name, on_hub)
     with raised_as(
         lambda fault: InputError(f"--output {folder} cannot be written ({fault}); name another folder"), OSError
@@ -103,7 +109,72 @@ def main(arguments: Sequence[str] | None = None) -> None:
         difference = export(towers, processing, folder, sample, form=form, card=card, step=step)
     print(f"exported {checkpoint} to {folder}: largest logit difference {difference:.1e}")
     if config.push_to_hub:
-        print(f"pushed to {push(folder, config.push_to_hub, config.private)}")
+        print(f"pushed to {_push(folder, config.push_to_hub, config.private)}")
+
+
+def _find_checkpoint(run: Path, name: str) -> Path:
+    """The folder of a model: best (of a run without evaluations the last), last, step_000100, or a path.
+
+    Of a run that kept no checkpoint, best and last are its export. The number of ranks that wrote a checkpoint does not
+    matter. Raises InputError where there is no such model, or not whole.
+    """
+    root = run / "checkpoints"
+    if name in (BEST, "last"):
+        best = (root / BEST).resolve()
+        found = best if name == BEST and is_whole(best) else newest_whole(root)
+        if found is None and is_export(run / "export"):
+            found = run / "export"
+        if found is None:
+            raise InputError(
+                f"RUN {run} holds no whole checkpoint and no export; name a run, or a model by --checkpoint PATH"
+            )
+        return found
+    folder = root / name if (root / name).exists() else Path(name)
+    known = sorted(each.name for each in root.glob("step_*") if is_whole(each))
+    choices = f"choose best, last, {', '.join(known)} or the path of a model folder"
+    if not (folder / "config.json").is_file():
+        raise InputError(f"--checkpoint {name}: no such model; {choices}")
+    if not is_whole(folder) and ((folder / MANIFEST).exists() or folder.parent == root):
+        raise InputError(f"--checkpoint {name} is not whole; {choices}")
+    return folder
+
+
+def _step_of(run: Path, folder: Path) -> int | None:
+    """The step that a checkpoint or the run's export was written after; None for another model folder."""
+    if (folder / MANIFEST).is_file():
+        return json.loads((folder / MANIFEST).read_text())["progress"]["step"]
+    own = folder.resolve() == (run / "export").resolve() and is_export(folder)
+    return json.loads((folder / RECORD).read_text()).get("step") if own else None
+
+
+def _check_hub(repo_id: str) -> None:
+    """Raise InputError where a push cannot succeed, before the work of an export."""
+    try:
+        validate_repo_id(repo_id)
+        valid = "/" in repo_id  # the hub knows the owner of a bare name, the card's example would not
+    except HFValidationError:
+        valid = False
+    if not valid:
+        raise InputError(f"--push-to-hub {repo_id} is no name for the hub; give OWNER/NAME")
+    if constants.is_offline_mode():
+        raise InputError(f"--push-to-hub {repo_id}: HF_HUB_OFFLINE is set; unset it, or leave the flag out")
+    if get_token() is None:
+        raise InputError(f"--push-to-hub {repo_id}: nobody is logged in; run `hf auth login`, or set HF_TOKEN")
+
+
+def _push(folder: Path, repo_id: str, private: bool) -> str:
+    """Upload a finished export as one commit, making the repository where there is none; returns its address."""
+    api = HfApi()
+    try:
+        address = api.create_repo(repo_id, private=private or None, exist_ok=True)
+        api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Export a model")
+    except (HTTPError, OSError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise RunError(
+            f"--push-to-hub {repo_id} failed ({reason}); the export is whole in {folder}: "
+            f"`hf upload {repo_id} {folder}` sends it"
+        ) from error
+    return str(address)
 
 
 if __name__ == "__main__":

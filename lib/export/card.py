@@ -1,4 +1,4 @@
-"""The model card: the README.md of an export, from what the run's own files say."""
+"""The model card: the README.md of an export, from the run's own files."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -11,11 +11,12 @@ from huggingface_hub import ModelCardData
 from lib.config.safe_yaml import read_yaml
 from lib.data.fields import shown
 from lib.errors import InputError
-from lib.export.formats import HUGGING_FACE, OPEN_CLIP, Format
-from lib.export.hugging_face import COMPOSED
+from lib.export.formats import Format
+from lib.export.hugging_face import COMPOSED, HUGGING_FACE
+from lib.export.open_clip import OPEN_CLIP
 from lib.runs.reporter import CONFIG, flatten, read_metrics, read_summary
 from lib.towers import PRESETS, TwoTowers
-from lib.towers.presets import SIZES
+from lib.towers.load import SIZES
 from lib.towers.processing import Processing
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -30,9 +31,9 @@ def model_card(
     name: str,
     on_hub: bool = False,
 ) -> str:
-    """The card's text; parts of which the run's folder says nothing are left out.
+    """The card's text; parts without facts in the run's folder are left out.
 
-    step: of the checkpoint, None for a model that is no checkpoint of the run: what the run's files say is not of it.
+    step: of the checkpoint; None for a model that is no checkpoint of the run, which the run's files do not describe.
     name: of the export: its folder's, or that of a repository of the hub.
     No folder of this machine is named: the card is made to be published.
     """
@@ -89,7 +90,7 @@ def _training(config: Mapping, summary: Mapping) -> str:
         f"weight decay {config['weight_decay']:g}",
         "frozen": ", ".join(config["freeze"]) or "nothing",
     }
-    # Runs of earlier versions have no word of these.
+    # Runs of earlier versions lack these settings.
     if config.get("unfreeze"):
         rows["frozen"] += f", but not {', '.join(config['unfreeze'])}"
     if config.get("lora"):
@@ -105,7 +106,7 @@ def _training(config: Mapping, summary: Mapping) -> str:
 
 
 def _evaluation(lines: Sequence[Mapping], best: Mapping, step: int) -> str:
-    """A column for each of: this checkpoint, the best and the last evaluation, where they differ."""
+    """A table with a column for this checkpoint, the best and the last evaluation, where they differ."""
     evaluations = {line["step"]: flatten(line["eval"]) for line in lines if "eval" in line}
     if not evaluations:
         return ""
@@ -115,15 +116,15 @@ def _evaluation(lines: Sequence[Mapping], best: Mapping, step: int) -> str:
     for role, at in roles.items():
         if at in evaluations:
             columns.setdefault(at, []).append(role)
+
+    def figure(value: float | None) -> str:
+        return "" if value is None else f"{value:.4f}"
+
     titles = [f"step {at:,} ({', '.join(names)})" for at, names in columns.items()]
     rows = [f"| on held-out data | {' | '.join(titles)} |", "|---" * (len(titles) + 1) + "|"]
     for metric in evaluations[last]:
-        rows.append(f"| {metric} | {' | '.join(_figure(evaluations[at].get(metric)) for at in columns)} |")
+        rows.append(f"| {metric} | {' | '.join(figure(evaluations[at].get(metric)) for at in columns)} |")
     return "## Evaluation\n\n" + "\n".join(rows)
-
-
-def _figure(value: float | None) -> str:
-    return "" if value is None else f"{value:.4f}"
 
 
 def _base_models(config: Mapping) -> Sequence[str]:
@@ -134,7 +135,7 @@ def _base_models(config: Mapping) -> Sequence[str]:
 
 def _described(base: str) -> str:
     if base in (*PRESETS, *SIZES):
-        return f"none: drawn weights (preset {base})"
+        return f"none: random weights (preset {base})"
     return _public(base)
 
 

@@ -1,4 +1,4 @@
-"""Owns the promise of an export: the folder is there whole and gives the model's logits, or it is not there."""
+"""Write an export whole, and only if the folder, loaded again, gives the model's logits."""
 
 import os
 import shutil
@@ -6,12 +6,12 @@ from pathlib import Path
 
 from lib.data.durable import seal
 from lib.errors import RunError
-from lib.export.formats import HUGGING_FACE, Format
-from lib.export.sample import Sample, expected_logits
+from lib.export.formats import Format, Sample, expected_logits
+from lib.export.hugging_face import HUGGING_FACE
 from lib.files import write_text
 from lib.towers import TwoTowers
+from lib.towers.image_form import TOLERANCE as PIXEL_TOLERANCE
 from lib.towers.image_form import difference_of_files
-from lib.towers.measured_form import TOLERANCE as PIXEL_TOLERANCE
 from lib.towers.model_files import quiet
 from lib.towers.processing import Processing
 
@@ -31,9 +31,9 @@ def export(
 ) -> float:
     """Write the folder whole or not at all; returns the largest difference in a logit after loading it.
 
-    card: text of README.md; step: of the run, that the model is of.
-    Above a difference of 1e-4 it raises RunError, as where the written image processor, loaded again, prepares a probe
-    image otherwise than the run; and InputError where the form is not for this model. An older folder stays then.
+    card: text of README.md; step: of the run, after which the model was saved.
+    Raises RunError above a difference of 1e-4, or where the written image processor, loaded again, prepares a probe
+    image otherwise than the run; and InputError where the format does not fit this model. An older folder stays then.
     """
     form.check(towers)
     folder = Path(folder)
@@ -57,7 +57,15 @@ def export(
                 f"the export to {folder} differs from the model by {difference:.2e} in a logit, more than "
                 f"{TOLERANCE:g}; nothing was written there"
             )
-        _finish(unfinished, towers, difference, card, step)
+        numbers = {  # some formats have no place for these
+            "step": step,
+            "logit_scale": towers.logit_scale.exp().item(),
+            "logit_bias": towers.logit_bias.item(),
+            "largest_logit_difference": difference,
+        }
+        seal(unfinished, RECORD, numbers)
+        if card is not None:  # after the hashes of all files: people edit it
+            write_text(unfinished / CARD, card)
         _replace(unfinished, folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -65,25 +73,12 @@ def export(
 
 
 def is_export(folder: Path) -> bool:
-    """Whether a folder was written by `export`, and may be replaced by it."""
+    """The folder was written by `export`, and may be replaced by it."""
     return (folder / RECORD).is_file()
 
 
-def _finish(folder: Path, towers: TwoTowers, difference: float, card: str | None, step: int | None) -> None:
-    """Add the numbers that some formats have no place for, with the hashes of all files, and the card."""
-    numbers = {
-        "step": step,
-        "logit_scale": towers.logit_scale.exp().item(),
-        "logit_bias": towers.logit_bias.item(),
-        "largest_logit_difference": difference,
-    }
-    seal(folder, RECORD, numbers)
-    if card is not None:  # after the hashes: people write into it
-        write_text(folder / CARD, card)
-
-
 def _replace(unfinished: Path, folder: Path) -> None:
-    """Put a finished folder in the place of an older one, if there is one."""
+    """Put a finished folder in place of an older one, by renames: at no time is there half a folder of that name."""
     outdated = folder.with_name(f".{folder.name}.outdated")
     shutil.rmtree(outdated, ignore_errors=True)
     if folder.exists():

@@ -1,4 +1,4 @@
-"""Owns the Hugging Face layout: config.json, model.safetensors, tokenizer and image processor.
+"""The Hugging Face layout: config.json, model.safetensors, tokenizer and image processor.
 
 A CLIP or SigLIP model loads with transformers' AutoModel and AutoProcessor, a composed pair of towers with
 `TwoTowers.from_pretrained` and `Processing.from_pretrained`.
@@ -10,16 +10,12 @@ import torch
 from torch import Tensor
 from transformers import AutoModel, AutoProcessor
 
-from lib.export.sample import PROBABILITIES, Sample, expected_logits, normalized
+from lib.export.formats import PROBABILITIES, Format, Sample, expected_logits, normalized
 from lib.towers import TwoTowers
 from lib.towers.model_files import NO_CODE
 from lib.towers.processing import Processing
 
 COMPOSED = "two_towers"
-
-
-def check(towers: TwoTowers) -> None:
-    """Every model has this form."""
 
 
 def write(towers: TwoTowers, processing: Processing, folder: Path) -> None:
@@ -28,24 +24,12 @@ def write(towers: TwoTowers, processing: Processing, folder: Path) -> None:
     processing.save_pretrained(folder)
 
 
-def logits(towers: TwoTowers, processing: Processing, folder: Path, sample: Sample) -> Tensor:
-    """The folder's logits; through transformers alone where it knows the model."""
-    if processing.model_type == COMPOSED:
-        loaded = TwoTowers.from_pretrained(folder).to(towers.logit_scale.device, towers.logit_scale.dtype)
-        return expected_logits(loaded, sample)
-    return _of_transformers(towers, processing, folder, sample) + added_bias(towers, processing)
-
-
-def added_bias(towers: TwoTowers, processing: Processing) -> float:
-    """What a user has to add to the logits of transformers: its SigLIP has the bias, the others know none."""
-    of_its_own = processing.model_type.startswith("siglip")
-    return 0.0 if of_its_own else towers.logit_bias.item()
-
-
 @torch.no_grad()
-def _of_transformers(towers: TwoTowers, processing: Processing, folder: Path, sample: Sample) -> Tensor:
-    """As a user of the folder would, on the towers' device and in their dtype."""
+def logits(towers: TwoTowers, processing: Processing, folder: Path, sample: Sample) -> Tensor:
+    """The folder's logits, on the towers' device and in their dtype; through transformers alone where it can."""
     like = towers.logit_scale
+    if processing.model_type == COMPOSED:
+        return expected_logits(TwoTowers.from_pretrained(folder).to(like.device, like.dtype), sample)
     model = AutoModel.from_pretrained(folder, dtype=like.dtype, **NO_CODE).to(like.device).eval()
     processor = AutoProcessor.from_pretrained(folder, **NO_CODE)
     images = normalized(processor.image_processor, processing, sample, "pt")
@@ -54,16 +38,20 @@ def _of_transformers(towers: TwoTowers, processing: Processing, folder: Path, sa
         input_ids=sample.input_ids.to(like.device),
         attention_mask=sample.attention_mask.to(like.device) if towers.text.masked else None,
     )
-    return output.logits_per_image
+    return output.logits_per_image + _added_bias(towers, processing)
+
+
+def _added_bias(towers: TwoTowers, processing: Processing) -> float:
+    """The summand that the logits of transformers lack: its SigLIP has a bias, its other models have none."""
+    return 0.0 if processing.model_type.startswith("siglip") else towers.logit_bias.item()
 
 
 def usage(towers: TwoTowers, processing: Processing, name: str, on_hub: bool) -> str:
-    """Python that loads the files and gets logits; name: a hub id or a folder."""
     if processing.model_type == COMPOSED:
         return _usage_of_composed(towers, name, on_hub)
-    bias = added_bias(towers, processing)
+    bias = _added_bias(towers, processing)
     summand = f" + {bias!r}  # transformers' own model has no bias" if bias else ""
-    # SigLIP is not told which tokens are padding; its processor as a whole has settings of its own for both inputs.
+    # SigLIP takes no mask of padding; and its processor as a whole has settings of its own for both inputs.
     tokens = "**tokens" if towers.text.masked else 'input_ids=tokens["input_ids"]'
     return f"""import torch
 from PIL import Image
@@ -97,3 +85,6 @@ with torch.no_grad():
     output = towers(pixel_values, *processing.tokenize(texts))
 logits = output.logit_scale * output.image_embeds @ output.text_embeds.T + output.logit_bias
 {PROBABILITIES[towers.use_bias]}"""
+
+
+HUGGING_FACE = Format(lambda _: None, write, logits, usage, "transformers")  # any model has this format

@@ -1,8 +1,7 @@
-"""Owns the ONNX form: image.onnx and text.onnx, each a whole tower that gives unit-norm embeddings.
+"""The ONNX format: image.onnx and text.onnx, each a whole tower that returns unit-norm embeddings.
 
-image.onnx takes normalized float pixels (n, 3, H, W), text.onnx input_ids and, where the encoder is told which
-tokens are padding, attention_mask, both (n, L) int64; n and L are free. Scale and bias of the logits are in
-export.json, tokenizer and image processor beside.
+image.onnx takes normalized float pixels (n, 3, H, W), text.onnx input_ids and, unless the model is a SigLIP,
+attention_mask, both (n, L) int64; n and L are free. Scale and bias of the logits are in export.json.
 """
 
 import logging
@@ -17,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoImageProcessor
 
-from lib.errors import InputError, RunError, raised_as
-from lib.export.sample import TEXTS, Sample, normalized
+from lib.errors import RunError
+from lib.export.formats import TEXTS, Format, Sample, importing, normalized
 from lib.towers import TwoTowers
 from lib.towers.model_files import NO_CODE
 from lib.towers.processing import Processing
@@ -32,32 +31,25 @@ PROBABILITIES = {
 BATCHES = (1, 3)  # sizes of the first batches of the check; the rest of the sample is the last
 
 
-class _ImageEncoder(nn.Module):
+class _Encoder(nn.Module):
     def __init__(self, towers: TwoTowers) -> None:
         super().__init__()
         self.towers = towers
 
+
+class _ImageEncoder(_Encoder):
     def forward(self, pixel_values: Tensor) -> Tensor:
         return self.towers(pixel_values=pixel_values).image_embeds
 
 
-class _TextEncoder(nn.Module):
-    def __init__(self, towers: TwoTowers) -> None:
-        super().__init__()
-        self.towers = towers
-
+class _TextEncoder(_Encoder):
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         return self.towers(input_ids=input_ids, attention_mask=attention_mask).text_embeds
 
 
 def check(towers: TwoTowers) -> None:
     """Raise InputError where a package is missing; towers of any kind can be tried."""
-    with raised_as(
-        lambda fault: InputError(
-            f"--format onnx needs packages that cannot be imported ({fault}): pip install onnx onnxruntime onnxscript"
-        ),
-        ImportError,
-    ):
+    with importing("onnx", "onnx onnxruntime onnxscript"):
         import onnx  # noqa: F401
         import onnxruntime  # noqa: F401
         import onnxscript  # noqa: F401
@@ -104,7 +96,7 @@ def _convert(encoder: nn.Module, inputs: dict[str, Tensor], output_name: str, fi
 
 @contextmanager
 def _silent() -> Iterator[None]:
-    """Keep back what torch and onnxscript say of their own workings."""
+    """Hide the notes of torch and onnxscript on their own internals."""
     logger = logging.getLogger("onnxscript")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -140,7 +132,6 @@ def logits(towers: TwoTowers, processing: Processing, folder: Path, sample: Samp
 
 
 def usage(towers: TwoTowers, processing: Processing, name: str, on_hub: bool) -> str:
-    """Python that loads the files and gets logits; name: a hub id or a folder."""
     download = "from huggingface_hub import snapshot_download\n" if on_hub else ""
     folder = f'snapshot_download("{name}")' if on_hub else f'"{name}"'
     return f"""import json
@@ -162,3 +153,6 @@ tokens = tokenizer(texts, padding="{processing.padding}", truncation=True, retur
 numbers = json.load(open(f"{{folder}}/export.json"))
 logits = numbers["logit_scale"] * image_embeds @ text_embeds.T + numbers["logit_bias"]
 {PROBABILITIES[towers.use_bias]}"""
+
+
+ONNX = Format(check, write, logits, usage, "onnx")

@@ -14,15 +14,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 from torchvision.transforms.functional import to_pil_image
-from transformers import CLIPProcessor, PretrainedConfig, PreTrainedModel, TimmWrapperConfig, TimmWrapperModel
+from transformers import CLIPProcessor, PreTrainedModel, TimmWrapperConfig, TimmWrapperModel
 
 from lib.errors import InputError, raised_as
 from lib.export import hugging_face
+from lib.export.formats import PROBABILITIES, Format, Sample, check_tokens, importing
 from lib.export.hugging_face import COMPOSED
-from lib.export.sample import PROBABILITIES, Sample, check_tokens
 from lib.towers import TwoTowers
-from lib.towers.classifiers import Resizable
 from lib.towers.encoders import HALF_MODELS
+from lib.towers.image_classifiers import is_of_another_size
 from lib.towers.processing import Processing
 from lib.towers.tower import ImageTower, TextTower
 
@@ -34,13 +34,7 @@ FLAG = "--format sentence-transformers"
 
 def check(towers: TwoTowers) -> None:
     """Raise InputError where the package is missing, or has no module for one of the towers."""
-    with raised_as(
-        lambda fault: InputError(
-            f"{FLAG} checks the files with sentence-transformers 6.0 or newer, which cannot be imported ({fault}): "
-            "pip install 'sentence-transformers>=6.0'"
-        ),
-        ImportError,
-    ):
+    with importing("sentence-transformers", "'sentence-transformers>=6.0'"):
         from sentence_transformers.base.modules import Normalize, Router, Transformer  # noqa: F401
     settings = towers.description
     if settings["model_type"] != COMPOSED:
@@ -60,7 +54,7 @@ def check(towers: TwoTowers) -> None:
     if towers.image.interpolate:
         raise InputError(
             f"{FLAG}: the image tower was made for {settings['image_config']['image_size']} pixels and runs at "
-            f"{towers.image_size}, which sentence-transformers cannot ask of it; use --format onnx"
+            f"{towers.image_size}, which sentence-transformers cannot request; use --format onnx"
         )
 
 
@@ -91,7 +85,7 @@ def _whole_model(towers: TwoTowers, processing: Processing, scratch: Path) -> "T
     asked: dict = {}
     if not towers.text.masked:  # SigLIP's texts have one length, and its text encoder attends to their padding
         asked["text"] = {"padding": "max_length", "return_attention_mask": False}
-    if processing.patch_size:  # SigLIP 2's processor as a whole has a number of its own
+    if processing.patch_size:  # SigLIP 2's processor as a whole has another number
         asked["image"] = {
             "patch_size": processing.patch_size,
             "max_num_patches": (processing.image_size // processing.patch_size) ** 2,
@@ -108,8 +102,9 @@ def _whole_model(towers: TwoTowers, processing: Processing, scratch: Path) -> "T
 
 
 def _text_modules(tower: TextTower, processing: Processing, scratch: Path) -> list["Module"]:
-    config = _save(tower.trunk, scratch)
-    if config.model_type == "clip_text_model":  # transformers looks for a whole CLIP's processor there
+    assert isinstance(tower.trunk, PreTrainedModel)
+    tower.trunk.save_pretrained(scratch)
+    if tower.trunk.config.model_type == "clip_text_model":  # transformers looks for a whole CLIP's processor there
         CLIPProcessor(processing.image_processor(), processing.tokenizer).save_pretrained(scratch)
     else:
         processing.tokenizer.save_pretrained(scratch)
@@ -120,17 +115,12 @@ def _image_modules(towers: TwoTowers, processing: Processing, scratch: Path) -> 
     trunk, settings = towers.image.trunk, towers.description["image_config"]
     if settings["model_type"] == "timm":
         trunk = _wrapped(trunk, settings["name"], processing.image_size)
-    _save(trunk, scratch)
+    assert isinstance(trunk, PreTrainedModel)  # towers of torchvision are refused
+    trunk.save_pretrained(scratch)
     # SigLIP 2's image encoder takes patches, into which our own tower cuts the images.
     replace(processing, patch_size=towers.image.patch_size).image_processor().save_pretrained(scratch)
     blank = to_pil_image(torch.zeros(3, processing.image_size, processing.image_size, dtype=torch.uint8))
     return _modules(towers.image, "image", blank, scratch)
-
-
-def _save(trunk: nn.Module, folder: Path) -> PretrainedConfig:
-    assert isinstance(trunk, PreTrainedModel)  # towers of torchvision are refused, those of timm are wrapped
-    trunk.save_pretrained(folder)
-    return trunk.config
 
 
 def _modules(tower: ImageTower | TextTower, side: str, example: object, scratch: Path) -> list["Module"]:
@@ -156,7 +146,7 @@ def _modules(tower: ImageTower | TextTower, side: str, example: object, scratch:
 
 
 def _head_modules(head: nn.Module) -> list["Module"]:
-    """A module for each linear layer of a head, with the activation behind it; dropout belongs to training."""
+    """A module for each linear layer of a head, with the activation after it; dropout is for training only."""
     from sentence_transformers.base.modules import Dense
 
     modules: list[Module] = []
@@ -172,13 +162,13 @@ def _head_modules(head: nn.Module) -> list["Module"]:
 
 def _wrapped(trunk: nn.Module, name: str, image_size: int) -> PreTrainedModel:
     """A model of timm as transformers loads it, without its classifier."""
-    fitted = isinstance(trunk, Resizable) and image_size != trunk.default_cfg["input_size"][-1]
+    fitted = is_of_another_size(trunk, image_size)
     config = TimmWrapperConfig(architecture=name, model_args={"img_size": image_size} if fitted else {})
     model = TimmWrapperModel(config)
     with raised_as(
         lambda fault: InputError(
             f"{FLAG}: timm builds {name} with weights of other shapes for images of {image_size} pixels; use --format "
-            "onnx, or train at the size that its name tells"
+            "onnx, or train at the size in its name"
         ),
         RuntimeError,
     ):
@@ -202,7 +192,7 @@ def logits(towers: TwoTowers, processing: Processing, folder: Path, sample: Samp
 
 
 def _framed(pixels: Tensor, processing: Processing) -> Tensor:
-    """A picture of which the image processor makes these pixels: it resizes nothing, and cuts the frame off."""
+    """A picture from which the image processor makes these pixels: it resizes nothing, and cuts the frame off."""
     if processing.resize.channels == "bgr":
         pixels = pixels.flip(0)
     frame = (processing.resize.side or processing.image_size) - processing.image_size
@@ -211,7 +201,6 @@ def _framed(pixels: Tensor, processing: Processing) -> Tensor:
 
 
 def usage(towers: TwoTowers, processing: Processing, name: str, on_hub: bool) -> str:
-    """Python that loads the files and gets logits; name: a hub id or a folder."""
     scale, bias = towers.logit_scale.exp().item(), towers.logit_bias.item()
     summand = f" + {bias!r}" if bias else ""
     return f"""from PIL import Image
@@ -221,3 +210,6 @@ model = SentenceTransformer("{name}")
 texts, image = ["a photo of a cat", "a photo of a dog"], Image.open("picture.jpg").convert("RGB")
 logits = {scale!r} * model.similarity(model.encode([image]), model.encode(texts)){summand}
 {PROBABILITIES[towers.use_bias]}"""
+
+
+SENTENCE_TRANSFORMERS = Format(check, write, logits, usage, "sentence-transformers")

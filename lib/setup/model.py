@@ -12,8 +12,8 @@ from lib.data.resize import Resize
 from lib.errors import InputError
 from lib.runs.checkpoint import TrainingState
 from lib.towers import PRESETS, Family, TwoTowers, load_towers
+from lib.towers.load import SIZES
 from lib.towers.lora import add_adapters
-from lib.towers.presets import SIZES
 from lib.towers.processing import Processing
 from lib.towers.trainable import set_trainable
 from lib.towers.trunk_options import checkpoint_activations
@@ -30,7 +30,7 @@ def make_towers(
     scheduled = ("scale",) if config.scale_schedule else ()
     set_trainable(towers, (*config.freeze, *scheduled), config.unfreeze)
     if config.lora:
-        add_adapters(towers, config.lora, 2 * config.lora, config.dropout, config.seed)
+        add_adapters(towers, config.lora, config.dropout, config.seed)
     if not any(parameter.requires_grad for parameter in towers.parameters()):
         raise InputError(f"--freeze {' '.join(config.freeze)} leaves nothing to train")
     if config.gradient_checkpointing:
@@ -54,9 +54,8 @@ def _load(
 ) -> tuple[TwoTowers, Processing]:
     if resume_from:
         return TwoTowers.from_pretrained(resume_from), Processing.from_pretrained(resume_from)
-    # Refused by load_towers where no preset, mlp head or adapter would use it.
-    elsewhere = bool(config.lora) or (config.image_tower is not None and "mlp" in config.projection)
-    preset = config.image_tower is None and config.model in (*PRESETS, *SIZES)
+    fresh = config.image_tower is None and config.model in (*PRESETS, *SIZES)
+    adapters_only = config.lora and not fresh and not (config.image_tower and "mlp" in config.projection)
     return load_towers(
         family=family,
         model=None if config.image_tower else config.model,
@@ -66,11 +65,10 @@ def _load(
         text_projection=config.projection[1] if len(config.projection) == 2 else "same",
         projection_dim=config.projection_dim,
         projection_hidden=config.projection_hidden,
-        projection_dropout=config.dropout,
         image_size=config.image_size,
         resize=config.resize,
         texts=source.sample_texts,
         use_bias=family == "siglip",
-        dropout=0.0 if elsewhere and not preset else config.dropout,
+        dropout=0.0 if adapters_only else config.dropout,
         seed=config.seed,
     )

@@ -1,4 +1,4 @@
-"""The exponential moving average of the weights as they train: evaluated and exported instead of them on request."""
+"""Exponential moving average of the weights as they train: evaluated and exported in their place on request."""
 
 from itertools import chain, compress
 from operator import not_
@@ -13,8 +13,8 @@ from lib.towers import TwoTowers
 class WeightAverage(AveragedModel):
     """A copy of the towers that follows them by `decay`; its first update copies them.
 
-    Batch-norm statistics are averaged too: those of the last batches belong to other weights. Positions and counters
-    are copied: the mean of equal integers, rounded down, can be one less.
+    Batch-norm statistics are averaged too, because those of the last batches belong to other weights. Positions and
+    counters are copied: the mean of equal integers, rounded down, can be one less.
     """
 
     module: TwoTowers

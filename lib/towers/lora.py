@@ -1,4 +1,4 @@
-"""Low-rank adapters on attention layers (LoRA), and the plain weights that they make with the layers below.
+"""Low-rank adapters on attention layers (LoRA), and the plain weights that they and the layers below add up to.
 
 Source: Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, 2021, arXiv:2106.09685. The layers are peft's.
 """
@@ -12,19 +12,22 @@ from torch import Tensor, nn
 
 from lib.errors import InputError
 from lib.towers import TwoTowers
+from lib.towers.tower import is_frozen
 
 ADAPTER = "default"
+ALPHA_PER_RANK = 2
+"""The adapters' output is multiplied by alpha / rank: with alpha in proportion, a rate suits every rank."""
 _ATTENTION = re.compile("attn|attention", re.IGNORECASE)
 
 
-def add_adapters(towers: TwoTowers, rank: int, alpha: float, dropout: float, seed: int) -> None:
-    """Let low-rank adapters train in the place of the trunks' own weights, in every attention layer that trains.
+def add_adapters(towers: TwoTowers, rank: int, dropout: float, seed: int) -> None:
+    """Let low-rank adapters train in place of the trunks' own weights, in every attention layer that trains.
 
     Adapters go to the projections of queries, keys, values and outputs; all other parameters of these trunks are
-    frozen. Heads, scale and bias are left as they are. alpha: the adapters' output is multiplied by alpha / rank.
+    frozen. Heads, scale and bias are left as they are.
     """
     for tower, trunk in (("image", towers.image.trunk), ("text", towers.text.trunk)):
-        if not any(parameter.requires_grad for parameter in trunk.parameters()):
+        if is_frozen(trunk):
             continue
         names = _attention_projections(trunk)
         if not names:
@@ -37,9 +40,8 @@ def add_adapters(towers: TwoTowers, rank: int, alpha: float, dropout: float, see
             raise InputError(
                 f"--lora {rank} is above {width}, the width of the {tower} tower's attention; 4 to 64 is usual"
             )
-        settings = LoraConfig(
-            r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules="|".join(map(re.escape, names))
-        )
+        targets = "|".join(map(re.escape, names))
+        settings = LoraConfig(r=rank, lora_alpha=ALPHA_PER_RANK * rank, lora_dropout=dropout, target_modules=targets)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)  # alike on all ranks
             inject_adapter_in_model(settings, trunk, ADAPTER)
@@ -60,7 +62,7 @@ def merged_weights(towers: TwoTowers) -> dict[str, Tensor]:
 
 
 def merge(towers: TwoTowers) -> None:
-    """Turn the towers into the plain model, for good."""
+    """Turn the towers into the plain model; its adapters are gone."""
     weights = merged_weights(towers)
     for name, layer in _adapted(towers):
         towers.set_submodule(name, layer.base_layer)
@@ -76,7 +78,7 @@ def _attention_projections(trunk: nn.Module) -> list[str]:
     found = []
     for name, module in trunk.named_modules():
         parent, _, _ = name.rpartition(".")
-        # torch's own attention reads its projections' weights past their forward, where no adapter would be met.
+        # torch's own attention reads the weights of its projections without their forward: an adapter would do nothing.
         within_torchs = isinstance(trunk.get_submodule(parent), nn.MultiheadAttention)
         if isinstance(module, nn.Linear) and _ATTENTION.search(parent) and not within_torchs:
             found += [name] if module.weight.requires_grad else []

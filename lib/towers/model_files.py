@@ -56,9 +56,9 @@ class ModelFolder(NamedTuple):
 
 
 def find_model(flag: str, name: "str | Path | ModelFolder", *, weights: bool = True) -> ModelFolder:
-    """The folder itself, or the snapshot of a hub id in the cache, after downloading what it lacks of the files read.
+    """The folder itself, or the snapshot of a hub id in the cache, after downloading the files that it lacks.
 
-    weights: without them only small files are fetched. InputError for an id that is neither in the cache nor to be had.
+    weights: without them only small files are fetched. InputError for an id that is in neither the cache nor the hub.
     """
     if isinstance(name, ModelFolder):
         return name
@@ -70,7 +70,7 @@ def find_model(flag: str, name: "str | Path | ModelFolder", *, weights: bool = T
 
 
 def check_local(flag: str, name: str) -> None:
-    """Raise InputError for what is surely a folder, and is not there: the hub would be asked for half a minute."""
+    """Raise InputError for a name that can only be a missing folder: to search the hub for it takes half a minute."""
     first = name.split("/")[0]
     if os.path.exists(name) or ":" in first:  # timm:NAME
         return
@@ -80,20 +80,11 @@ def check_local(flag: str, name: str) -> None:
 
 
 def is_open_clip(folder: Path) -> bool:
-    """Whether a folder is to be read as open_clip's: it has no config.json of a model type that is read here."""
+    """The folder is in open_clip's format: it has no config.json of a model type that is read here."""
     if not (folder / OPEN_CLIP_CONFIG).is_file():
         return False
     settings = json.loads((folder / CONFIG).read_text()) if (folder / CONFIG).is_file() else {}
     return settings.get("model_type") not in MODEL_TYPES
-
-
-def weights_file(model: ModelFolder) -> Path:
-    """The file of weights in an open_clip folder; InputError without one."""
-    names = [name for names in OPEN_CLIP_WEIGHTS for name in names]
-    found = next((model.path / name for name in names if (model.path / name).is_file()), None)
-    if found is None:
-        raise model.fault(f"there is no file named {' or '.join(names)}; is the download whole?")
-    return found
 
 
 def _snapshot(repo_id: str, weights: bool) -> Path:
@@ -115,7 +106,7 @@ def _snapshot(repo_id: str, weights: bool) -> Path:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep transformers' progress bars and notes back: they are about parts that we leave out on purpose."""
+    """Hide transformers' progress bars and notes: they are about parts that we leave out on purpose."""
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     of_hub = hub_logging.get_verbosity()
     logging.set_verbosity_error()
@@ -177,5 +168,5 @@ def _unreadable(flag: str, value: str | Path, fault: Exception) -> InputError:
     return InputError(
         f"{flag} {value}: cannot be loaded ({reason}). Give a local folder with config.json and model.safetensors, or "
         "an id of the Hugging Face hub; without a network an id works if the model is in the cache already (HF_HOME "
-        "says where that is)"
+        "is its folder)"
     )

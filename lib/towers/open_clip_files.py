@@ -1,28 +1,19 @@
-"""Folders of open_clip: open_clip_config.json as settings of transformers' CLIP or SigLIP, and the tokenizer."""
+"""open_clip's CLIP and SigLIP (with image towers of timm): settings as those of transformers, and names of weights."""
 
-import gzip
 import json
+import re
+from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import Path
 
 import torch
-from tokenizers import Regex, normalizers
-from transformers import AutoTokenizer, CLIPTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from torch import Tensor
 
 from lib.data.resize import MODES, Resize, Way
 from lib.errors import InputError, raised_as
 from lib.towers.image_form import DEFAULT_FORMS, ImageForm
-from lib.towers.model_files import CONFIG, NO_CODE, OPEN_CLIP_CONFIG, ModelFolder, find_model
+from lib.towers.model_files import CONFIG, OPEN_CLIP_CONFIG, ModelFolder
 
 _RESIZE: dict[str, Way] = {"shortest": "crop", "squash": "squash", "longest": "pad"}
-_SPACES = [normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()]
-_PUNCTUATION = normalizers.Replace(Regex(r"[!-/:-@\[-`{-~]"), "")
-# What open_clip does to texts before the tokenizer, where that is more than to collapse white space.
-_CLEAN: dict[str, list[normalizers.Normalizer]] = {
-    "whitespace": [],
-    "lower": [normalizers.Lowercase()],
-    "canonicalize": [normalizers.Replace("_", " "), _PUNCTUATION, normalizers.Lowercase(), *_SPACES],
-}
 
 
 def _any_value(names: str) -> dict[str, tuple]:
@@ -60,7 +51,7 @@ def open_clip_settings(model: ModelFolder) -> dict:
 
     InputError names a setting of open_clip_config.json that transformers' models cannot express.
     """
-    content = _content(model)
+    content = open_clip_content(model)
     settings = content["model_cfg"]
     vision, text = settings["vision_cfg"], settings["text_cfg"]
     siglip = "timm_model_name" in vision
@@ -80,29 +71,8 @@ def open_clip_settings(model: ModelFolder) -> dict:
     return found | {"text_config": text_config, "vision_config": vision_config, "image_form": asdict(form)}
 
 
-def open_clip_tokenizer(
-    model: ModelFolder, text_config: PretrainedConfig
-) -> tuple[PreTrainedTokenizerBase, list[normalizers.Normalizer]]:
-    """The tokenizer in the folder, else the hub's that the settings name, else CLIP's own out of open_clip's package.
-
-    Returns it with the steps that open_clip applies to texts before it.
-    """
-    text = _content(model)["model_cfg"]["text_cfg"]
-    name, options = text.get("hf_tokenizer_name"), text.get("tokenizer_kwargs") or {}
-    clean = options.get("clean", "whitespace")
-    if clean not in _CLEAN or any(value for key, value in options.items() if key != "clean"):
-        raise model.fault(f"{OPEN_CLIP_CONFIG} has tokenizer_kwargs {options}, of which only clean is read here")
-    if any((model.path / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json", "vocab.json")):
-        tokenizer = AutoTokenizer.from_pretrained(model.path, config=text_config, **NO_CODE)
-    elif name:
-        other = find_model(model.flag, name, weights=False)
-        tokenizer = AutoTokenizer.from_pretrained(other.path, **NO_CODE)
-    else:
-        tokenizer = _clip_tokenizer(model)
-    return tokenizer, _CLEAN[clean]
-
-
-def _content(model: ModelFolder) -> dict:
+def open_clip_content(model: ModelFolder) -> dict:
+    """The content of open_clip_config.json."""
     return json.loads((model.path / OPEN_CLIP_CONFIG).read_text(encoding="utf-8"))
 
 
@@ -140,21 +110,16 @@ def _vision_config(model: ModelFolder, vision: dict, quick_gelu: bool) -> dict:
 
 
 def _encoder_config(model: ModelFolder, part: dict, quick_gelu: bool) -> dict:
+    options = part.get("act_kwargs") or {}
+    if options not in ({}, {"approximate": "tanh"}) or (options and quick_gelu):
+        raise model.fault(f"{OPEN_CLIP_CONFIG}: an activation with act_kwargs {options} cannot be read")
     return {
         "hidden_size": part["width"],
         "num_hidden_layers": part["layers"],
         "intermediate_size": int(part["width"] * part.get("mlp_ratio", 4.0)),
-        "hidden_act": _activation(model, part.get("act_kwargs") or {}, quick_gelu),
+        "hidden_act": "quick_gelu" if quick_gelu else "gelu_pytorch_tanh" if options else "gelu",
         "layer_norm_eps": (part.get("norm_kwargs") or {}).get("eps", 1e-5),
     }
-
-
-def _activation(model: ModelFolder, options: dict, quick_gelu: bool) -> str:
-    if options not in ({}, {"approximate": "tanh"}) or (options and quick_gelu):
-        raise model.fault(f"{OPEN_CLIP_CONFIG}: an activation of act_kwargs {options} is of no kind that is read here")
-    if quick_gelu:
-        return "quick_gelu"
-    return "gelu_pytorch_tanh" if options else "gelu"
 
 
 def _timm_config(model: ModelFolder, vision: dict) -> dict:
@@ -164,15 +129,16 @@ def _timm_config(model: ModelFolder, vision: dict) -> dict:
         import timm
         from timm.layers import AttentionPoolLatent
         from timm.models import VisionTransformer
-    # A shape without a name lies beside the weights, in timm's own form; the settings say where that was written.
+    # A shape without a name is in config.json next to the weights, in timm's own format, and the name is a place.
     own = name.startswith(("local-dir:", "hf-hub:")) and (model.path / CONFIG).is_file()
-    # Structure alone: no memory, no weights.
-    with torch.device("meta"), raised_as(lambda fault: _unknown_to_timm(model, name, fault), RuntimeError):
+
+    def unknown(fault: Exception) -> InputError:
+        return model.fault(f"its image tower {name} is unknown to the installed timm ({fault}); update timm")
+
+    with torch.device("meta"), raised_as(unknown, RuntimeError):  # structure alone: no memory, no weights
         trunk = timm.create_model(f"local-dir:{model.path}" if own else name, num_classes=0, global_pool="map")
     if not isinstance(trunk, VisionTransformer) or not isinstance(trunk.attn_pool, AttentionPoolLatent):
-        raise model.fault(
-            f"its image tower {name} is no vision transformer of SigLIP, the only one of timm's read here"
-        )
+        raise model.fault(f"its image tower {name} is no vision transformer of SigLIP: no other of timm's can be read")
     block = trunk.blocks[0]
     tanh = type(block.mlp.act).__name__ == "GELUTanh" or getattr(block.mlp.act, "approximate", "none") == "tanh"
     return {
@@ -185,10 +151,6 @@ def _timm_config(model: ModelFolder, vision: dict) -> dict:
         "patch_size": _side(model, trunk.patch_embed.patch_size),
         "image_size": _side(model, vision.get("image_size", trunk.patch_embed.img_size)),
     }
-
-
-def _unknown_to_timm(model: ModelFolder, name: str, fault: Exception) -> InputError:
-    return model.fault(f"its image tower {name} is unknown to the installed timm ({fault}); update timm")
 
 
 def _image_form(model: ModelFolder, given: dict, side: int) -> ImageForm:
@@ -210,14 +172,132 @@ def _side(model: ModelFolder, size: int | list[int] | tuple[int, int]) -> int:
     return sides.pop()
 
 
-def _clip_tokenizer(model: ModelFolder) -> PreTrainedTokenizerBase:
-    """CLIP's vocabulary of 49,408 tokens out of the package, as transformers' tokenizer."""
-    remedy = "its folder has no tokenizer, and CLIP's vocabulary comes with open_clip: pip install open_clip_torch"
-    with raised_as(lambda _: model.fault(remedy), ImportError):
-        from open_clip.tokenizer import bytes_to_unicode, default_bpe
-    lines = gzip.decompress(Path(default_bpe()).read_bytes()).decode("utf-8").split("\n")
-    letters = list(bytes_to_unicode().values())
-    merges = [tuple(line.split()) for line in lines[1 : 49408 - 2 - 2 * len(letters) + 1]]
-    tokens = [*letters, *(f"{letter}</w>" for letter in letters), *map("".join, merges)]
-    vocabulary = {token: i for i, token in enumerate([*tokens, "<|startoftext|>", "<|endoftext|>"])}
-    return CLIPTokenizer(vocab=vocabulary, merges=merges)
+# Our names of modules and those of open_clip: whole, or up to a dot or underscore. "qkv" and "kv" are matrices that
+# open_clip holds in one piece, and transformers in several.
+_IN_CLIP = {
+    "layer_norm1.": "ln_1.",
+    "self_attn.qkv.": "attn.in_proj_",
+    "self_attn.out_proj.": "attn.out_proj.",
+    "layer_norm2.": "ln_2.",
+    "mlp.fc1.": "mlp.c_fc.",
+    "mlp.fc2.": "mlp.c_proj.",
+}
+_IN_TIMM = {
+    "layer_norm1.": "norm1.",
+    "self_attn.qkv.": "attn.qkv.",
+    "self_attn.out_proj.": "attn.proj.",
+    "layer_norm2.": "norm2.",
+}
+_LAYERS = {
+    "clip": (
+        ("image.trunk.encoder.layers.", "visual.transformer.resblocks.", _IN_CLIP),
+        ("text.trunk.encoder.layers.", "transformer.resblocks.", _IN_CLIP),
+    ),
+    "siglip": (
+        ("image.trunk.encoder.layers.", "visual.trunk.blocks.", _IN_TIMM),
+        ("text.trunk.encoder.layers.", "text.transformer.resblocks.", _IN_CLIP),
+    ),
+}
+_POOL = "image.trunk.head.attention."
+_OUTSIDE_LAYERS = {
+    "clip": {
+        "image.trunk.embeddings.class_embedding": "visual.class_embedding",
+        "image.trunk.embeddings.patch_embedding.": "visual.conv1.",
+        "image.trunk.embeddings.position_embedding.weight": "visual.positional_embedding",
+        "image.trunk.pre_layrnorm.": "visual.ln_pre.",
+        "image.trunk.post_layernorm.": "visual.ln_post.",
+        "image.head.weight": "visual.proj",
+        "text.trunk.embeddings.token_embedding.": "token_embedding.",
+        "text.trunk.embeddings.position_embedding.weight": "positional_embedding",
+        "text.trunk.final_layer_norm.": "ln_final.",
+        "text.head.weight": "text_projection",
+    },
+    "siglip": {
+        "image.trunk.embeddings.patch_embedding.": "visual.trunk.patch_embed.proj.",
+        "image.trunk.embeddings.position_embedding.weight": "visual.trunk.pos_embed",
+        "image.trunk.post_layernorm.": "visual.trunk.norm.",
+        "image.trunk.head.probe": "visual.trunk.attn_pool.latent",
+        f"{_POOL}q.": "visual.trunk.attn_pool.q.",
+        f"{_POOL}kv.": "visual.trunk.attn_pool.kv.",
+        f"{_POOL}out_proj.": "visual.trunk.attn_pool.proj.",
+        "image.trunk.head.layernorm.": "visual.trunk.attn_pool.norm.",
+        "image.trunk.head.mlp.": "visual.trunk.attn_pool.mlp.",
+        "text.trunk.embeddings.token_embedding.": "text.token_embedding.",
+        "text.trunk.embeddings.position_embedding.weight": "text.positional_embedding",
+        "text.trunk.final_layer_norm.": "text.ln_final.",
+        "text.head.": "text.text_projection.",
+    },
+}
+_TRANSPOSED = ("visual.proj", "text_projection")  # open_clip multiplies with these from the right
+_WITH_BATCH = ("visual.trunk.pos_embed",)  # of shape (1, ...) in timm
+_QKV = re.compile(r"\.self_attn\.([qkv])_proj\.")
+
+
+def from_open_clip(weights: dict[str, Tensor], model_type: str) -> dict[str, Tensor]:
+    """Weights of open_clip under the names of TwoTowers; unknown names stay as they are.
+
+    model_type: "clip" or "siglip".
+    """
+    if model_type == "clip":  # with custom_text, open_clip keeps the text tower as a module of its own
+        weights = {name.removeprefix("text."): value for name, value in weights.items()}
+    found: dict[str, Tensor] = {}
+    for theirs, value in weights.items():
+        name = _translated(theirs, model_type, back=True)
+        value = value.T if theirs in _TRANSPOSED else value
+        if ".self_attn.qkv." in name:
+            thirds = zip("qkv", value.chunk(3), strict=True)
+            found |= {name.replace(".qkv.", f".{letter}_proj."): third for letter, third in thirds}
+        else:
+            found[name] = value[0] if theirs in _WITH_BATCH else value
+    for kind in ("weight", "bias"):
+        query, others = f"{_POOL}q.{kind}", f"{_POOL}kv.{kind}"
+        if query in found and others in found:
+            found[f"{_POOL}in_proj_{kind}"] = torch.cat([found.pop(query), found.pop(others)])
+    return found
+
+
+def to_open_clip(weights: dict[str, Tensor], model_type: str) -> dict[str, Tensor]:
+    """The reverse of `from_open_clip`: a state dict of TwoTowers under open_clip's names, with copied values."""
+    found: dict[str, Tensor] = {}
+    thirds: dict[str, dict[str, Tensor]] = {}
+    for name, value in weights.items():
+        if letter := _QKV.search(name):
+            thirds.setdefault(_QKV.sub(".self_attn.qkv.", name), {})[letter[1]] = value
+        elif name.startswith(f"{_POOL}in_proj_"):
+            kind, width = name.removeprefix(f"{_POOL}in_proj_"), len(value) // 3
+            found |= {f"{_POOL}q.{kind}": value[:width], f"{_POOL}kv.{kind}": value[width:]}
+        else:
+            found[name] = value
+    found |= {name: torch.cat([parts[letter] for letter in "qkv"]) for name, parts in thirds.items()}
+    return {
+        theirs: _shaped(value, theirs).clone(memory_format=torch.contiguous_format)
+        for theirs, value in ((_translated(name, model_type), value) for name, value in found.items())
+    }
+
+
+def _shaped(value: Tensor, theirs: str) -> Tensor:
+    value = value.T if theirs in _TRANSPOSED else value
+    return value[None] if theirs in _WITH_BATCH else value
+
+
+def _translated(name: str, model_type: str, *, back: bool = False) -> str:
+    """Our name in open_clip; back: open_clip's name here."""
+    for layers in _LAYERS[model_type]:
+        (before, after), within = reversed(layers[:2]) if back else layers[:2], layers[2]
+        if name.startswith(before):
+            number, _, rest = name.removeprefix(before).partition(".")
+            return f"{after}{number}.{renamed(rest, _turned(within) if back else within)}"
+    outside = _OUTSIDE_LAYERS[model_type]
+    return renamed(name, _turned(outside) if back else outside)
+
+
+def _turned(names: Mapping[str, str]) -> dict[str, str]:
+    return {after: before for before, after in names.items()}
+
+
+def renamed(name: str, names: Mapping[str, str]) -> str:
+    """The name with its first match in `names`, whole or up to a dot or underscore, replaced; else unchanged."""
+    for before, after in names.items():
+        if name == before or (before[-1] in "._" and name.startswith(before)):
+            return after + name.removeprefix(before)
+    return name

@@ -1,4 +1,4 @@
-"""The form of a model's inputs: one form of texts and images for training, evaluation and export."""
+"""Processing of a model's inputs: the same tokens and images for training, evaluation and export."""
 
 import json
 import re
@@ -8,24 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import transformers
 from PIL import Image
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor
-from transformers import (
-    AltCLIPProcessor,
-    AutoConfig,
-    ChineseCLIPProcessor,
-    CLIPImageProcessor,
-    CLIPProcessor,
-    MobileViTImageProcessor,
-    PretrainedConfig,
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
-    Siglip2ImageProcessor,
-    Siglip2Processor,
-    SiglipImageProcessor,
-    SiglipProcessor,
-)
+from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.image_processing_utils import BaseImageProcessor
 
 from lib.data.resize import Resize, ResizeFlag
 from lib.towers.image_form import DEFAULT_FORMS, ImageForm, model_image_form, read_image_form
@@ -35,19 +23,19 @@ from lib.towers.text_form import is_canonical, load_tokenizer, text_length
 
 ModelType = Literal["clip", "chinese_clip", "altclip", "siglip", "siglip2", "two_towers"]
 
-# Of a text no more than this is tokenized: 248 tokens are some 1200 characters, and a caption may be a whole book.
+# Only the beginning of a text is tokenized: 248 tokens are some 1200 characters, and a caption may be a whole book.
 MAX_CHARACTERS = 8192
 _COUNTED_AT_ONCE = 1000
-# Of letters, digits or marks in a row; training a BPE takes time that grows with the square of that.
+# Letters, digits or marks in a row: the time to train a BPE grows with the square of that.
 _MAX_RUN = 256
 _LONG_RUN = re.compile(rf"[^\W\d_]{{{_MAX_RUN + 1},}}|\d{{{_MAX_RUN + 1},}}|(?:[^\w\s]|_){{{_MAX_RUN + 1},}}")
 
 PROCESSORS = {
-    "clip": CLIPProcessor,
-    "chinese_clip": ChineseCLIPProcessor,
-    "altclip": AltCLIPProcessor,
-    "siglip": SiglipProcessor,
-    "siglip2": Siglip2Processor,
+    "clip": transformers.CLIPProcessor,
+    "chinese_clip": transformers.ChineseCLIPProcessor,
+    "altclip": transformers.AltCLIPProcessor,
+    "siglip": transformers.SiglipProcessor,
+    "siglip2": transformers.Siglip2Processor,
 }
 
 
@@ -77,8 +65,8 @@ class Processing:
     def tokenize(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         """Returns input_ids and attention_mask, both (C, L) int64.
 
-        Of a text only the first MAX_CHARACTERS are looked at; the tokens are the same unless nearly all of these are
-        white space or punctuation that the tokenizer drops.
+        Only the first MAX_CHARACTERS of a text are read; the tokens are the same unless nearly all of these are white
+        space or punctuation that the tokenizer drops.
         """
         tokens = self.tokenizer(
             self._shortened(texts),
@@ -91,7 +79,7 @@ class Processing:
         return tokens["input_ids"], tokens["attention_mask"]
 
     def count_cut(self, texts: Sequence[str]) -> int:
-        """How many of the texts have more tokens than max_length, so that their ends are not read."""
+        """Count the texts with more tokens than max_length: their ends are not read."""
         # A token is a character of ASCII or more, and most captions are short.
         most = self.max_length - self.tokenizer.num_special_tokens_to_add() - 1
         long = [text for text in texts if len(text) > most or not text.isascii()]
@@ -102,12 +90,12 @@ class Processing:
         texts = self._shortened(texts)
         if not self.tokenizer.is_fast:
             return sum(len(ids) > self.max_length for ids in self.tokenizer(texts, verbose=False)["input_ids"])
-        # As in `tokenize`: these settings stay in the tokenizer, and are saved with it.
+        # The settings of `tokenize`: they stay in the tokenizer, and are saved with it.
         tokens = self.tokenizer(texts, padding=self.padding, truncation=True, max_length=self.max_length)
         return sum(bool(encoding.overflowing) for encoding in tokens.encodings or ())
 
     def _shortened(self, texts: Sequence[str]) -> list[str]:
-        """The beginnings of the texts, in the form that the tokenizer is given."""
+        """The beginnings of the texts, in canonical form where the model wants that."""
         texts = [text[:MAX_CHARACTERS] for text in texts]
         return [canonical_form(text) for text in texts] if self.canonical else texts
 
@@ -125,15 +113,13 @@ class Processing:
 
     @property
     def image_form(self) -> ImageForm:
-        """What images of any shape are made to."""
+        """Size, normalization and way of resizing of the images."""
         return ImageForm(self.image_size, self.image_mean, self.image_std, self.resize)
 
-    def image_processor(
-        self,
-    ) -> CLIPImageProcessor | MobileViTImageProcessor | SiglipImageProcessor | Siglip2ImageProcessor:
-        """The transformers image processor that does to a PIL image what our own pipeline does.
+    def image_processor(self) -> BaseImageProcessor:
+        """The image processor of transformers that makes the pixels of our own pipeline.
 
-        SigLIP 2's own keeps an image's proportions; it does the same to square ones alone.
+        SigLIP 2's own keeps an image's proportions; the results are the same for square ones only.
         """
         square, side = {"height": self.image_size, "width": self.image_size}, self.resize.side or self.image_size
         form = {
@@ -143,16 +129,18 @@ class Processing:
         }
         if self.patch_size:
             patches = (self.image_size // self.patch_size) ** 2
-            return Siglip2ImageProcessor(patch_size=self.patch_size, max_num_patches=patches, **form)
+            return transformers.Siglip2ImageProcessor(patch_size=self.patch_size, max_num_patches=patches, **form)
         if self.resize.way == "squash" and side == self.image_size and self.resize.channels == "rgb":
-            return SiglipImageProcessor(size=square, **form)
+            return transformers.SiglipImageProcessor(size=square, **form)
         # a centre crop that is larger than the picture pads it with black
         size = {
             "crop": {"shortest_edge": side},
             "squash": {"height": side, "width": side},
             "pad": {"max_height": side, "max_width": side},
         }[self.resize.way]
-        kind = MobileViTImageProcessor if self.resize.channels == "bgr" else CLIPImageProcessor
+        kind = (
+            transformers.MobileViTImageProcessor if self.resize.channels == "bgr" else transformers.CLIPImageProcessor
+        )
         return kind(size=size, crop_size=square, **form)
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -164,10 +152,13 @@ class Processing:
         PROCESSORS[self.model_type](self.image_processor(), self.tokenizer).save_pretrained(folder)
 
     @classmethod
-    def from_pretrained(cls, name: str | Path | ModelFolder, resize: ResizeFlag = "auto") -> "Processing":
+    def from_pretrained(
+        cls, name: str | Path | ModelFolder, resize: ResizeFlag = "auto", *, measured: ImageForm | None = None
+    ) -> "Processing":
         """Read what `save_pretrained` wrote, or the files of a CLIP or SigLIP model by folder or hub id.
 
-        resize: as in `lib.towers.measured_form.measured_form`.
+        resize: as in `lib.towers.image_form.measured_form`. measured: the form of the folder's image processor, where
+        loading the model has measured it (it does unless config.json has the form): that takes a second.
         """
         model = find_model("--model", name, weights=False)
         with reading(model.flag, model.name):
@@ -179,12 +170,16 @@ class Processing:
             # transformers knows no configuration for a composed pair's folder as a whole
             tokenizer = load_tokenizer(model, text_config, own_config=not composed)
             patch_size = config.vision_config.patch_size if model_type == "siglip2" else None
-            form = read_image_form(model.path, model_image_form(settings), f"{model.flag} {model.name}", resize)
+            form = model_image_form(settings)
+            if measured and "image_form" not in settings:
+                form = measured
+            else:
+                form = read_image_form(model.path, form, f"{model.flag} {model.name}", resize)
             return make_processing(tokenizer, text_config, form, model_type, patch_size)
 
 
 def read_settings(model: ModelFolder) -> dict:
-    """The settings in config.json, or what they would be for open_clip's; InputError for a model type not read here."""
+    """The settings in config.json, or those equal to open_clip's; InputError for a model type that is not read here."""
     if is_open_clip(model.path):
         return open_clip_settings(model)
     settings, _ = PretrainedConfig.get_config_dict(model.path)
@@ -208,9 +203,9 @@ def make_processing(
     model_type: ModelType,
     patch_size: int | None = None,
 ) -> Processing:
-    """Put a tokenizer and an image form together as the text encoder's configuration asks for.
+    """Combine a tokenizer and an image form with the lengths and padding of the text encoder's configuration.
 
-    SigLIP text encoders pool the last position, so that they want every text padded to their full length.
+    SigLIP's text encoders pool the last position, so every text is padded to their full length.
     """
     is_siglip = text_config.model_type.startswith("siglip")
     max_length = text_length(tokenizer, text_config)
@@ -241,8 +236,8 @@ def build_tokenizer(
 ) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE tokenizer on the given texts, without a network; it can encode any text.
 
-    The same texts give the same tokenizer. Of each it learns from the first MAX_CHARACTERS, without what is no word:
-    runs of more than 256 letters, digits or marks. canonical: it puts texts into SigLIP's form by itself.
+    The same texts give the same tokenizer. It learns from the first MAX_CHARACTERS of each, without runs of more than
+    256 letters, digits or marks, which are no words. canonical: it puts texts into SigLIP's form by itself.
     """
     tokenizer = Tokenizer(models.BPE())
     steps = [normalizers.NFC(), normalizers.Lowercase()]

@@ -1,4 +1,7 @@
-"""What trains: --freeze and --unfreeze by part, by last blocks, or by a pattern over the names of parameters."""
+"""Parameters that train, by part, last blocks or a pattern over names, and the order of a trunk's blocks.
+
+The order also decides on layer-wise learning rates, and the blocks are the units that FSDP2 shards.
+"""
 
 import difflib
 import re
@@ -6,9 +9,8 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from lib.errors import InputError
+from lib.errors import InputError, raised_as
 from lib.towers import TwoTowers
-from lib.towers.blocks import blocks, depths
 
 PARTS = ("image", "image.trunk", "image.head", "text", "text.trunk", "text.head", "scale", "bias")
 PATTERN = "re:"
@@ -19,9 +21,9 @@ _ALL_NAMES = (*PARTS, "image.last:N", "text.last:N")
 def set_trainable(towers: TwoTowers, freeze: Sequence[str], unfreeze: Sequence[str] = ()) -> None:
     """Stop training what `freeze` names, then train again what `unfreeze` names of it.
 
-    A name is one of `PARTS`; `image.last:N` for the last N blocks of a trunk with the norm and pooler behind them; or
-    `re:PATTERN`, searched in the names of parameters. What did not train before (a part of an encoder that its
-    output does not depend on) is not trained by any name. Frozen modules stay in eval mode (see `TwoTowers.train`).
+    A name is one of `PARTS`; `image.last:N` for the last N blocks of a trunk with the norm and pooler after them; or
+    `re:PATTERN`, searched in the names of parameters. Parameters that did not train before, because an encoder's
+    output does not depend on them, stay frozen. Frozen modules stay in eval mode (see `TwoTowers.train`).
     Raises InputError for an unknown name and for one that names nothing.
     """
     can_train = {name: p for name, p in towers.named_parameters() if p.requires_grad}
@@ -34,13 +36,13 @@ def set_trainable(towers: TwoTowers, freeze: Sequence[str], unfreeze: Sequence[s
 
 
 def trained_share(towers: TwoTowers) -> tuple[int, int]:
-    """How many numbers train, of how many."""
+    """Count of the parameters that train, and of all."""
     counts = [(p.numel(), p.requires_grad) for p in towers.parameters()]
     return sum(count for count, trains in counts if trains), sum(count for count, _ in counts)
 
 
 def _parameters_of(towers: TwoTowers, asked: str) -> list[str]:
-    """The names of the parameters that a flag with its value, as in `--freeze image.last:2`, is about."""
+    """Names of the parameters that a flag with its value, as in `--freeze image.last:2`, chooses."""
     name = asked.split(" ", 1)[1]
     if name.startswith(PATTERN):
         return _matching(towers, asked, name.removeprefix(PATTERN))
@@ -63,12 +65,9 @@ def _parameters_of(towers: TwoTowers, asked: str) -> list[str]:
 
 
 def _matching(towers: TwoTowers, asked: str, pattern: str) -> list[str]:
-    try:
-        compiled = re.compile(pattern)
-    except re.error as error:
-        raise InputError(f"{asked}: not a regular expression ({error})") from error
     names = [name for name, _ in towers.named_parameters()]
-    found = [name for name in names if compiled.search(name)]
+    with raised_as(lambda fault: InputError(f"{asked}: not a regular expression ({fault})"), re.error):
+        found = [name for name in names if re.search(pattern, name)]
     if not found:
         plain = re.sub(r"[^\w.]+", "", pattern)
         nearest = difflib.get_close_matches(plain, names, n=1, cutoff=0.0)[0]
@@ -90,3 +89,68 @@ def _last_blocks(towers: TwoTowers, asked: str, tower: str, count: int) -> list[
             f"{asked}: the {tower} tower has {count_of_all} blocks; give a number from 1 to {count_of_all}"
         )
     return [f"{tower}.trunk.{name}" for name, depth in depth_of.items() if depth > count_of_all - count]
+
+
+# Where transformers, torchvision and timm keep the list of their blocks.
+BLOCK_LISTS = (
+    "encoder.layers",  # CLIP, SigLIP, Swin; torchvision's ViT
+    "encoder.layer",  # BERT and its kin, DINOv2
+    "encoder.stages",  # ResNet, RegNet, ConvNeXt
+    "encoder.blocks",  # EfficientNet
+    "encoder.block",  # T5
+    "transformer.layer",  # DistilBERT
+    "roberta.encoder.layers",  # AltCLIP's texts
+    "roberta.encoder.layer",
+    "layers",  # ViT, ModernBERT; torchvision's MNASNet, timm's Swin
+    "layer",  # MobileNet
+    "h",  # GPT-2
+    "features",  # torchvision's MobileNet, EfficientNet, ConvNeXt, Swin, DenseNet, VGG
+    "trunk_output",  # torchvision's RegNet
+    "blocks",  # timm's ViT, EfficientNet and MobileNet; torchvision's MaxViT
+    "stages",  # timm's ConvNeXt
+)
+# ResNets of torchvision and timm (layer1 to layer4), ShuffleNet (stage2 to stage4), timm's RegNet (s1 to s4).
+NUMBERED = re.compile(r"(layer|stage|s)\d+")
+
+
+def blocks(trunk: nn.Module) -> list[nn.Module]:
+    """The blocks of an encoder, first to last; empty for a kind that is not known.
+
+    A block is what the encoder's own code lists: a transformer's layer, a stage of a ResNet (the last is
+    `layer4`), a convolution of transformers' MobileNetV1 (two make a depthwise separable one). Modules before and
+    after the list, such as embeddings and the final norm, belong to none.
+    """
+    found = [module for name, module in trunk.named_children() if NUMBERED.fullmatch(name)]
+    for path in BLOCK_LISTS:
+        found = found or _listed(trunk, path)
+    # DenseNet, MNASNet and VGG list norms and activations among their blocks.
+    return [block for block in found if any(parameter.ndim > 1 for parameter in block.parameters())]
+
+
+def _listed(trunk: nn.Module, path: str) -> list[nn.Module]:
+    module: nn.Module | None = trunk
+    for name in path.split("."):
+        module = getattr(module, name, None)
+    return list(module) if isinstance(module, nn.ModuleList | nn.Sequential) else []
+
+
+def depths(trunk: nn.Module) -> dict[str, int]:
+    """The depth of every parameter by name: 0 below the blocks, 1 to L in them, L + 1 after the last one.
+
+    L is the number of blocks; where none are known, every parameter has depth 0. An embedding lies below the blocks
+    wherever a model lists it (MPNet lists that of relative positions after its layers).
+    """
+    found = blocks(trunk)
+    block_of = {id(p): number for number, block in enumerate(found, start=1) for p in block.parameters()}
+    embeddings = {id(p) for m in trunk.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    depth_of, reached = {}, 0
+    for name, parameter in trunk.named_parameters():
+        if id(parameter) in block_of:
+            reached = block_of[id(parameter)]
+            depth_of[name] = reached
+        elif id(parameter) in embeddings:
+            depth_of[name] = 0
+        else:
+            # Trunks list their parts in the order of their forward: this one is between two blocks, or after all.
+            depth_of[name] = reached + 1 if found and reached == len(found) else reached
+    return depth_of

@@ -1,4 +1,4 @@
-"""How the trunks run: with activations computed again in the backward pass, or compiled."""
+"""Gradient checkpointing and compilation of the trunks."""
 
 import warnings
 from collections.abc import Callable
@@ -10,11 +10,12 @@ from transformers import PreTrainedModel
 
 from lib.errors import InputError
 from lib.towers import TwoTowers
+from lib.towers.tower import is_frozen
 
 _Options = dict[str, str | int | bool | Callable]
 
 COMPILE_OPTIONS: dict[str, _Options | None] = {"inductor": {"fallback_random": True}, "aot_eager": None}
-"""torch.compile's options by backend; dropout has to draw what it draws without compiling, in both passes of a step."""
+"""torch.compile's options by backend. Dropout has to draw the same in both passes of a step: as without compiling."""
 
 RECOMPILE_LIMIT = 64
 
@@ -31,7 +32,7 @@ def checkpoint_activations(towers: TwoTowers) -> None:
         with warnings.catch_warnings():  # newer transformers know it by another name, which older ones lack
             warnings.simplefilter("ignore", FutureWarning)
             trunk.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if not any(_trains(trunk) for trunk in offering):
+    if all(is_frozen(trunk) for trunk in offering):
         kinds = " and ".join(f"{type(trunk).__name__} ({tower})" for tower, trunk in _trunks(towers).items())
         raise InputError(
             f"--gradient-checkpointing: no trunk that trains offers it, of {kinds}; leave it out: a smaller "
@@ -41,7 +42,8 @@ def checkpoint_activations(towers: TwoTowers) -> None:
 
 def keeping_activations(towers: TwoTowers) -> list[str]:
     """The towers whose trunk trains and offers no checkpointing: image, text."""
-    return [tower for tower, trunk in _trunks(towers).items() if _trains(trunk) and not _offers_checkpointing(trunk)]
+    training = [(tower, trunk) for tower, trunk in _trunks(towers).items() if not is_frozen(trunk)]
+    return [tower for tower, trunk in training if not _offers_checkpointing(trunk)]
 
 
 def compile_trunks(towers: TwoTowers, backend: Literal["inductor", "aot_eager"], device: torch.device) -> None:
@@ -60,7 +62,7 @@ def compile_trunks(towers: TwoTowers, backend: Literal["inductor", "aot_eager"],
         ) from error
     dynamo = torch._dynamo.config
     # Both trunks share transformers' wrappers, each is compiled with and without a graph, for training, evaluation and
-    # the last chunk's size; beyond the limit torch would go on without compiling.
+    # the last chunk's size; beyond the limit torch would continue without compiling.
     dynamo.recompile_limit = max(dynamo.recompile_limit, RECOMPILE_LIMIT)
     # Cutting graphs at DDP's buckets gains nothing: of a step's many backward passes only the last reduces.
     dynamo.optimize_ddp = False
@@ -70,10 +72,6 @@ def compile_trunks(towers: TwoTowers, backend: Literal["inductor", "aot_eager"],
 
 def _trunks(towers: TwoTowers) -> dict[str, nn.Module]:
     return {"image": towers.image.trunk, "text": towers.text.trunk}
-
-
-def _trains(trunk: nn.Module) -> bool:
-    return any(parameter.requires_grad for parameter in trunk.parameters())
 
 
 def _offers_checkpointing(trunk: nn.Module) -> TypeGuard[PreTrainedModel]:

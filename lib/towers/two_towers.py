@@ -1,5 +1,6 @@
 """TwoTowers: the one module that is trained; pixels and tokens in, unit embeddings, scale and bias out."""
 
+import json
 import math
 from pathlib import Path
 from typing import NamedTuple
@@ -7,19 +8,25 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from lib.towers.model_files import ModelFolder
-from lib.towers.saved import load_parts, save_folder
-from lib.towers.tower import Parts
+from lib.data.durable import check_model, save_tensors
+from lib.data.resize import ResizeFlag
+from lib.files import write_text
+from lib.towers.composed import saved_pair
+from lib.towers.dual import file_weights, load_dual
+from lib.towers.model_files import ModelFolder, find_model, reading
+from lib.towers.processing import read_settings
+from lib.towers.tower import Parts, is_frozen
 
 
 class TowerOutput(NamedTuple):
-    """What one forward gives; None for a tower that was not run.
+    """Outputs of one forward; None for a tower that was not run.
 
     image_embeds, text_embeds: (C, D), unit norm, float32 (float64 in a float64 model).
     logit_scale, logit_bias: (), the multiplier and the summand of the logits.
-    image_pooled, text_pooled: (C, H), what the trunks gave to the heads.
+    image_pooled, text_pooled: (C, H), outputs of the trunks, inputs of the heads.
     """
 
     image_embeds: Tensor | None
@@ -96,33 +103,34 @@ class TwoTowers(nn.Module):
 
     @property
     def use_bias(self) -> bool:
-        """Whether the model has a trainable logit_bias."""
+        """The model has a trainable logit_bias."""
         return isinstance(self.logit_bias, nn.Parameter)
 
     @property
     def image_trunk_frozen(self) -> bool:
-        """No parameter of the image trunk trains: its pooled output stays what it is."""
-        return _is_frozen(self.image.trunk)
+        """No parameter of the image trunk trains: its pooled outputs do not change."""
+        return is_frozen(self.image.trunk)
 
     @property
     def text_trunk_frozen(self) -> bool:
-        """No parameter of the text trunk trains: its pooled output stays what it is."""
-        return _is_frozen(self.text.trunk)
+        """No parameter of the text trunk trains: its pooled outputs do not change."""
+        return is_frozen(self.text.trunk)
 
     @property
     def image_frozen(self) -> bool:
         """No parameter of the image tower trains, its head included."""
-        return _is_frozen(self.image)
+        return is_frozen(self.image)
 
     @property
     def text_frozen(self) -> bool:
         """No parameter of the text tower trains, its head included."""
-        return _is_frozen(self.text)
+        return is_frozen(self.text)
 
     def train(self, mode: bool = True) -> "TwoTowers":
         """Set the mode; modules without a parameter that trains stay in eval mode with all they hold.
 
-        There is no dropout in them, and their batch-norm statistics stay as they are.
+        Frozen weights were trained for the batch-norm statistics that they have; and without dropout the outputs of a
+        frozen trunk are the same in every epoch, so that they can be stored.
         """
         super().train(mode)
         if mode:
@@ -149,9 +157,16 @@ class TwoTowers(nn.Module):
 
         state_dict: other weights than the towers' own, by the names that these have without adapters.
         """
-        # SigLIP's files hold a bias in any case: only a word says whether it is one that trains.
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
         weights = self.state_dict() if state_dict is None else state_dict
-        save_folder(Path(folder), self.description | {"use_bias": self.use_bias}, weights)
+        if self.description["model_type"] != "two_towers":
+            weights = file_weights(weights, self.description["model_type"])
+        whole = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
+        save_tensors(whole, folder / "model.safetensors", {"format": "pt"})
+        # SigLIP's files hold a bias in any case: only this setting tells one that trains from a constant.
+        description = self.description | {"use_bias": self.use_bias}
+        write_text(folder / "config.json", json.dumps(description, indent=2, sort_keys=True) + "\n")
 
     @classmethod
     def from_pretrained(cls, name: str | Path | ModelFolder) -> "TwoTowers":
@@ -167,13 +182,24 @@ def _at_least_float32(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
-def _is_frozen(module: nn.Module) -> bool:
-    return not any(parameter.requires_grad for parameter in module.parameters())
-
-
 def _rest_where_frozen(module: nn.Module) -> None:
     for child in module.children():
-        if next(child.parameters(), None) is not None and _is_frozen(child):
+        if next(child.parameters(), None) is not None and is_frozen(child):
             child.eval()
         else:
             _rest_where_frozen(child)
+
+
+def load_parts(name: str | Path | ModelFolder, image_size: int | None = None, resize: ResizeFlag = "auto") -> Parts:
+    """Read a model of any of our kinds, by folder or hub id; its config.json names the kind.
+
+    image_size: another side than the model's own. resize: as in `lib.towers.image_form.measured_form`.
+    """
+    model = find_model("--model", name)
+    check_model(model.path)
+    # Weights are drawn before they are read: that must not change a caller's random state.
+    with reading(model.flag, model.name), torch.random.fork_rng(devices=[]):
+        settings = read_settings(model)
+        if settings["model_type"] == "two_towers":
+            return saved_pair(settings, load_file(model.path / "model.safetensors"), model, image_size)
+        return load_dual(model, settings, image_size, resize)

@@ -10,7 +10,7 @@ from math import floor
 from pathlib import Path
 from pickle import UnpicklingError
 from types import ModuleType
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 import torchvision
@@ -21,45 +21,38 @@ from transformers import PretrainedConfig
 
 from lib.data.resize import ResizeFlag
 from lib.errors import InputError, raised_as
-from lib.towers.image_form import DEFAULT_FORMS
-from lib.towers.measured_form import ImageForm, Preparation, measured_form
+from lib.towers.image_form import DEFAULT_FORMS, ImageForm, Preparation, measured_form
 from lib.towers.model_files import reason_of
 
 SOURCES = ("torchvision", "timm")
+Loaded = tuple[nn.Module, ImageForm, dict]
+"""A classifier's layers up to its pooled features, the form of its images, and its settings for config.json."""
 RANDOM = "random"
 
 
-class Classifier(NamedTuple):
-    """A classifier's layers up to its pooled features, the images it takes, and what config.json says of it."""
-
-    trunk: nn.Module
-    form: ImageForm
-    settings: dict
-
-
 def is_classifier(name: str) -> bool:
-    """Whether a value of --image-tower names a model of torchvision or timm."""
+    """A value of --image-tower names a model of torchvision or timm."""
     return name.partition(":")[0] in SOURCES and ":" in name
 
 
 def is_timm(folder: Path) -> bool:
-    """Whether a folder has files in timm's format; transformers calls the newer of these a model of that type."""
+    """A folder has files in timm's format; newer ones have a model_type of transformers too."""
     settings, _ = PretrainedConfig.get_config_dict(folder)
     return "architecture" in settings and settings.get("model_type", "timm_wrapper") == "timm_wrapper"
 
 
-def load_classifier(value: str, image_size: int | None, resize: ResizeFlag = "auto") -> Classifier:
-    """A classifier with its pretrained weights, or with drawn ones if the name ends with `:random`.
+def load_classifier(value: str, image_size: int | None, resize: ResizeFlag = "auto") -> Loaded:
+    """A classifier with its pretrained weights, or with random ones if the name ends with `:random`.
 
     image_size: another side than the weights were made for. resize: as in `measured_form`. Raises InputError for an
-    unknown name, for a package or weights that are not here, and for a size that the model does not take.
+    unknown name, for a missing package, for weights that are not here, and for a size that the model does not take.
     """
     source, _, rest = value.partition(":")
     return (_load_torchvision if source == "torchvision" else _load_timm)(rest, value, image_size, resize)
 
 
 def new_classifier(settings: dict, image_size: int) -> nn.Module:
-    """The layers of a classifier with drawn weights, from what config.json says of it."""
+    """The layers of a classifier with random weights, from its settings in config.json."""
     name, options = settings["name"], settings.get("options", {})
     if settings["model_type"] == "torchvision":
         return _without_classifier(get_model(name, weights=None, **_sized(name, image_size)))
@@ -67,7 +60,7 @@ def new_classifier(settings: dict, image_size: int) -> nn.Module:
     return _fitted(model, image_size)
 
 
-def _load_torchvision(rest: str, value: str, image_size: int | None, resize: ResizeFlag) -> Classifier:
+def _load_torchvision(rest: str, value: str, image_size: int | None, resize: ResizeFlag) -> Loaded:
     name, _, weights = rest.partition(":")
     _check_known(value, name, list_models(module=torchvision.models))
     known = get_model_weights(name)
@@ -90,17 +83,17 @@ def _load_torchvision(rest: str, value: str, image_size: int | None, resize: Res
         state = "cannot be read" if file.exists() else f"is not in {file.parent} and cannot be fetched"
         return InputError(
             f"--image-tower {value}: its file of weights {file.name} {state} ({reason_of(fault)}). Put {url} into "
-            f"{file.parent}, or start from drawn weights with torchvision:{name}:{RANDOM}"
+            f"{file.parent}, or start from random weights with torchvision:{name}:{RANDOM}"
         )
 
     with raised_as(unreadable, OSError, RuntimeError, EOFError, UnpicklingError):
         model = get_model(name, weights=None if weights == RANDOM else chosen, **_sized(name, form.size))
     if hasattr(model, "transform_input"):  # Inception: further outputs while it trains
         raise InputError(f"--image-tower {value}: it has more than one classifier; use another model")
-    return Classifier(_without_classifier(model), form, {"model_type": "torchvision", "name": name})
+    return _without_classifier(model), form, {"model_type": "torchvision", "name": name}
 
 
-def _load_timm(rest: str, value: str, image_size: int | None, resize: ResizeFlag) -> Classifier:
+def _load_timm(rest: str, value: str, image_size: int | None, resize: ResizeFlag) -> Loaded:
     timm = _timm(value)
     name = rest.removesuffix(f":{RANDOM}")
     source, colon, place = name.partition(":")
@@ -112,7 +105,7 @@ def _load_timm(rest: str, value: str, image_size: int | None, resize: ResizeFlag
         _check_known(value, name, timm.list_models())
     with raised_as(
         lambda fault: _not_loaded(value, fault),
-        # also what timm makes of a config.json that lacks something
+        # timm raises some of these for a config.json that lacks something
         *(OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError, SafetensorError, UnpicklingError),
         EOFError,
     ):
@@ -123,23 +116,23 @@ def _load_timm(rest: str, value: str, image_size: int | None, resize: ResizeFlag
     own = Preparation(transform, sides, data["interpolation"], (tuple(data["mean"]), tuple(data["std"])))
     form = measured_form(own, DEFAULT_FORMS["two_towers"], f"--image-tower {value}", resize).at(image_size)
     settings = _architecture(place) if colon else {"name": name}
-    return Classifier(_fitted(model, form.size), form, {"model_type": "timm"} | settings)
+    return _fitted(model, form.size), form, {"model_type": "timm"} | settings
 
 
 def _architecture(place: str) -> dict:
-    """What builds the model again without the folder or hub id (with its revision as `ID@REVISION`) of its files."""
+    """Settings that build the model again without its files; place: their folder, or a hub id (`ID@REVISION`)."""
     folder_or_id, _, revision = (place, "", "") if Path(place).is_dir() else place.partition("@")
     settings, _ = PretrainedConfig.get_config_dict(folder_or_id, revision=revision or None)
     return {"name": settings["architecture"], "options": settings.get("model_args") or {}}
 
 
 def _not_loaded(value: str, fault: Exception) -> InputError:
-    where = "Without a network they must be in the cache of the Hugging Face hub (HF_HOME says where that is)"
+    where = "Without a network they must be in the cache of the Hugging Face hub (HF_HOME is its folder)"
     if value.startswith("timm:local-dir:"):
         where = "Give a folder in timm's format: config.json with architecture and pretrained_cfg, model.safetensors"
     return InputError(
-        f"--image-tower {value}: its weights cannot be loaded ({reason_of(fault)}). {where}; {value}:{RANDOM} draws "
-        "them"
+        f"--image-tower {value}: its weights cannot be loaded ({reason_of(fault)}). {where}; {value}:{RANDOM} starts "
+        "from random weights"
     )
 
 
@@ -161,24 +154,20 @@ def _sized(name: str, image_size: int) -> dict[str, int]:
     return {"image_size": image_size} if name.startswith("vit_") else {}
 
 
-@runtime_checkable
-class Resizable(Protocol):
-    """A model of timm that is built for one side of the images, of which others can be asked."""
-
-    default_cfg: dict
-
-    def set_input_size(self, *, img_size: int) -> None: ...
+def is_of_another_size(trunk: Any, image_size: int) -> bool:
+    """A timm model that is built for one side of the images, and not for this one."""
+    return hasattr(trunk, "set_input_size") and image_size != trunk.default_cfg["input_size"][-1]
 
 
-def _fitted(trunk: nn.Module, image_size: int) -> nn.Module:
+def _fitted(trunk: Any, image_size: int) -> nn.Module:
     """A timm model for images of that side: transformers among them resize position embeddings and windows."""
-    if isinstance(trunk, Resizable) and image_size != trunk.default_cfg["input_size"][-1]:
+    if is_of_another_size(trunk, image_size):
         trunk.set_input_size(img_size=image_size)
     return trunk
 
 
 def _without_classifier(model: nn.Module) -> nn.Module:
-    """Replace the layer that gives the classes, always torchvision's last linear or convolutional one."""
+    """Replace the layer of the classes: in torchvision's models always the last linear or convolutional one."""
     layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
     model.set_submodule(layers[-1], nn.Identity())
     return model
