@@ -12,8 +12,8 @@ from small_runs import losses, train
 
 import evaluate
 from lib.data import open_evaluation, open_sources
+from lib.data.find_images import OUTPUTS
 from lib.data.pack.__main__ import main as pack
-from lib.data.walk import OUTPUTS
 from lib.errors import InputError
 from lib.evaluation.origin import run_of
 from lib.runs.reporter import CONFIG, METRICS

@@ -83,7 +83,7 @@ def test_imagenette_is_read_from_its_folder(tmp_path, monkeypatch):
     make_images(root, "val/n01440764/d.JPEG", "val/n02979186/e.JPEG")
     with pytest.raises(InputError, match="not whole in .*3 of 9,469 images: remove imagenette2-320"):
         open_sources("imagenette", None, None, image_root=str(tmp_path))
-    monkeypatch.setattr("lib.data.classes.torchvision_sets.IMAGENETTE", {"train": 3, "val": 2})
+    monkeypatch.setattr("lib.data.named_sets.IMAGENETTE", {"train": 3, "val": 2})
     source, validation = open_sources("imagenette", None, None, image_root=str(tmp_path))
     assert source.size == 3 and source.classes == validation.classes == ("tench", "cassette player")
     assert validation.labels.tolist() == [0, 1] and validation.open_image(1).size == (8, 8)

@@ -7,8 +7,8 @@ from pathlib import Path, PurePath
 
 import torch
 
-from lib.data.classes.class_names import renamed
 from lib.data.evaluation_set import EvaluationSet
+from lib.data.prompt_banks import renamed
 from lib.errors import InputError
 from lib.evaluation.compare.classification import compare_classification
 from lib.evaluation.compare.plots import plot_training

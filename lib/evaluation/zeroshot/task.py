@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lib.data.classes.class_names import renamed
+from lib.data.prompt_banks import renamed
 from lib.evaluation.class_plots import plot_class_f1, plot_confusion
 from lib.evaluation.drawing import OpenImage, spread
 from lib.evaluation.embed import Embedded

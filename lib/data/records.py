@@ -1,4 +1,4 @@
-"""Records of a table's file: cells of CSV and TSV, objects of JSON lines; a line that is none has a reason."""
+"""Records of files: cells of CSV and TSV, objects of JSON Lines, a whole JSON file; a bad line has a reason."""
 
 import csv
 import json
@@ -7,10 +7,14 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from pathlib import Path
 from typing import TextIO
 
+from lib.errors import InputError, raised_as, readable
+from lib.files import open_text
+
 _MOST_LINES = 200
-"""Lines that a quoted cell may have: bounds the work that one lost quotation mark makes."""
+"""Lines that a quoted cell may have: limits the work that one unclosed quotation mark makes."""
 _LONGEST_HEADER = 2**20
 _QUOTE = '"'
 
@@ -18,26 +22,28 @@ Cells = list[str]
 
 
 class Delimited:
-    """Rows of a CSV or TSV file, which begins with the names of its columns.
+    """Rows of a CSV or TSV file that begins with its column names.
 
-    Reads strictly (RFC 4180): a row has as many cells as the header, empty ones at its end aside, and nothing follows
-    the end of a quoted cell. In TSV files, where most programs quote nothing, a mark that does not quote in this
-    way is a character like any.
+    Python's csv reads on to the next quotation mark, so that one lost mark swallows all rows up to it, without an
+    error. This reader is strict (RFC 4180): a row has as many cells as the header, apart from empty ones at its end,
+    and nothing follows the end of a quoted cell. In TSV files, where most programs quote nothing, a quotation mark
+    that does not quote in this way is an ordinary character.
     """
 
     def __init__(self, file: TextIO, suffix: str):
         csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # the default refuses captions above 128 KiB
         self._lines = _Lines(file)
         first = self._lines.first().replace("\r", " ")
-        self.delimiter = _delimiter_of(first, "\t" if suffix == ".tsv" else ",")
+        usual = "\t" if suffix == ".tsv" else ","
+        self.delimiter = next((mark for mark in (usual, "\t", ";", ",") if mark in first), usual)
         self._opens = re.compile(f"(?:^|{self.delimiter}){_QUOTE}")
         self.header: Cells = next(csv.reader((first,), delimiter=self.delimiter), [])
 
     def rows(self, is_row: Callable[[Cells], bool]) -> Iterator[tuple[int, Cells | str]]:
-        """(line number, cells, or the reason why the line is no row) of each line that is not blank.
+        """Yield (line number, cells, or the reason why the line is no row) of each line that is not blank.
 
-        is_row: whether cells look like a row of this table; a quoted cell that holds such lines was never closed, and
-        they are rows.
+        is_row: True for cells that look like a row of this table. A quoted cell with such lines in it was never
+        closed, and the lines are rows.
         """
         width, delimiter = len(self.header), self.delimiter
         for line in self._lines:
@@ -49,33 +55,33 @@ class Delimited:
                 yield number, "malformed_row"
 
     def _fits(self, cells: Cells) -> bool:
-        """Whether the row has as many cells as the header; empty ones beyond these are removed."""
+        """True where the row has as many cells as the header; empty ones beyond these are removed."""
         while len(cells) > len(self.header) and not cells[-1].strip():
             cells.pop()
         return len(cells) == len(self.header)
 
     def _quoted(self, line: str, is_row: Callable[[Cells], bool]) -> Cells | str:
-        """The cells of a line with quotation marks, and of the lines after it where a quoted cell goes on there."""
+        """Return the cells of a line with quotation marks, and of the lines after it where a quoted cell continues."""
         line = line.replace("\r", " ")
         try:
             return next(csv.reader((line,), delimiter=self.delimiter, strict=True))
         except csv.Error:
-            cells, lines, goes_on = self._over_lines(line, is_row)
+            cells, lines, continues = self._over_lines(line, is_row)
         if cells is not None and self._fits(cells):
             self._lines.skip(lines)
             return cells
         if self.delimiter == "\t":
             return line.split("\t")
-        return "unclosed_quote" if goes_on else "malformed_row"
+        return "unclosed_quote" if continues else "malformed_row"
 
     def _over_lines(self, line: str, is_row: Callable[[Cells], bool]) -> tuple[Cells | None, int, bool]:
-        """(cells or None, how many further lines they take, whether a cell is open at the end of the first line)."""
-        lines, goes_on = 0, False
+        """Return (cells or None, number of further lines they take, True where the first line ends within a cell)."""
+        lines, continues = 0, False
 
-        def fed() -> Iterator[str]:
-            nonlocal lines, goes_on
+        def read_lines() -> Iterator[str]:
+            nonlocal lines, continues
             yield line + "\n"
-            goes_on = True
+            continues = True
             for further in self._lines.ahead(_MOST_LINES):
                 if self._begins_row(further, is_row):
                     return
@@ -83,11 +89,11 @@ class Delimited:
                 yield further.replace("\r", " ") + "\n"
 
         with suppress(csv.Error):
-            return next(csv.reader(fed(), delimiter=self.delimiter, strict=True)), lines, goes_on
-        return None, 0, goes_on
+            return next(csv.reader(read_lines(), delimiter=self.delimiter, strict=True)), lines, continues
+        return None, 0, continues
 
     def _begins_row(self, line: str, is_row: Callable[[Cells], bool]) -> bool:
-        """Whether a line within a quoted cell is a row of its own."""
+        """True where a line within a quoted cell is a row of its own."""
         marks = line.count(_QUOTE)
         if not marks:
             return is_row(line.split(self.delimiter))
@@ -98,13 +104,13 @@ class Delimited:
 
 
 class _Lines:
-    """Lines of a file without their ends, some of which may be looked at before their turn."""
+    """Lines of a file without their ends, with look-ahead."""
 
     def __init__(self, file: TextIO):
         self._file = file
         self._ahead: deque[str] = deque()
         self.number = 0
-        """of the line that was given out last"""
+        """of the last line returned"""
 
     def __iter__(self) -> Iterator[str]:
         return self
@@ -115,7 +121,7 @@ class _Lines:
         return line
 
     def first(self) -> str:
-        """The first line that is not blank, "" if there is none; the beginning of a line that is no header."""
+        """Return the first line that is not blank, "" if there is none; of a huge one, which is no header, a piece."""
         while line := self._file.readline(_LONGEST_HEADER):
             self.number += 1
             if line.strip():
@@ -123,7 +129,7 @@ class _Lines:
         return ""
 
     def ahead(self, count: int) -> Iterator[str]:
-        """The next lines, at most `count`, which stay where they are."""
+        """Yield the next lines, at most `count`, without consuming them."""
         for place in range(count):
             if place == len(self._ahead):
                 line = next(self._file, None)
@@ -133,31 +139,36 @@ class _Lines:
             yield self._ahead[place]
 
     def skip(self, count: int) -> None:
-        """Pass over lines that were looked at."""
+        """Consume lines that were looked at."""
         for _ in range(count):
             next(self)
 
 
 def json_objects(file: TextIO) -> Iterator[tuple[int, dict | str]]:
-    """(line number, object, or the reason why the line is none) of each line that is not blank."""
+    """Yield (line number, object, or the reason why the line is none) of each line that is not blank."""
     for line, text in enumerate(file, start=1):
-        try:
+        record: object = None
+        with suppress(ValueError, RecursionError):
             record = json.loads(text)
-        except (ValueError, RecursionError):
-            text = text.strip("\ufeff\r\n\t ")
+        if record is None:
+            text = text.strip("\ufeff\r\n\t ")  # a byte order mark within a file: of files that were joined
             if not text:
                 continue
-            record = _json(text) if text.startswith("{") else None
+            with suppress(ValueError, RecursionError):
+                record = json.loads(text) if text.startswith("{") else None
         yield line, record if isinstance(record, dict) else "malformed_row"
 
 
-def _json(text: str) -> object:
-    """The value, also behind a byte order mark, as of files that were joined; None where there is none."""
-    with suppress(ValueError, RecursionError):
-        return json.loads(text)
-    return None
+def read_json(path: Path, flag: str) -> object:
+    """Return the content of a JSON file, bad bytes as surrogates; InputError where it is not JSON."""
+    asked = f"{flag} {path}"
+    not_json = raised_as(
+        lambda fault: InputError(f"{asked} is not JSON, or was cut short: {fault}"), ValueError, RecursionError
+    )
+    with readable(asked), not_json, open_text(path) as file:
+        return json.load(file)
 
 
-def _delimiter_of(header: str, usual: str) -> str:
-    """The separator of cells: the usual of the file's suffix, or the one that the header has in its place."""
-    return next((mark for mark in (usual, "\t", ";", ",") if mark in header), usual)
+def shape_of(content: object) -> str:
+    """Describe the content of a JSON file that is not of the expected form."""
+    return f"keys {', '.join(content)[:80]}" if isinstance(content, dict) and content else f"a {type(content).__name__}"
