@@ -148,16 +148,16 @@ class CaptionTable:
         unknown: CaptionRow | None = None
         for row in rows:
             split = SPLITS.get(row.split_word.lower()) if row.split_word else row.split
-            reason, place = row.reason, shown(row.image) if row.line is None else f"{name}:{row.line}"
-            if reason is None and split is None:
-                reason, unknown = "unknown_split", unknown or row
-            elif reason is None and not is_utf8(f"{row.image}{row.group or ''}"):
-                reason, place = "not_utf8", shown(row.image)  # ids are hashed from it, and reports print it
-            if reason is None and split is not None:
+            fault = _fault(row, split)
+            if fault is None:
+                assert split is not None, "a row without a split is an unknown_split"
                 self._add(row, split, finder)
-            else:
-                self.unlisted.add(row.image)
-                self.skip(place, reason or "", split)
+                continue
+            if fault == "unknown_split":
+                unknown = unknown or row
+            by_line = row.line is not None and fault != "not_utf8"
+            self.unlisted.add(row.image)
+            self.skip(f"{name}:{row.line}" if by_line else shown(row.image), fault, split)
         if unknown and not self.of_split:
             where = f"line {unknown.line}" if unknown.line is not None else f"image {shown(unknown.image)}"
             raise InputError(
@@ -247,6 +247,14 @@ class CaptionTable:
             caption_image=np.array(kept.text_image),
             skipped=(*self.left_out.get(split, ()), *kept.skipped),
         )
+
+
+def _fault(row: CaptionRow, split: str | None) -> str | None:
+    """Return the reason why the row cannot be used, None for a good one."""
+    if row.reason or split is None:
+        return row.reason or "unknown_split"
+    # Ids are hashed from the key and the group, and reports print them.
+    return None if is_utf8(f"{row.image}{row.group or ''}") else "not_utf8"
 
 
 class _Kept:

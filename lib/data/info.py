@@ -278,4 +278,4 @@ def _plot(pairs: Sequence[_Pair], title: str, path: Path) -> None:
             axes.text(0.5, 0.5, bad.reason, transform=axes.transAxes, ha="center", va="center", fontsize=10)
         lines = textwrap.wrap(" ".join(pair.text.split()), width=28, max_lines=5, placeholder=" …")
         axes.text(0, -0.03, "\n".join(lines), transform=axes.transAxes, fontsize=8.5, va="top", parse_math=False)
-    figure.savefig(path, dpi=112)
+    figure.savefig(path, dpi=112, bbox_inches="tight")

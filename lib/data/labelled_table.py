@@ -97,7 +97,8 @@ class LabelledTable:
         split_of = ["test" if name in test[each] else "train" for each, name in zip(sets, names, strict=True)]
         parts, _ = divide(images, labels, classes, split_of, [None] * len(names), {})
         left_out = {"train": of_all_splits(self.left_out)}
-        return replace(self, splits=tuple(parts), images=parts.__getitem__, left_out=left_out)
+        splits = tuple(split for split in ("train", "test") if split in parts)
+        return replace(self, splits=splits, images=parts.__getitem__, left_out=left_out)
 
 
 def divide(

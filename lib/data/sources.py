@@ -108,7 +108,6 @@ class EvaluationData:
         cls,
         data: str,
         prompts: str | None,
-        *,
         image_root: str | None = None,
         columns: Columns = FOUND_COLUMNS,
         held_out_fraction: float | None = None,
@@ -160,15 +159,7 @@ def open_evaluation(
 
     Raises InputError, naming --data, --split or --prompts, for what cannot be used.
     """
-    found = EvaluationData.find(
-        data,
-        prompts,
-        image_root=image_root,
-        columns=columns,
-        held_out_fraction=held_out_fraction,
-        captions=captions,
-        fetcher=fetcher,
-    )
+    found = EvaluationData.find(data, prompts, image_root, columns, held_out_fraction, captions, fetcher)
     return found.of_split(found.part_for(split))
 
 
