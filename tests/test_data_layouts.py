@@ -91,7 +91,7 @@ def test_an_imagefolder_has_the_splits_of_its_folders_and_counts_what_no_row_nam
     assert skips(source) == {"train/3.png": "no_row", "test/5.png": "no_row", "loose.png": "no_row"}
     assert validation.captions == ["four"] and skips(validation) == {"valid/9.png": "missing"}
     assert open_sources(f"imagefolder:{tmp_path}", None, None)[0].size == 3
-    with pytest.raises(InputError, match="--image-root .* images beside them; leave it out"):
+    with pytest.raises(InputError, match="--image-root .* images next to them; leave it out"):
         open_sources(str(tmp_path), None, None, image_root=str(tmp_path))
 
 

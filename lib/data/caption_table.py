@@ -1,10 +1,10 @@
 """The table of captioned images: every reader of captions fills it with rows, and training and evaluation use it."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 
@@ -16,8 +16,6 @@ from lib.data.load_datasets import RowImages
 from lib.data.order import stable_hash
 from lib.data.pairs import Captions, IndexedSource
 from lib.errors import InputError
-
-_Entry = TypeVar("_Entry")
 
 
 class CaptionRow(NamedTuple):
@@ -38,24 +36,6 @@ class CaptionRow(NamedTuple):
     """names of the image's file, where they differ from `image`"""
     stored: int | None = None
     """number of the image in `CaptionTable.stored`, where it is no file"""
-
-
-def parsed(
-    parse: Callable[[_Entry], CaptionRow | None], entries: Iterable[_Entry], place: str, split: str | None = None
-) -> Iterator[CaptionRow]:
-    """Parse each entry of a JSON file into a row, or into nothing.
-
-    An entry that `parse` cannot read, whatever it raises (a missing field, a list for an id, a NUL in a name), counts
-    as malformed_row: one bad entry must not end a run over a million good ones.
-    place: "captions.json: image", which the number of the entry follows.
-    """
-    for number, entry in enumerate(entries):
-        try:
-            row = parse(entry)
-        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
-            row = CaptionRow(f"{place} {number}", split=split, reason="malformed_row")
-        if row is not None:
-            yield row
 
 
 class Caption(NamedTuple):

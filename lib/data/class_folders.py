@@ -111,7 +111,7 @@ def check_no_captions(root: Path, flag: str) -> None:
             if 2 * len(texts) >= len(stems):
                 first = shown(os.path.join(folder, texts[0]))
                 raise InputError(
-                    f"{flag} {root}: images have texts beside them ({first}), which class "
+                    f"{flag} {root}: images have texts next to them ({first}), which class "
                     f"folders do not read; list them in a .csv with the columns filename and caption, or write "
                     f"folders:{root} to train on the folders' names"
                 )

@@ -4,10 +4,10 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from lib.data.caption_table import CaptionRow, CaptionTable, parsed
+from lib.data.caption_table import CaptionRow, CaptionTable
 from lib.data.fields import NotText, image_name, name_of, shown, text_of
 from lib.data.find_images import ImageFinder
-from lib.data.records import read_json, shape_of
+from lib.data.records import parsed, read_json, shape_of
 from lib.errors import InputError
 from lib.files import open_file
 

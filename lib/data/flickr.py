@@ -15,14 +15,8 @@ from lib.errors import InputError
 from lib.files import open_text
 
 FOLDERS = (
-    "Images",
-    "images",
-    "Flicker8k_Dataset",
-    "Flickr8k_Dataset",
-    "flickr8k_images",
-    "flickr30k-images",
-    "flickr30k_images",
-    "flickr30k_images/flickr30k_images",
+    *("Images", "images", "Flicker8k_Dataset", "Flickr8k_Dataset", "flickr8k_images"),
+    *("flickr30k-images", "flickr30k_images", "flickr30k_images/flickr30k_images"),
 )
 """Names of the folder of images in the copies in circulation."""
 
@@ -77,7 +71,7 @@ def flickr_rows(path: Path, form: _Form, flag: str) -> Iterator[CaptionRow]:
         else:
             yield CaptionRow(image, [caption], split)
     if on_no_list and not any_listed:
-        raise InputError(f"{flag} {path}: the lists of splits beside it ({', '.join(lists)}) name none of its images")
+        raise InputError(f"{flag} {path}: the lists of splits next to it ({', '.join(lists)}) name none of its images")
     for image in on_no_list:
         yield CaptionRow(image, reason="no_split")
 

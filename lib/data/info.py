@@ -105,10 +105,15 @@ def _shard_facts(source: ShardSource, seed: int) -> dict:
         for item in good:
             captions[item.key] += len(item.texts)
         facts |= _caption_facts(np.array(list(captions.values())), [text for item in good for text in item.texts])
-    images = {item.key: item.image for item in good}  # with several captions an image comes several times
+    # With several captions an image comes several times; the sample is evenly spaced among the images.
+    images = list({item.key: item.image for item in good}.values())
+    sampled = images[:: max(1, len(images) // SAMPLED)][:SAMPLED]
     # All of them where the shards were counted; else those that were looked at.
     left_out = source.unusable or [(item.key, item.reason) for item in items if item.reason]
-    return facts | {"image_headers": _shard_headers(list(images.values())), "left_out": _left_out(left_out)}
+    return facts | {
+        "image_headers": _summary([_header(content) for content in sampled]),
+        "left_out": _left_out(left_out),
+    }
 
 
 def _some_items(source: ShardSource, seed: int) -> list[Item]:
@@ -219,12 +224,6 @@ def _image_headers(images: Images, seed: int) -> dict:
     """Summarize widths and heights as stored, formats and modes of 200 random images."""
     rows = np.random.default_rng(seed).permutation(len(images))[:SAMPLED].tolist()
     return _summary([_header_of(images, row) for row in rows])
-
-
-def _shard_headers(contents: Sequence[bytes]) -> dict:
-    """Summarize the same of image files given as bytes, evenly spaced among them."""
-    step = max(1, len(contents) // SAMPLED)
-    return _summary([_header(content) for content in contents[::step][:SAMPLED]])
 
 
 def _header_of(images: Images, row: int) -> _Header | None:

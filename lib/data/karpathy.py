@@ -3,12 +3,12 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from lib.data.caption_table import CaptionRow, CaptionTable, parsed
+from lib.data.caption_table import CaptionRow, CaptionTable
 from lib.data.coco import has_sentences
 from lib.data.fields import NotText, image_name, name_of, text_of
 from lib.data.find_images import ImageFinder
 from lib.data.flickr import FOLDERS
-from lib.data.records import read_json, shape_of
+from lib.data.records import parsed, read_json, shape_of
 from lib.errors import InputError
 
 _FOLDERS = ("images", *FOLDERS, "train2014", "val2014", "images/train2014", "images/val2014")

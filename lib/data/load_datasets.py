@@ -119,7 +119,7 @@ def load_parquet(name: str, flag: str, cache: Path) -> Rows:
 
 
 def load_saved(folder: Path, flag: str) -> Rows:
-    """Load what `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote; InputError where it is not whole."""
+    """Load what `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote; InputError where it is incomplete."""
     asked = f"{flag} {folder}"
     datasets = _library(asked)
     wrong = f"{asked} cannot be read as a folder of save_to_disk"
@@ -253,7 +253,7 @@ def _broken(files: Sequence[Path]) -> str | None:
         try:
             read_metadata(file)
         except Exception as error:
-            return f"{file} is no whole {PARQUET} file ({_reason(error)})"
+            return f"{file} is no complete {PARQUET} file ({_reason(error)})"
     return None
 
 

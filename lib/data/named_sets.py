@@ -123,7 +123,7 @@ def _found(name: str, root: Path, flag: str, split: str) -> "VisionDataset":
     def not_downloaded(error: Exception) -> InputError:
         url, reason = _ARCHIVES[name], " ".join(str(error).split()) or type(error).__name__
         return InputError(
-            f"{flag} {name} is not whole in {root} and cannot be downloaded ({reason}); "
+            f"{flag} {name} is incomplete in {root} and cannot be downloaded ({reason}); "
             f"put {url.rpartition('/')[2]} from {url} there, or name another folder with --image-root"
         )
 

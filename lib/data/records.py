@@ -1,15 +1,16 @@
-"""Records of files: cells of CSV and TSV, objects of JSON Lines, a whole JSON file; a bad line has a reason."""
+"""Records of files, for the readers: cells of CSV and TSV, objects of JSON Lines, entries of a JSON file."""
 
 import csv
 import json
 import re
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import TextIO
+from typing import TextIO, TypeVar
 
+from lib.data.caption_table import CaptionRow
 from lib.errors import InputError, raised_as, readable
 from lib.files import open_text
 
@@ -19,6 +20,7 @@ _LONGEST_HEADER = 2**20
 _QUOTE = '"'
 
 Cells = list[str]
+_Entry = TypeVar("_Entry")
 
 
 class Delimited:
@@ -157,6 +159,24 @@ def json_objects(file: TextIO) -> Iterator[tuple[int, dict | str]]:
             with suppress(ValueError, RecursionError):
                 record = json.loads(text) if text.startswith("{") else None
         yield line, record if isinstance(record, dict) else "malformed_row"
+
+
+def parsed(
+    parse: Callable[[_Entry], CaptionRow | None], entries: Iterable[_Entry], place: str, split: str | None = None
+) -> Iterator[CaptionRow]:
+    """Parse each entry of a JSON file into a row, or into nothing.
+
+    An entry that `parse` cannot read, whatever it raises (a missing field, a list for an id, a NUL in a name), counts
+    as malformed_row: one bad entry must not end a run over a million good ones.
+    place: "captions.json: image", which the number of the entry follows.
+    """
+    for number, entry in enumerate(entries):
+        try:
+            row = parse(entry)
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+            row = CaptionRow(f"{place} {number}", split=split, reason="malformed_row")
+        if row is not None:
+            yield row
 
 
 def read_json(path: Path, flag: str) -> object:

@@ -89,7 +89,7 @@ def hold_out(opened: OpenedData, fraction: float | None, data: str) -> OpenedDat
         )
     if len(opened.splits) != 1 or not set(opened.splits) & {"all", "train"}:
         splits = ", ".join(opened.splits)
-        raise InputError(f"--hold-out {fraction:g}: --data {data} has its parts already ({splits}); leave it out")
+        raise InputError(f"--hold-out {fraction:g}: --data {data} has its splits already ({splits}); leave it out")
     return opened.held_out(fraction)
 
 
@@ -244,7 +244,7 @@ def _check_class_names(class_names: Path | None, data: str, opened: Sequence[Ope
     if class_names is None or any(isinstance(each, LabelledTable) for each in opened):
         return
     if any(isinstance(each, ShardSet) for each in opened):
-        raise InputError(f"--class-names {class_names}: shards have their class names in classes.txt beside them")
+        raise InputError(f"--class-names {class_names}: shards have their class names in classes.txt next to them")
     raise InputError(f"--class-names {class_names} goes with class names, and {data} has captions; leave it out")
 
 

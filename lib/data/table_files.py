@@ -93,7 +93,7 @@ def _checked_files(root: Path, flag: str, image_root: str | None) -> list[Path]:
     """Return the metadata files, at most one in each folder."""
     if image_root is not None:
         raise InputError(
-            f"--image-root {image_root}: the metadata of {flag} {root} name images beside them; leave it out"
+            f"--image-root {image_root}: the metadata of {flag} {root} name images next to them; leave it out"
         )
     files = metadata_files(root)
     if not files and (parquet := metadata_files(root, (METADATA_PARQUET,))):
