@@ -34,7 +34,7 @@ sys.path.insert(0, str(ROOT))
 
 from lib.backends import usable_cores  # noqa: E402
 from lib.data import ImagePipeline, decode_image  # noqa: E402
-from lib.data.image_names import is_image_name  # noqa: E402
+from lib.data.find_images import is_image_name  # noqa: E402
 from lib.towers.image_form import CLIP_MEAN, CLIP_STD  # noqa: E402
 
 SIZE = 224

@@ -282,7 +282,7 @@ def test_lists_without_extensions_and_files_that_are_no_lists(tmp_path):
     assert texts_by_image(source) == {"1.jpg": ["one"]} and validation.captions == ["two"]
     for name in ("train.txt", "val.txt"):
         (tmp_path / name).write_text("other\n")
-    with pytest.raises(InputError, match="lists of splits beside it .train.txt, val.txt. name none of its images"):
+    with pytest.raises(InputError, match="lists of splits next to it .train.txt, val.txt. name none of its images"):
         open_sources(str(tmp_path), None, None)
 
 

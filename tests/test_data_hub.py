@@ -330,7 +330,7 @@ def test_what_cannot_be_read_is_an_error_of_one_line(tmp_path, monkeypatch):
     captioned(2).save_to_disk(tmp_path / "saved")
     next((tmp_path / "saved").glob("*.arrow")).unlink()
     for data, message in (
-        (tmp_path / "set", "set/broken.parquet is no whole .parquet file"),
+        (tmp_path / "set", "set/broken.parquet is no complete .parquet file"),
         (tmp_path / "two", "its files have different columns: Couldn't cast"),
         (tmp_path / "gone.parquet", "there is no such .parquet file"),
         (tmp_path / "saved", "cannot be read as a folder of save_to_disk"),

@@ -12,8 +12,8 @@ from small_runs import losses, train
 
 import evaluate
 from lib.data import open_evaluation, open_sources
+from lib.data.find_images import OUTPUTS
 from lib.data.pack.__main__ import main as pack
-from lib.data.walk import OUTPUTS
 from lib.errors import InputError
 from lib.evaluation.origin import run_of
 from lib.runs.reporter import CONFIG, METRICS
@@ -91,7 +91,7 @@ def test_an_imagefolder_has_the_splits_of_its_folders_and_counts_what_no_row_nam
     assert skips(source) == {"train/3.png": "no_row", "test/5.png": "no_row", "loose.png": "no_row"}
     assert validation.captions == ["four"] and skips(validation) == {"valid/9.png": "missing"}
     assert open_sources(f"imagefolder:{tmp_path}", None, None)[0].size == 3
-    with pytest.raises(InputError, match="--image-root .* images beside them; leave it out"):
+    with pytest.raises(InputError, match="--image-root .* images next to them; leave it out"):
         open_sources(str(tmp_path), None, None, image_root=str(tmp_path))
 
 

@@ -8,9 +8,9 @@ import pytest
 from made_data import make_images, make_table, texts_by_image
 
 from lib.data import open_evaluation, open_sources
-from lib.data.captions.records import Delimited
 from lib.data.fields import Columns
 from lib.data.order import stable_hash
+from lib.data.records import Delimited
 from lib.errors import InputError
 
 

@@ -81,9 +81,9 @@ def test_imagenette_is_read_from_its_folder(tmp_path, monkeypatch):
     root = tmp_path / "imagenette2-320"
     make_images(root, "train/n01440764/a.JPEG", "train/n01440764/b.JPEG", "train/n02979186/c.JPEG")
     make_images(root, "val/n01440764/d.JPEG", "val/n02979186/e.JPEG")
-    with pytest.raises(InputError, match="not whole in .*3 of 9,469 images: remove imagenette2-320"):
+    with pytest.raises(InputError, match="incomplete in .*3 of 9,469 images: remove imagenette2-320"):
         open_sources("imagenette", None, None, image_root=str(tmp_path))
-    monkeypatch.setattr("lib.data.classes.torchvision_sets.IMAGENETTE", {"train": 3, "val": 2})
+    monkeypatch.setattr("lib.data.named_sets.IMAGENETTE", {"train": 3, "val": 2})
     source, validation = open_sources("imagenette", None, None, image_root=str(tmp_path))
     assert source.size == 3 and source.classes == validation.classes == ("tench", "cassette player")
     assert validation.labels.tolist() == [0, 1] and validation.open_image(1).size == (8, 8)
@@ -100,7 +100,7 @@ def test_imagenette_is_read_from_its_folder(tmp_path, monkeypatch):
 )
 def test_without_a_network_the_file_and_the_folder_are_named(tmp_path, name, archive):
     fetcher = Fetcher(tmp_path / "cache", 0)
-    where = f"--data {name} is not whole in {tmp_path}/cache/torchvision"
+    where = f"--data {name} is incomplete in {tmp_path}/cache/torchvision"
     expected = f"{where} .*no network in this test.*put {archive} from https://"
     with pytest.raises(InputError, match=expected):
         open_sources(f"torchvision:{name}", None, None, fetcher=fetcher)

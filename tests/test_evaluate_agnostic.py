@@ -11,7 +11,7 @@ from made_classes import COLOURS, make_squares, save_model
 
 import evaluate
 from lib.backends import Precision
-from lib.data.classes.digits import CLASSES
+from lib.data.named_sets import CLASSES
 from lib.data.sources import open_evaluation
 from lib.evaluation import probe_classifiers
 from lib.evaluation.agnostic import (

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 import evaluate
-from lib.data.classes.digits import CLASSES
+from lib.data.named_sets import CLASSES
 from lib.towers import build_preset
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -15,7 +15,7 @@ from small_evaluation import SmallImages, unit
 from torch import Tensor
 
 import evaluate
-from lib.data.classes.class_names import renamed
+from lib.data.prompt_banks import renamed
 from lib.errors import InputError
 from lib.evaluation import charts, class_charts, zeroshot
 from lib.evaluation.calibration import BINS, calibrate, fit_scale, reliability

@@ -58,7 +58,7 @@ def test_captions_of_an_image_stay_together(table):
 
 
 def test_data_that_cannot_be_divided_is_refused(pictures):
-    with pytest.raises(InputError, match="--hold-out 0.1: --data digits has its parts already|--hold-out 0.1 divides"):
+    with pytest.raises(InputError, match="--hold-out 0.1: --data digits has its splits already|--hold-out 0.1 divides"):
         open_sources("digits", None, None, held_out_fraction=0.1)
     with pytest.raises(InputError, match="--hold-out 1.5 must be between 0 and 1"):
         open_sources(str(pictures), None, None, held_out_fraction=1.5)

@@ -11,8 +11,7 @@ from conftest import ROOT
 
 import train_clip
 from lib.config import parse_config, safe_yaml, save_config
-from lib.data.classes.class_names import renamed
-from lib.data.classes.prompt_banks import load_negative_prompts, load_templates
+from lib.data.prompt_banks import load_negative_prompts, load_templates, renamed
 from lib.errors import InputError
 from lib.evaluation.agnostic import generic_prompts
 
@@ -103,7 +102,7 @@ def test_texts_that_look_like_something_else_are_written_so_that_every_reader_ta
     assert safe_yaml.read_yaml(file, "--config") == values == yaml.safe_load(file.read_text())
 
 
-@pytest.mark.parametrize("folder", ["configs", "accelerate_configs", "lib/data/classes/prompts"])
+@pytest.mark.parametrize("folder", ["configs", "accelerate_configs", "lib/data/prompts"])
 def test_shipped_files_mean_by_yaml_1_2_what_they_mean_by_1_1(folder):
     files = sorted((ROOT / folder).glob("*.yaml"))
     assert files

@@ -1,4 +1,4 @@
-"""Data to evaluate on: images by number, with labels or with captions."""
+"""Evaluation sets: images with class labels, or with captions."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -50,13 +50,13 @@ class EvaluationSet:
 
     @property
     def labelling(self) -> Labelling:
-        """Labels, classes and templates, of a set that has classes."""
+        """The labels, classes and templates of a set that has classes."""
         assert self.labels is not None and self.classes is not None
         return Labelling(self.labels, self.classes, self.templates or ())
 
     @property
     def captioning(self) -> Captioning:
-        """Captions and their images, of a set that has captions."""
+        """The captions of a set that has captions, and the image of each."""
         assert self.captions is not None and self.caption_image is not None
         return Captioning(self.captions, self.caption_image)
 
@@ -66,5 +66,5 @@ class EvaluationSet:
         return self.images.keys
 
     def open_image(self, index: int, extent: Extent | None = None) -> Image.Image:
-        """Image `index`, RGB and upright, in full or at `extent` or larger; raises BadImage."""
+        """Return image `index`, RGB and upright, in full or at `extent` or larger; raises BadImage."""
         return self.images.open(index, extent)

@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from lib.data.image_names import READABLE
+from lib.data.find_images import READABLE
 from lib.errors import raised_as
 from lib.files import NotAFile, open_file
 

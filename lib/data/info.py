@@ -4,27 +4,38 @@ import io
 import json
 import textwrap
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 
 from lib.data import EvaluationSet, IndexedSource, Source, decode_image
 from lib.data.fields import shown
-from lib.data.hub.row_images import RowImages
 from lib.data.images import BadImage, Extent, ImageFiles, read_image_file
+from lib.data.load_datasets import RowImages
 from lib.data.pairs import Images, MixedSource, fill
 from lib.data.shards.evaluation import TarImages
 from lib.data.shards.source import Item, ShardSource
 from lib.files import without_secrets, write_text
 
-SAMPLED = 200
+SAMPLED, PICTURED, COLUMNS = 200, 24, 6
+"""Images whose headers are read; pairs in the picture, and how many of them in a row."""
+INFO, PICTURE = "data_info.json", "data_info.png"
+SHARDS, SAMPLES = 4, 400
+"""Shards to read from at most, and samples of all of them."""
+MOST_CLASSES, MOST_NAMED = 28, 3
+_SMALL = Extent(256, "shorter")
+
+
+class _Pair(NamedTuple):
+    open: Callable[[], Image.Image]
+    """decodes the image, or raises BadImage"""
+    text: str
 
 
 class _Header(NamedTuple):
@@ -34,128 +45,25 @@ class _Header(NamedTuple):
     mode: str
 
 
-def image_headers(images: Images, seed: int) -> dict:
-    """Widths and heights as stored, formats and modes of 200 random images."""
-    rows = np.random.default_rng(seed).permutation(len(images))[:SAMPLED].tolist()
-    return _summary([_header_of(images, row) for row in rows])
-
-
-def shard_headers(contents: Sequence[bytes]) -> dict:
-    """The same of image files given as bytes, evenly spaced among them."""
-    step = max(1, len(contents) // SAMPLED)
-    return _summary([_read(content) for content in contents[::step][:SAMPLED]])
-
-
-def _header_of(images: Images, row: int) -> _Header | None:
-    with suppress(BadImage, OSError):
-        if isinstance(images, ImageFiles):
-            return _read(read_image_file(images.paths[row]))
-        if isinstance(images, RowImages):
-            stored = images.content(row)
-            return _read(stored if isinstance(stored, bytes) else read_image_file(stored))
-        if isinstance(images, TarImages):
-            return _read(images.content(row))
-        image = images.open(row)
-        return _Header(image.width, image.height, "in memory", image.mode)
-    return None
-
-
-def _read(content: bytes) -> _Header | None:
-    with suppress(Exception), Image.open(io.BytesIO(content)) as image:  # Pillow's readers raise what they like
-        return _Header(image.width, image.height, image.format or "unknown", image.mode)
-    return None
-
-
-def _summary(headers: Iterable[_Header | None]) -> dict:
-    headers = list(headers)
-    good = [header for header in headers if header is not None]
-    sides = {}
-    for side in ("width", "height") if good else ():
-        values = [getattr(header, side) for header in good]
-        sides[side] = {"min": min(values), "median": float(np.median(values)), "max": max(values)}
-    return {
-        "sampled": len(headers),
-        **sides,
-        "formats": dict(Counter(header.format for header in good).most_common()),
-        "modes": dict(Counter(header.mode for header in good).most_common()),
-        "unreadable": len(headers) - len(good),
-    }
-
-
-PICTURED, COLUMNS = 24, 6
-_THUMBNAIL = 224  # pixels
-# In inches: side of a thumbnail, gap between two, height of a line of text, height of the title.
-_SIDE, _GAP, _LINE, _TITLE = 2.0, 0.12, 0.145, 0.4
-_LETTERS, _LINES = 28, 5  # of a text
-_DPI = 112
-
-
-class RandomPair(NamedTuple):
-    """A text, and what decodes its image or raises BadImage."""
-
-    open: Callable[[], Image.Image]
-    text: str
-
-
-def plot_pairs(pairs: Sequence[RandomPair], title: str, path: Path) -> None:
-    """Draw the pairs in rows of six; an image that cannot be decoded is a grey square with the reason."""
-    texts = [_wrapped(pair.text) for pair in pairs]
-    under = _LINE * max((len(lines) for lines in texts), default=0) + _GAP
-    columns, rows = COLUMNS, -(-len(pairs) // COLUMNS)
-    width, height = columns * (_SIDE + _GAP) + _GAP, rows * (_SIDE + under) + _TITLE
-    figure = Figure(figsize=(width, height))
-    figure.text(_GAP / width, 1 - 0.5 * _TITLE / height, title, fontsize=11, va="center", parse_math=False)
-    for place, (pair, lines) in enumerate(zip(pairs, texts, strict=True)):
-        row, column = divmod(place, columns)
-        left, bottom = _GAP + column * (_SIDE + _GAP), height - _TITLE - row * (_SIDE + under) - _SIDE
-        axes = figure.add_axes((left / width, bottom / height, _SIDE / width, _SIDE / height))
-        _show(axes, pair)
-        axes.text(0, -0.03, "\n".join(lines), transform=axes.transAxes, fontsize=8.5, va="top", parse_math=False)
-    figure.savefig(path, dpi=_DPI)
-
-
-def _wrapped(text: str) -> list[str]:
-    return textwrap.wrap(" ".join(text.split()), _LETTERS, max_lines=_LINES, placeholder=" …")
-
-
-def _show(axes: Axes, pair: RandomPair) -> None:
-    axes.axis("off")
-    try:
-        image = pair.open()
-        # Small ones are shown pixel by pixel; each stands on its text, with white above it.
-        enlarge = Image.Resampling.NEAREST if max(image.size) < _THUMBNAIL // 2 else Image.Resampling.BICUBIC
-        axes.imshow(ImageOps.pad(image, (_THUMBNAIL, _THUMBNAIL), enlarge, color="white", centering=(0.5, 1)))
-    except BadImage as bad:
-        axes.imshow(Image.new("RGB", (_THUMBNAIL, _THUMBNAIL), "lightgrey"))
-        axes.text(0.5, 0.5, bad.reason, transform=axes.transAxes, ha="center", va="center", fontsize=10)
-
-
-INFO, PICTURE = "data_info.json", "data_info.png"
-SHARDS, SAMPLES = 4, 400
-"""Shards that are looked into at most, and samples read of all of them."""
-MOST_CLASSES, MOST_NAMED = 28, 3
-_SMALL = Extent(256, "shorter")
-
-
 def data_info(source: Source, validation: EvaluationSet | None, folder: Path, seed: int = 0) -> None:
-    """Print what the data holds, and leave the numbers as data_info.json and 24 random pairs as data_info.png.
+    """Print counts and sizes of the data, and write them as data_info.json and 24 random pairs as data_info.png.
 
-    Shards are not read through: what is said of their samples is said of a few hundred.
+    Shards are not read to the end: the figures on their samples are those of a few hundred.
     """
-    training = _facts(source, seed)
+    training = _training_facts(source, seed)
     held_out = None if validation is None else _evaluation_facts(validation, seed)
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / INFO, json.dumps({"training": training, "held_out": held_out}, indent=2) + "\n")
     print(*_lines("training", training), *_lines("held out", held_out or {"name": "nothing"}), sep="\n")
     title = f"Random training pairs: {shown(without_secrets(source.where))}"
-    plot_pairs(_random_pairs(source, seed), title, folder / PICTURE)
+    _plot(_random_pairs(source, seed), title, folder / PICTURE)
     print(f"written    {folder / INFO} and {folder / PICTURE}")
 
 
-def _facts(source: Source, seed: int) -> dict:
+def _training_facts(source: Source, seed: int) -> dict:
     if isinstance(source, MixedSource):
         weighted = zip(source.weights, source.parts, strict=True)
-        parts = [{"weight": round(weight, 4)} | _facts(part, seed) for weight, part in weighted]
+        parts = [{"weight": round(weight, 4)} | _training_facts(part, seed) for weight, part in weighted]
         return {"name": source.where, "pairs": source.size, "distinct_texts": source.distinct_texts, "parts": parts}
     if isinstance(source, ShardSource):
         return _shard_facts(source, seed)
@@ -168,7 +76,7 @@ def _facts(source: Source, seed: int) -> dict:
         # With --captions one a pair has several texts, with all an image has several pairs.
         captions = np.bincount(source.image, weights=source.text_count).astype(int)
         facts |= _caption_facts(captions, source.texts)
-    return facts | {"image_headers": image_headers(source.images, seed), "left_out": _left_out(source.skipped)}
+    return facts | {"image_headers": _image_headers(source.images, seed), "left_out": _left_out(source.skipped)}
 
 
 def _evaluation_facts(data: EvaluationSet, seed: int) -> dict:
@@ -180,7 +88,7 @@ def _evaluation_facts(data: EvaluationSet, seed: int) -> dict:
         captions, image = data.captioning
         facts |= {"captions": len(captions), "distinct_texts": len(set(captions))}
         facts |= _caption_facts(np.bincount(image, minlength=len(data)), captions)
-    return facts | {"image_headers": image_headers(data.images, seed), "left_out": _left_out(data.skipped)}
+    return facts | {"image_headers": _image_headers(data.images, seed), "left_out": _left_out(data.skipped)}
 
 
 def _shard_facts(source: ShardSource, seed: int) -> dict:
@@ -197,14 +105,19 @@ def _shard_facts(source: ShardSource, seed: int) -> dict:
         for item in good:
             captions[item.key] += len(item.texts)
         facts |= _caption_facts(np.array(list(captions.values())), [text for item in good for text in item.texts])
-    images = {item.key: item.image for item in good}  # with several captions an image comes several times
+    # With several captions an image comes several times; the sample is evenly spaced among the images.
+    images = list({item.key: item.image for item in good}.values())
+    sampled = images[:: max(1, len(images) // SAMPLED)][:SAMPLED]
     # All of them where the shards were counted; else those that were looked at.
     left_out = source.unusable or [(item.key, item.reason) for item in items if item.reason]
-    return facts | {"image_headers": shard_headers(list(images.values())), "left_out": _left_out(left_out)}
+    return facts | {
+        "image_headers": _summary([_header(content) for content in sampled]),
+        "left_out": _left_out(left_out),
+    }
 
 
 def _some_items(source: ShardSource, seed: int) -> list[Item]:
-    """Pairs of the first samples of a few random shards, for a seed always the same: none is fetched in vain."""
+    """Return pairs of the first samples of a few random shards, the same ones for a seed: none is fetched twice."""
     found, left = [], SAMPLES
     for shard in np.random.default_rng(seed).permutation(len(source.shards))[:SHARDS].tolist():
         for _, items in source.read(shard, range(min(left, SAMPLES // 2))):
@@ -215,8 +128,8 @@ def _some_items(source: ShardSource, seed: int) -> list[Item]:
     return found
 
 
-def _random_pairs(source: Source, seed: int) -> list[RandomPair]:
-    """At most 24 pairs; of a mixture, as many of each part as its weight says."""
+def _random_pairs(source: Source, seed: int) -> list[_Pair]:
+    """Return at most 24 pairs; of a mixture, each source has a share by its weight."""
     rng = np.random.default_rng(seed)
     if isinstance(source, MixedSource):
         left = [_random_pairs(part, seed) for part in source.parts]
@@ -225,14 +138,14 @@ def _random_pairs(source: Source, seed: int) -> list[RandomPair]:
     if isinstance(source, ShardSource):
         good = [item for item in _some_items(source, seed) if item.reason is None]
         chosen = [good[place] for place in rng.permutation(len(good))[:PICTURED]]
-        return [RandomPair(partial(decode_image, item.image, _SMALL), str(rng.choice(item.texts))) for item in chosen]
+        return [_Pair(partial(decode_image, item.image, _SMALL), str(rng.choice(item.texts))) for item in chosen]
     assert isinstance(source, IndexedSource)
     return [_random_pair(source, pair, rng) for pair in rng.permutation(source.size)[:PICTURED].tolist()]
 
 
-def _random_pair(source: IndexedSource, pair: int, rng: np.random.Generator) -> RandomPair:
+def _random_pair(source: IndexedSource, pair: int, rng: np.random.Generator) -> _Pair:
     text = source.first_text[pair] + rng.integers(source.text_count[pair])
-    return RandomPair(partial(source.images.open, int(source.image[pair]), _SMALL), source.texts[text])
+    return _Pair(partial(source.images.open, int(source.image[pair]), _SMALL), source.texts[text])
 
 
 def _class_counts(labels: np.ndarray, classes: Sequence[str]) -> dict[str, int]:
@@ -251,14 +164,14 @@ def _spread(values: np.ndarray) -> dict:
 
 
 def _left_out(skipped: Sequence[tuple[str, str]]) -> dict[str, dict]:
-    """By reason: how many, and the first few."""
+    """Count the skips by reason, and name the first few."""
     reasons = Counter(reason for _, reason in skipped)
     first = {reason: [key for key, why in skipped if why == reason][:MOST_NAMED] for reason in reasons}
     return {reason: {"count": count, "first": first[reason]} for reason, count in reasons.most_common()}
 
 
 def _lines(title: str, facts: dict) -> Iterator[str]:
-    """The printed lines about a part of the data, the title before the first."""
+    """Yield the printed lines on training or held-out data, the title before the first."""
     label = title
     for line in _statements(facts):
         yield f"{label:<11}{line}"
@@ -295,7 +208,7 @@ def _header_statements(headers: dict) -> Iterator[str]:
 
 
 def _class_statements(classes: dict[str, int]) -> Iterator[str]:
-    """A line per class; of many, those with the most and those with the fewest images."""
+    """Yield a line per class; of many classes those with the most and those with the fewest images."""
     if not classes:
         return
     yield f"{len(classes)} classes, images of each:"
@@ -305,3 +218,63 @@ def _class_statements(classes: dict[str, int]) -> Iterator[str]:
     shown = ranked if len(ranked) <= MOST_CLASSES else [*ranked[:half], None, *ranked[-half:]]
     for entry in shown:
         yield f"  … {len(ranked) - 2 * half} more" if entry is None else f"  {entry[0]:<{width}} {entry[1]:>7,}"
+
+
+def _image_headers(images: Images, seed: int) -> dict:
+    """Summarize widths and heights as stored, formats and modes of 200 random images."""
+    rows = np.random.default_rng(seed).permutation(len(images))[:SAMPLED].tolist()
+    return _summary([_header_of(images, row) for row in rows])
+
+
+def _header_of(images: Images, row: int) -> _Header | None:
+    with suppress(BadImage, OSError):
+        if isinstance(images, ImageFiles):
+            return _header(read_image_file(images.paths[row]))
+        if isinstance(images, RowImages | TarImages):
+            stored = images.content(row)
+            return _header(stored if isinstance(stored, bytes) else read_image_file(stored))
+        image = images.open(row)
+        return _Header(image.width, image.height, "in memory", image.mode)
+    return None
+
+
+def _header(content: bytes) -> _Header | None:
+    with suppress(Exception), Image.open(io.BytesIO(content)) as image:  # Pillow raises errors of many types
+        return _Header(image.width, image.height, image.format or "unknown", image.mode)
+    return None
+
+
+def _summary(headers: Sequence[_Header | None]) -> dict:
+    good = [header for header in headers if header is not None]
+    sides = {}
+    for side in ("width", "height") if good else ():
+        values = [getattr(header, side) for header in good]
+        sides[side] = {"min": min(values), "median": float(np.median(values)), "max": max(values)}
+    return {
+        "sampled": len(headers),
+        **sides,
+        "formats": dict(Counter(header.format for header in good).most_common()),
+        "modes": dict(Counter(header.mode for header in good).most_common()),
+        "unreadable": len(headers) - len(good),
+    }
+
+
+def _plot(pairs: Sequence[_Pair], title: str, path: Path) -> None:
+    """Draw the pairs in rows of six; an image that cannot be decoded is a grey square with the reason."""
+    rows = -(-len(pairs) // COLUMNS) or 1
+    figure = Figure(figsize=(2.2 * COLUMNS, 2.9 * rows + 0.5), layout="constrained")
+    figure.suptitle(title, fontsize=11, x=0.01, ha="left", parse_math=False)
+    for axes in figure.subplots(rows, COLUMNS, squeeze=False).flat:
+        axes.axis("off")
+    for axes, pair in zip(figure.axes, pairs, strict=False):
+        try:
+            image = pair.open()
+            # Small ones are shown pixel by pixel; each stands on its text, with white above it.
+            enlarge = Image.Resampling.NEAREST if max(image.size) < 112 else Image.Resampling.BICUBIC
+            axes.imshow(ImageOps.pad(image, (224, 224), enlarge, color="white", centering=(0.5, 1)))
+        except BadImage as bad:
+            axes.imshow(Image.new("RGB", (224, 224), "lightgrey"))
+            axes.text(0.5, 0.5, bad.reason, transform=axes.transAxes, ha="center", va="center", fontsize=10)
+        lines = textwrap.wrap(" ".join(pair.text.split()), width=28, max_lines=5, placeholder=" …")
+        axes.text(0, -0.03, "\n".join(lines), transform=axes.transAxes, fontsize=8.5, va="top", parse_math=False)
+    figure.savefig(path, dpi=112, bbox_inches="tight")

@@ -1,4 +1,4 @@
-"""Opening of data for training, validation and evaluation: which split serves for what, and mixtures."""
+"""Opening of data for training, validation and evaluation: the choice of splits, held-out images, mixtures."""
 
 import os
 from collections.abc import Sequence
@@ -7,16 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from lib.data.captions.listing import CaptionedImages
-from lib.data.captions.source import captioned_evaluation, captioned_source
-from lib.data.classes.labelled import labelled_evaluation, labelled_source
-from lib.data.classes.labelled_rows import LabelledRows
-from lib.data.classes.prompt_banks import load_templates
-from lib.data.classes.torchvision_sets import TorchvisionSet
+from lib.data.caption_table import CaptionTable
 from lib.data.evaluation_set import EvaluationSet
 from lib.data.fields import FOUND_COLUMNS, Columns
-from lib.data.hold_out import hold_out
+from lib.data.labelled_table import LabelledTable
 from lib.data.pairs import Captions, MixedSource, Source
+from lib.data.prompt_banks import load_templates
 from lib.data.recognize import OpenedData, Output, has_columns, open_data
 from lib.data.remote.fetch import Fetcher, default_fetcher
 from lib.data.shards.evaluation import shard_evaluation
@@ -24,7 +20,7 @@ from lib.data.shards.shard_set import ShardSet
 from lib.data.shards.source import shard_source
 from lib.errors import InputError
 
-# "all" stands for data without splits; "train" comes last because looking at it flatters.
+# "all" stands for data without splits. "train" comes last: figures on images that were trained on flatter.
 _TO_EVALUATE = ("test", "val", "all", "train")
 _TO_VALIDATE = ("val", "test", "all", "train")
 _HELD_OUT = ("val", "test")
@@ -43,10 +39,10 @@ def open_sources(
     fetcher: Fetcher | None = None,
     output: Output | None = None,
 ) -> tuple[Source, EvaluationSet | None]:
-    """The training source, and what to validate on: of `val_data`, else held out of `data`, else nothing.
+    """Return the training source, and the validation set: `val_data`, else a split of `data`, else None.
 
-    Several `data` are mixed: a::0.7 b::0.3 by weight, a b by size; the first that has a held-out part is
-    validated on. held_out_fraction: of data without parts, see `hold_out`. class_names: a file, see `renamed`.
+    Several `data` are mixed: a::0.7 b::0.3 by weight, a b by size; the first with a split besides train is
+    validated on. held_out_fraction: of data without splits, see `hold_out`. class_names: a file, see `renamed`.
     output: the folder of the run, which may not lie in folders of images.
     Raises InputError, naming --data, --val-data, --hold-out, --captions, --prompts or --class-names, for what cannot be
     used.
@@ -76,13 +72,33 @@ def open_sources(
     return source, validation
 
 
+def hold_out(opened: OpenedData, fraction: float | None, data: str) -> OpenedData:
+    """Divide data without splits, or with a train split alone, into train and test; as it is without a fraction.
+
+    fraction: of the images of each class, or of all captioned images; at least one of each class that has two. The
+    choice depends only on the images' names, so that training and evaluation always agree.
+    Raises InputError, naming --hold-out, for data that has splits already or cannot be divided.
+    """
+    if fraction is None:
+        return opened
+    if not 0 < fraction < 1:
+        raise InputError(f"--hold-out {fraction:g} must be between 0 and 1; 0.1 keeps a tenth of the images")
+    if isinstance(opened, ShardSet) or (isinstance(opened, LabelledTable) and opened.divisible is None):
+        raise InputError(
+            f"--hold-out {fraction:g} divides class folders, captions, parquet and hub data, and --data {data} is none"
+        )
+    if len(opened.splits) != 1 or not set(opened.splits) & {"all", "train"}:
+        splits = ", ".join(opened.splits)
+        raise InputError(f"--hold-out {fraction:g}: --data {data} has its splits already ({splits}); leave it out")
+    return opened.held_out(fraction)
+
+
 @dataclass(frozen=True)
 class EvaluationData:
-    """Data to evaluate on, found once; its parts are listed when they are asked for."""
+    """Data to evaluate on, recognized once; its splits are listed when they are asked for."""
 
     data: str
     prompts: str | None
-    image_root: str | None
     fetcher: Fetcher
     opened: OpenedData
     captions: Captions = "all"
@@ -92,7 +108,6 @@ class EvaluationData:
         cls,
         data: str,
         prompts: str | None,
-        *,
         image_root: str | None = None,
         columns: Columns = FOUND_COLUMNS,
         held_out_fraction: float | None = None,
@@ -106,25 +121,25 @@ class EvaluationData:
         _check_image_root(image_root, data, [opened])
         check_columns(columns, data, [opened])
         _check_lines(captions, data, [opened])
-        return cls(data, prompts, image_root, fetcher, opened, captions)
+        return cls(data, prompts, fetcher, opened, captions)
 
     def part_for(self, split: str) -> str:
-        """The part that a --split means: of "auto" test, else val, else all there is; InputError if there is none."""
+        """Return the split that --split means: for "auto" test, else val, else all there is; InputError for none."""
         wanted = {"auto": _TO_EVALUATE, "train": ("train", "all"), "val": ("val",), "test": ("test",)}
         if split not in wanted:
             raise InputError(f"--split {split} is not one of {', '.join(wanted)}")
-        part = next((part for part in wanted[split] if part in self.opened.splits), None)
-        if part is None:
+        found = next((each for each in wanted[split] if each in self.opened.splits), None)
+        if found is None:
             raise InputError(f"--split {split}: {self.data} has only {', '.join(self.opened.splits)}; try --split auto")
-        return part
+        return found
 
-    def of(self, part: str) -> EvaluationSet | None:
-        """The images of train, val or test, or of "all" where the data has no parts; None if there is no such part."""
-        return self.of_split(part) if part in self.opened.splits else None
+    def of(self, split: str) -> EvaluationSet | None:
+        """Return the images of train, val, test, or "all" of data without splits; None if there is no such split."""
+        return self.of_split(split) if split in self.opened.splits else None
 
-    def of_split(self, part: str) -> EvaluationSet:
-        """The images of a part that the data has, as `part_for` names it."""
-        evaluation_set = _evaluation(self.opened, "--data", part, _Texts(self.prompts, self.captions), self.fetcher)
+    def of_split(self, split: str) -> EvaluationSet:
+        """Return the images of a split that the data has, as `part_for` names it."""
+        evaluation_set = _evaluation(self.opened, "--data", split, _Texts(self.prompts, self.captions), self.fetcher)
         _check_prompts(self.prompts, self.data, evaluation_set)
         return evaluation_set
 
@@ -140,19 +155,11 @@ def open_evaluation(
     captions: Captions = "all",
     fetcher: Fetcher | None = None,
 ) -> EvaluationSet:
-    """The images of one split, train, val or test, to evaluate on; "auto": test, else val, else all there is.
+    """Return the images of one split, train, val or test, to evaluate on; "auto": test, else val, else all there is.
 
     Raises InputError, naming --data, --split or --prompts, for what cannot be used.
     """
-    found = EvaluationData.find(
-        data,
-        prompts,
-        image_root=image_root,
-        columns=columns,
-        held_out_fraction=held_out_fraction,
-        captions=captions,
-        fetcher=fetcher,
-    )
+    found = EvaluationData.find(data, prompts, image_root, columns, held_out_fraction, captions, fetcher)
     return found.of_split(found.part_for(split))
 
 
@@ -170,15 +177,15 @@ class _Texts(NamedTuple):
 def _training(opened: OpenedData, texts: _Texts, fetcher: Fetcher) -> Source:
     if isinstance(opened, ShardSet):
         return shard_source(opened, texts.captions, texts.templates("simple"), fetcher)
-    if isinstance(opened, CaptionedImages):
-        return captioned_source(opened, texts.captions)
-    return labelled_source(opened, texts.templates(opened.bank), texts.class_names)
+    if isinstance(opened, CaptionTable):
+        return opened.source(texts.captions)
+    return opened.source(texts.templates(opened.bank), texts.class_names)
 
 
 def _first_of(
     opened: OpenedData, flag: str, wanted: Sequence[str], texts: _Texts, fetcher: Fetcher
 ) -> EvaluationSet | None:
-    """The first of the wanted splits that is there, or None."""
+    """Return the first of the wanted splits that is there, or None."""
     split = next((split for split in wanted if split in opened.splits), None)
     return None if split is None else _evaluation(opened, flag, split, texts, fetcher)
 
@@ -186,13 +193,13 @@ def _first_of(
 def _evaluation(opened: OpenedData, flag: str, split: str, texts: _Texts, fetcher: Fetcher) -> EvaluationSet:
     if isinstance(opened, ShardSet):
         return shard_evaluation(opened, split, flag, texts.templates("simple"), fetcher, texts.captions == "lines")
-    if isinstance(opened, CaptionedImages):
-        return captioned_evaluation(opened, split, flag)
-    return labelled_evaluation(opened, split, texts.templates(opened.bank), texts.class_names)
+    if isinstance(opened, CaptionTable):
+        return opened.evaluation(split)
+    return opened.evaluation(split, texts.templates(opened.bank), texts.class_names)
 
 
 def split_weight(data: str) -> tuple[str, float | None]:
-    """A source and the weight that may follow it after two colons."""
+    """Return a source and the weight that may follow it after two colons."""
     name, _, number = data.rpartition("::")
     weight = None
     if name and not os.path.exists(data):
@@ -206,7 +213,7 @@ def split_weight(data: str) -> tuple[str, float | None]:
 
 
 def _mix(sources: list[Source], weighted: list[tuple[str, float | None]]) -> MixedSource:
-    """One source of several, by their weights or, where none has one, by their sizes."""
+    """Mix several sources by their weights or, where none has one, by their sizes."""
     names, given = zip(*weighted, strict=True)
     if None in given and any(weight is not None for weight in given):
         bare = names[given.index(None)]
@@ -234,10 +241,10 @@ def _check_prompts(prompts: str | None, data: str, *opened: Source | EvaluationS
 
 
 def _check_class_names(class_names: Path | None, data: str, opened: Sequence[OpenedData]) -> None:
-    if class_names is None or not all(isinstance(each, CaptionedImages | ShardSet) for each in opened):
+    if class_names is None or any(isinstance(each, LabelledTable) for each in opened):
         return
     if any(isinstance(each, ShardSet) for each in opened):
-        raise InputError(f"--class-names {class_names}: shards have their class names in classes.txt beside them")
+        raise InputError(f"--class-names {class_names}: shards have their class names in classes.txt next to them")
     raise InputError(f"--class-names {class_names} goes with class names, and {data} has captions; leave it out")
 
 
@@ -247,12 +254,17 @@ def _check_lines(captions: Captions, data: str, opened: Sequence[OpenedData | No
 
 
 def _check_image_root(image_root: str | None, data: str, opened: Sequence[OpenedData | None]) -> None:
-    if image_root is not None and not any(
-        isinstance(each, CaptionedImages | TorchvisionSet | LabelledRows) for each in opened
-    ):
+    if image_root is not None and not any(_takes_image_root(each) for each in opened):
         raise InputError(
             f"--image-root {image_root} is for files that name images, and {data} holds its own; leave it out"
         )
+
+
+def _takes_image_root(opened: OpenedData | None) -> bool:
+    """True for data that names image files, and for torchvision's sets, whose folder it is."""
+    if isinstance(opened, LabelledTable):
+        return opened.has_columns or opened.kind == "torchvision"
+    return isinstance(opened, CaptionTable)
 
 
 def check_columns(columns: Columns, data: str, opened: Sequence[OpenedData | None]) -> None:

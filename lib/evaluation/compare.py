@@ -8,8 +8,8 @@ from pathlib import Path, PurePath
 import numpy as np
 import torch
 
-from lib.data.classes.class_names import renamed
 from lib.data.evaluation_set import EvaluationSet
+from lib.data.prompt_banks import renamed
 from lib.errors import InputError
 from lib.evaluation.charts import plot_intervals, plot_training
 from lib.evaluation.class_charts import plot_confusions, plot_f1_differences

@@ -6,7 +6,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from lib.data.classes.class_names import renamed
+from lib.data.prompt_banks import renamed
 from lib.evaluation.calibration import Reliability, calibrate, calibration_table
 from lib.evaluation.charts import plot_prompts, plot_reliability
 from lib.evaluation.class_charts import plot_class_f1, plot_confusions

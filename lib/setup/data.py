@@ -17,10 +17,10 @@ from lib.config import TrainConfig
 from lib.config.arguments import LARGEST
 from lib.data import EvaluationSet, ImagePipeline, IndexedSource, Prepare, Source, open_sources
 from lib.data.batch import Tokenize, padded_to
-from lib.data.classes.prompt_banks import load_negative_prompts
 from lib.data.fields import Columns
 from lib.data.info import data_info
 from lib.data.pairs import parts_of
+from lib.data.prompt_banks import load_negative_prompts
 from lib.data.recognize import Output
 from lib.data.remote.fetch import Fetcher, default_fetcher
 from lib.data.remote.transfer import is_away

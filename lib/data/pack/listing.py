@@ -6,10 +6,11 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import NamedTuple
 
-from lib.data.captions.listing import Captioned, CaptionedImages
-from lib.data.hub.row_images import RowImages
-from lib.data.image_names import READABLE
+from lib.data.caption_table import Captioned, CaptionTable
+from lib.data.fields import of_all_splits
+from lib.data.find_images import READABLE
 from lib.data.images import BadImage, ImageFiles, open_header, read_image_file
+from lib.data.load_datasets import RowImages
 from lib.data.pairs import Images
 from lib.data.recognize import OpenedData
 from lib.data.remote.fetch import Fetcher
@@ -18,7 +19,6 @@ from lib.data.shards.index import SPLITS
 from lib.data.shards.kind import text_form
 from lib.data.shards.shard_set import ShardSet
 from lib.data.shards.tars import IMAGE_SUFFIXES, Damage, index_shard, read_image
-from lib.data.skipped import of_all_splits
 
 _OF_FORMAT = {name: extensions[0].removeprefix(".") for name, extensions in READABLE.items()}
 
@@ -122,7 +122,7 @@ def list_samples(opened: OpenedData, flag: str, fetcher: Fetcher, lines: bool = 
 
     lines: each line of a .txt member of shards is a caption.
     """
-    if isinstance(opened, CaptionedImages):
+    if isinstance(opened, CaptionTable):
         entries = [_captioned(image, opened.stored) for image in opened.images]
         return Listing(_by_split(entries), None, [*of_all_splits(opened.left_out)])
     if isinstance(opened, ShardSet):

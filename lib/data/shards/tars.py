@@ -9,7 +9,7 @@ from typing import BinaryIO, NamedTuple
 
 from webdataset.tariterators import base_plus_ext
 
-from lib.data.image_names import IMAGE_EXTENSIONS, is_hidden
+from lib.data.find_images import IMAGE_EXTENSIONS, is_hidden
 from lib.data.images import BadImage
 from lib.data.remote.fetch import Fetcher, Unreachable, fault
 from lib.errors import raised_as

@@ -1,15 +1,20 @@
-"""Loading with the `datasets` library: by name from the hub, from parquet files, from a folder of `save_to_disk`."""
+"""Rows loaded with the `datasets` library: from the hub, parquet files or a folder of `save_to_disk`; their images."""
 
 import glob
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lib.data.captions.listing import SPLITS
-from lib.data.image_names import is_hidden
+import numpy as np
+from PIL import Image
+
+from lib.data.fields import SPLITS
+from lib.data.find_images import is_hidden
+from lib.data.images import Extent, decode_image, file_stamp
 from lib.errors import InputError, raised_as
 from lib.files import open_file, without_secrets
 
@@ -21,26 +26,59 @@ _LONGEST_REASON = 300
 _UNDIVIDED = "rows"  # of data without splits; the library keeps the word "all" for itself
 
 
-class SplitRows(NamedTuple):
-    """Consecutive rows that belong to one split."""
-
-    own_name: str
-    """as the data calls it: "validation" """
-    split: str
-    """train, val, test or all"""
-    rows: int
-
-
 class Rows(NamedTuple):
     """The rows of a data set, memory-mapped, one split after the other."""
 
     table: Any
     """a `datasets.Dataset`"""
-    splits: list[SplitRows]
+    keys: list[str]
+    """"validation/7": the split as the data calls it, and the row in it"""
+    splits: list[str]
+    """train, val, test or all, of each row"""
     unread: tuple[str, ...]
     """names of splits that are neither for training nor for evaluation: "extra" """
     version: str
     """the library's fingerprints: they change when the rows do, and are the same in every process"""
+
+
+@dataclass(frozen=True)
+class RowImages:
+    """Images of rows: `keys[i]` names image i, `places[i]` is its row, or its path where no bytes are stored."""
+
+    keys: list[str]
+    places: list[int | str | None]
+    """None: there is no image; never opened"""
+    column: Any
+    """a `datasets.Dataset` with one column, whose images are not decoded; memory-mapped, and pickled as paths"""
+    version: str
+    """changes when the data set or the column does"""
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def content(self, index: int) -> bytes | str:
+        """Return the bytes of the file as stored, or its path."""
+        place = self.places[index]
+        assert place is not None, "rows without an image are left out"
+        if isinstance(place, str):
+            return place
+        (value,) = self.column[place].values()
+        return value["bytes"] if isinstance(value, dict) else value
+
+    def open(self, index: int, extent: Extent | None = None) -> Image.Image:
+        """Return image `index`, RGB and upright, in full or at `extent` or larger; raises BadImage."""
+        return decode_image(self.content(index), extent)
+
+    def identity(self, rows: np.ndarray) -> str:
+        """Return a text that changes when one of these images does, by fingerprint, or size and time of its file."""
+        places = [self.places[row] for row in rows]
+        return repr((self.version, [file_stamp(each) if isinstance(each, str) else each for each in places]))
+
+    def chosen(self, rows: Iterable[int]) -> "RowImages":
+        """Return these of the images, numbered anew."""
+        rows = list(rows)
+        keys, places = [self.keys[row] for row in rows], [self.places[row] for row in rows]
+        return RowImages(keys, places, self.column, self.version)
 
 
 def load_hub(name: str, flag: str) -> Rows:
@@ -53,7 +91,7 @@ def load_hub(name: str, flag: str) -> Rows:
     if os.path.isdir(repository):  # the library would read it instead
         raise InputError(f"{asked}: {repository} is a folder here as well; leave hub: out to read that one")
     datasets = _library(asked)
-    # The library, the network and the repository raise what they like.
+    # The library, the network and the repository raise errors of many types.
     with raised_as(lambda fault: InputError(f"{asked} {_fault_of_hub(fault, repository)}"), Exception), _calm(datasets):
         found = datasets.load_dataset(repository, match["config"])
     return _rows(found, asked, match["split"], f"name one, as hub:{repository}:SPLIT")
@@ -62,7 +100,7 @@ def load_hub(name: str, flag: str) -> Rows:
 def load_parquet(name: str, flag: str, cache: Path) -> Rows:
     """Load a parquet file or a glob of them (split "all"), or a folder; `cache` gets a copy that can be memory-mapped.
 
-    The splits of a folder are those of its README.md, if it came from the hub, else those in the names of its files.
+    A folder's splits are those of its README.md, if it came from the hub, else those in the names of its files.
     """
     asked, folder = f"{flag} {name}", Path(name) if os.path.isdir(name) else None
     named = [name] if os.path.exists(name) else sorted(glob.glob(name))  # a name may look like a glob
@@ -81,7 +119,7 @@ def load_parquet(name: str, flag: str, cache: Path) -> Rows:
 
 
 def load_saved(folder: Path, flag: str) -> Rows:
-    """Load what `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote; InputError where it is not whole."""
+    """Load what `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote; InputError where it is incomplete."""
     asked = f"{flag} {folder}"
     datasets = _library(asked)
     wrong = f"{asked} cannot be read as a folder of save_to_disk"
@@ -91,13 +129,13 @@ def load_saved(folder: Path, flag: str) -> Rows:
 
 
 def is_saved(folder: Path) -> bool:
-    """Whether the folder was written by `save_to_disk`."""
+    """True for a folder of `save_to_disk`."""
     names = ("dataset_info.json", "state.json")
     return (folder / "dataset_dict.json").is_file() or all((folder / name).is_file() for name in names)
 
 
 def holds_parquet(folder: Path) -> bool:
-    """Whether parquet files lie in the folder or its data/, or deeper in a download from the hub."""
+    """True where parquet files lie in the folder or its data/, or deeper in a download from the hub."""
     patterns = [f"*{PARQUET}", f"data/*{PARQUET}"]
     if has_card(folder):  # other folders may have thousands of subfolders, one for each class
         patterns += [f"*/*{PARQUET}", f"*/*/*{PARQUET}"]
@@ -105,7 +143,7 @@ def holds_parquet(folder: Path) -> bool:
 
 
 def has_card(folder: Path) -> bool:
-    """Whether there is a README.md that begins with the YAML of the hub: configurations, splits, class names."""
+    """True where README.md begins with the YAML of the hub: configurations, splits, class names."""
     with suppress(OSError), open_file(folder / "README.md") as file:
         return file.readline(100).strip() == b"---"
     return False
@@ -117,7 +155,7 @@ def _files_below(folder: Path) -> list[Path]:
 
 
 def _by_split(folder: Path, files: list[Path]) -> dict[str, list[Path]]:
-    """The files by the split in their path; all in one where no path has any."""
+    """Group the files by the split in their path; a single group where no path has any."""
     by_split: dict[str, list[Path]] = {}
     for file in files:
         match = _SPLIT_IN_PATH.search(file.relative_to(folder).as_posix())
@@ -126,9 +164,9 @@ def _by_split(folder: Path, files: list[Path]) -> dict[str, list[Path]]:
 
 
 def _rows(found: Any, asked: str, wanted: str | None, one_split: str) -> Rows:
-    """The splits that are for training or evaluation, or the wanted one; InputError where there is none.
+    """Return the splits for training and evaluation, or the wanted one; InputError where there is none.
 
-    one_split: how to ask for a single one.
+    one_split: advice on how to name a single one.
     """
     import datasets
 
@@ -146,9 +184,10 @@ def _rows(found: Any, asked: str, wanted: str | None, one_split: str) -> Rows:
     wrong = f"{asked}: its splits have different columns"
     with raised_as(lambda fault: InputError(f"{wrong} ({_reason(fault)}); {one_split}"), Exception):
         table = datasets.concatenate_datasets(tables) if len(tables) > 1 else tables[0]
-    splits = [SplitRows(name, split, len(own[name])) for name, split in split_of.items()]
+    keys = [f"{name}/{row}" for name in split_of for row in range(len(own[name]))]
+    splits = [split for name, split in split_of.items() for _ in range(len(own[name]))]
     unread = () if wanted is not None else tuple(name for name in own if name not in split_of)
-    return Rows(table, splits, unread, " ".join(each._fingerprint for each in tables))
+    return Rows(table, keys, splits, unread, " ".join(each._fingerprint for each in tables))
 
 
 def _library(asked: str) -> Any:
@@ -160,7 +199,7 @@ def _library(asked: str) -> Any:
 
 @contextmanager
 def _calm(datasets: Any) -> Iterator[None]:
-    """Without the library's progress bars and log lines, which every rank would print."""
+    """Silence the library's progress bars and log lines, which every rank would print."""
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
     from huggingface_hub.utils import logging as hub_logging
 
@@ -182,7 +221,7 @@ def _calm(datasets: Any) -> Iterator[None]:
 
 
 def _fault_of_hub(error: Exception, repository: str) -> str:
-    """The fault and its remedy, in words that follow the name that was asked for."""
+    """Return the fault and its remedy, as the end of a sentence that begins with the name of the data."""
     message = _reason(error)
     if "Config name is missing" in message or "BuilderConfig" in message:
         names = re.search(r"\[(.*?)\]", message)
@@ -207,19 +246,19 @@ def _fault_of_parquet(error: Exception, asked: str, files: Sequence[Path]) -> In
 
 
 def _broken(files: Sequence[Path]) -> str | None:
-    """The first file that is no whole parquet file, and why; None where all are."""
+    """Return the first file that is no complete parquet file, and why; None where all are complete."""
     from pyarrow.parquet import read_metadata
 
     for file in files:
         try:
             read_metadata(file)
         except Exception as error:
-            return f"{file} is no whole {PARQUET} file ({_reason(error)})"
+            return f"{file} is no complete {PARQUET} file ({_reason(error)})"
     return None
 
 
 def _reason(error: BaseException) -> str:
-    """The first cause in one line of bearable length."""
+    """Return the first cause in one line of limited length."""
     while error.__cause__ is not None:
         error = error.__cause__
     return (" ".join(without_secrets(str(error)).split()) or type(error).__name__)[:_LONGEST_REASON]

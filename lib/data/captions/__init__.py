@@ -1,1 +1,0 @@
-"""Captioned images: the readers of every file format, one listing, training pairs and evaluation sets of it."""
