@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 from lib.data import BadImage, ImagePipeline, decode_image
 from lib.data.image_names import READABLE
 from lib.data.images import MAX_PIXELS, Extent
-from lib.data.resize import Resize
+from lib.data.pipeline import Resize
 from lib.errors import InputError
 
 AUGMENT = ("none", "light", "jitter", "strong")

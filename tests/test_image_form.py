@@ -25,8 +25,7 @@ from transformers import (
     ViTImageProcessor,
 )
 
-from lib.data.pipeline import ImagePipeline
-from lib.data.resize import Resize
+from lib.data.pipeline import ImagePipeline, Resize
 from lib.errors import InputError
 from lib.towers.image_form import DEFAULT_FORMS, IMAGENET_MEAN, IMAGENET_STD, preparation, read_image_form
 from lib.towers.measured_form import TOLERANCE, ImageForm, Preparation, difference, measured_form, probe

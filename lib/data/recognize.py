@@ -16,13 +16,13 @@ from lib.data.classes.folders import check_no_captions, find_class_folders
 from lib.data.classes.labelled import LabelledImages
 from lib.data.classes.labelled_rows import LabelledRows
 from lib.data.classes.torchvision_sets import NAMES, TorchvisionSet
+from lib.data.fetcher import Fetcher
 from lib.data.fields import FOUND_COLUMNS, Columns
 from lib.data.hub.library import PARQUET as PARQUET_SUFFIX
 from lib.data.hub.library import has_card, holds_parquet, is_saved, load_hub, load_parquet, load_saved
 from lib.data.hub.row_samples import read_rows
-from lib.data.remote.fetch import Fetcher
-from lib.data.remote.transfer import PIPE, TARS
-from lib.data.shards.shard_set import ShardSet, find_shards
+from lib.data.remote import PIPE, TARS
+from lib.data.shards import ShardSet, find_shards
 from lib.errors import InputError, readable
 from lib.files import open_file
 

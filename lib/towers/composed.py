@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from lib.data.resize import ResizeFlag
+from lib.data.pipeline import ResizeFlag
 from lib.errors import InputError, raised_as
 from lib.towers.classifiers import SOURCES, is_classifier, is_timm, load_classifier, new_classifier
 from lib.towers.encoders import (

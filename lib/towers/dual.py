@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from lib.data.resize import ResizeFlag
+from lib.data.pipeline import ResizeFlag
 from lib.errors import InputError
 from lib.towers.encoders import TEXT_POOLINGS, check_and_settle, patch_size_of
 from lib.towers.image_form import ImageForm, model_image_form, read_image_form

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoImageProcessor
 from transformers.image_processing_utils import BaseImageProcessor
 
-from lib.data.resize import Resize, ResizeFlag
+from lib.data.pipeline import Resize, ResizeFlag
 from lib.errors import raised_as
 from lib.towers.measured_form import ImageForm, Preparation, difference, measured_form, probe, unlike
 from lib.towers.model_files import NO_CODE

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Literal
 
-from lib.data.resize import ResizeFlag
+from lib.data.pipeline import ResizeFlag
 from lib.errors import InputError
 from lib.towers.composed import new_pair
 from lib.towers.encoders import find_half, split_half

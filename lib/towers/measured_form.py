@@ -12,8 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lib.data.pipeline import ImagePipeline
-from lib.data.resize import MODES, Channels, Interpolation, Resize, ResizeFlag, Way
+from lib.data.pipeline import MODES, Channels, ImagePipeline, Interpolation, Resize, ResizeFlag, Way
 from lib.errors import InputError, raised_as
 
 TOLERANCE = 0.6

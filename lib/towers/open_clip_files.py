@@ -9,7 +9,7 @@ import torch
 from tokenizers import Regex, normalizers
 from transformers import AutoTokenizer, CLIPTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
-from lib.data.resize import MODES, Resize, Way
+from lib.data.pipeline import MODES, Resize, Way
 from lib.errors import InputError, raised_as
 from lib.towers.image_form import DEFAULT_FORMS, ImageForm
 from lib.towers.model_files import CONFIG, NO_CODE, OPEN_CLIP_CONFIG, ModelFolder, find_model

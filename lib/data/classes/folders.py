@@ -11,7 +11,7 @@ from lib.data.captions.listing import SPLITS
 from lib.data.fields import is_utf8, readable_class, shown
 from lib.data.image_names import is_image_name
 from lib.data.images import ImageFiles
-from lib.data.remote.transfer import TARS
+from lib.data.remote import TARS
 from lib.data.skipped import Skips, by_split
 from lib.data.walk import FolderImages, walk_images
 from lib.errors import InputError

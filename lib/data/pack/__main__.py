@@ -1,6 +1,6 @@
 """Pack any data that training reads into WebDataset shards: `python -m lib.data.pack SOURCE --out DIR`.
 
-DIR is then data itself: `--data DIR`. Interrupted, the same command goes on where it stopped.
+Train on it with `--data DIR`. After an interruption, the same command resumes where it stopped.
 """
 
 import json
@@ -18,15 +18,13 @@ import tyro
 from tqdm import tqdm
 
 from lib.config.arguments import parse
+from lib.data.fetcher import Fetcher, default_fetcher
 from lib.data.fields import Columns
 from lib.data.order import permutation
-from lib.data.pack.listing import Entry, Listing, list_samples
-from lib.data.pack.samples import ImageOrReason, members_of, read_ahead, read_image
-from lib.data.pack.writer import Record, ShardWriter, Skips
+from lib.data.pack.entries import Entry, Listing, list_samples
+from lib.data.pack.writer import ImageOrReason, Record, ShardWriter, Skips, members_of, read_ahead, read_image
 from lib.data.recognize import Output, open_data
-from lib.data.remote.fetch import Fetcher, default_fetcher
-from lib.data.shards.index import SPLITS, ShardIndex, write_index
-from lib.data.shards.shard_set import ShardSet
+from lib.data.shards import SPLITS, ShardIndex, ShardSet, write_index
 from lib.data.sources import check_columns
 from lib.errors import InputError, RunError, machine_errors_reported, one_line_errors, raised_as
 from lib.files import write_text

@@ -1,4 +1,4 @@
-"""Evaluation on tar shards: their images by number, found once and read where they lie."""
+"""Images of tar shards by number, found once and read from the tars: for evaluation and for stored outputs."""
 
 import os
 from dataclasses import dataclass, field
@@ -7,20 +7,19 @@ import numpy as np
 from PIL import Image
 
 from lib.data.evaluation_set import EvaluationSet
+from lib.data.fetcher import Fetcher, Unreachable
 from lib.data.images import Extent, decode_image
 from lib.data.order import stable_hash
-from lib.data.remote.fetch import Fetcher, Unreachable
-from lib.data.shards.annotations import Annotation, TextForm, annotate, shard_names, shown
-from lib.data.shards.kind import text_form
-from lib.data.shards.shard_set import ShardSet
-from lib.data.shards.source import ShardSource
-from lib.data.shards.tars import Damage, index_shard, read_image
+from lib.data.shard_source import ShardSource
+from lib.data.shard_texts import Annotation, TextForm, annotated, text_form
+from lib.data.shards import ShardSet, shard_names, shown
+from lib.data.tars import read_image
 from lib.errors import InputError
 
 
 @dataclass(frozen=True)
 class TarImages:
-    """Images inside tar files: image i has `places[i]`, (number of its shard, offset, size)."""
+    """Images inside tar files: `places[i]` is (number of its shard, offset, size)."""
 
     keys: list[str]
     shards: tuple[str, ...]
@@ -35,29 +34,48 @@ class TarImages:
         return decode_image(self.content(index), extent)
 
     def content(self, index: int) -> bytes:
-        """The bytes of image `index` as they are in the tar; raises BadImage."""
+        """The bytes of image `index`, unchanged; raises BadImage."""
         shard, offset, size = self.places[index]
         return read_image(self.shards[shard], (offset, size), self.fetcher)
 
     def identity(self, rows: np.ndarray) -> str:
-        """Changes when one of these images does: names and sizes of the shards, and where in them the images lie."""
-        return repr(([_stamp(shard, self.fetcher) for shard in self.shards], [self.places[row] for row in rows]))
+        """Changes when one of these images does: names and sizes of the shards, and the images' places in them."""
+        return repr(([self._stamp(shard) for shard in self.shards], [self.places[row] for row in rows]))
+
+    def _stamp(self, shard: str) -> tuple:
+        path = self.fetcher.reached(shard)
+        if isinstance(path, Unreachable):
+            return (shard,)
+        # The time of a cached shard is that of its last use.
+        return shard, os.path.getsize(path), os.stat(path).st_mtime_ns if path == shard else 0
+
+
+@dataclass
+class _Found:
+    """Usable samples of the shards, with their places, and the skipped ones."""
+
+    notes: list[Annotation] = field(default_factory=list)
+    places: list[tuple[int, int, int]] = field(default_factory=list)
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+
+    @classmethod
+    def of(
+        cls, shards: tuple[str, ...], names: tuple[str, ...], form: TextForm, labelled: bool, fetcher: Fetcher
+    ) -> "_Found":
+        found = cls()
+        for number, (path, name) in enumerate(zip(shards, names, strict=True)):
+            for note, sample in annotated(path, name, form, fetcher):
+                found.skipped += note.skipped(labelled)
+                if sample is not None and sample.image_place is not None and note.fault(labelled) is None:
+                    found.notes.append(note)
+                    found.places.append((number, *sample.image_place))
+        return found
 
 
 def shard_images(source: ShardSource) -> TarImages:
-    """The images of a training source's shards; remote ones are all fetched for that."""
-    found = _Found()
-    for shard, (path, name) in enumerate(zip(source.shards, source.names, strict=True)):
-        found.add(shard, path, name, source.form, bool(source.templates), source.fetcher)
+    """The images of a training source's shards; remote ones are all downloaded for that."""
+    found = _Found.of(source.shards, source.names, source.form, bool(source.templates), source.fetcher)
     return TarImages([note.key for note in found.notes], source.shards, found.places, source.fetcher)
-
-
-def _stamp(shard: str, fetcher: Fetcher) -> tuple:
-    path = fetcher.reached(shard)
-    if isinstance(path, Unreachable):
-        return (shard,)
-    # The time of a fetched shard is when it was last used.
-    return shard, os.path.getsize(path), os.stat(path).st_mtime_ns if path == shard else 0
 
 
 def shard_evaluation(
@@ -69,36 +87,13 @@ def shard_evaluation(
     """
     paths = shards.splits[split]
     form, labelled = text_form(shards, split, flag, fetcher, lines)
-    found = _Found()
-    for shard, (path, name) in enumerate(zip(paths, shard_names(paths), strict=True)):
-        found.add(shard, path, name, form, labelled, fetcher)
+    found = _Found.of(paths, shard_names(paths), form, labelled, fetcher)
     if not found.notes:
         raise InputError(f"{flag} {shards.where}: no sample with an image and a text can be read")
     images = TarImages([note.key for note in found.notes], paths, found.places, fetcher)
     name = os.path.basename(shown(shards.where).rstrip("/"))
     name = name if split == "all" else f"{name} ({split})"
-    if labelled:
-        return _labelled(name, images, found, form.classes, templates)
-    return _captioned(name, images, found)
-
-
-@dataclass
-class _Found:
-    notes: list[Annotation] = field(default_factory=list)
-    places: list[tuple[int, int, int]] = field(default_factory=list)
-    skipped: list[tuple[str, str]] = field(default_factory=list)
-
-    def add(self, shard: int, path: str, name: str, form: TextForm, labelled: bool, fetcher: Fetcher) -> None:
-        """Note the samples of one shard, and why others cannot be used."""
-        for sample in index_shard(path, fetcher):
-            if isinstance(sample, Damage):
-                self.skipped.append((name, sample.reason))
-                continue
-            note, place = annotate(sample, name, form), sample.image_place
-            self.skipped += note.skipped(place is not None, labelled)
-            if place is not None and note.fault(True, labelled) is None:
-                self.notes.append(note)
-                self.places.append((shard, *place))
+    return _labelled(name, images, found, form.classes, templates) if labelled else _captioned(name, images, found)
 
 
 def _captioned(name: str, images: TarImages, found: _Found) -> EvaluationSet:
