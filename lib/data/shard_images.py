@@ -93,33 +93,14 @@ def shard_evaluation(
     images = TarImages([note.key for note in found.notes], paths, found.places, fetcher)
     name = os.path.basename(shown(shards.where).rstrip("/"))
     name = name if split == "all" else f"{name} ({split})"
-    return _labelled(name, images, found, form.classes, templates) if labelled else _captioned(name, images, found)
-
-
-def _captioned(name: str, images: TarImages, found: _Found) -> EvaluationSet:
-    pairs = [(number, text) for number, note in enumerate(found.notes) for text in note.captions if text]
-    return EvaluationSet(
-        name=name,
-        images=images,
-        group=np.array([stable_hash(note.group or note.key) for note in found.notes], dtype=np.int64),
-        captions=[text for _, text in pairs],
-        caption_image=np.array([number for number, _ in pairs], dtype=np.int64),
-        skipped=tuple(found.skipped),
-    )
-
-
-def _labelled(
-    name: str, images: TarImages, found: _Found, classes: tuple[str, ...] | None, templates: tuple[str, ...]
-) -> EvaluationSet:
-    names = [note.class_name or "" for note in found.notes]
+    group = [stable_hash(note.group or (note.class_name if labelled else note.key)) for note in found.notes]
+    common = {"name": name, "images": images, "group": np.array(group, dtype=np.int64), "skipped": tuple(found.skipped)}
+    if not labelled:
+        pairs = [(number, text) for number, note in enumerate(found.notes) for text in note.captions if text]
+        caption_image = np.array([number for number, _ in pairs], dtype=np.int64)
+        return EvaluationSet(**common, captions=[text for _, text in pairs], caption_image=caption_image)
+    names, classes = [note.class_name or "" for note in found.notes], form.classes
     classes = tuple(sorted(set(names))) if classes is None or not set(names) <= set(classes) else classes
-    number = {each: index for index, each in enumerate(classes)}
-    return EvaluationSet(
-        name=name,
-        images=images,
-        group=np.array([stable_hash(note.group or note.class_name) for note in found.notes], dtype=np.int64),
-        labels=np.array([number[each] for each in names], dtype=np.int64),
-        classes=classes,
-        templates=templates,
-        skipped=tuple(found.skipped),
-    )
+    numbers = {each: index for index, each in enumerate(classes)}
+    labels = np.array([numbers[each] for each in names], dtype=np.int64)
+    return EvaluationSet(**common, labels=labels, classes=classes, templates=templates)

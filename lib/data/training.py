@@ -184,8 +184,8 @@ class TrainingData:
         if isinstance(self._source, IndexedSource):
             if state.get("data", self._identity) != self._identity and self._parts.rank == 0:
                 warnings.warn(
-                    "--data is not what it was at the checkpoint: the order of its pairs is another one from here on, "
-                    "so that some come again and some later",
+                    "--data is not what it was at the checkpoint: the order of its pairs changes from here on, so some "
+                    "are repeated and some come later",
                     stacklevel=2,
                 )
             return
@@ -198,9 +198,9 @@ class TrainingData:
         if self._parts.rank == 0:
             done = sum(len(shards) for part in self._excluded for shards in part.values())
             warnings.warn(
-                "the data, ranks or workers are not those of the checkpoint: training goes on with the pass, without "
-                f"the {done} shards that were finished in it; samples of the others may come again, pairs of sources "
-                "that are not shards begin a new pass",
+                "the data, ranks or workers are not those of the checkpoint: training continues the pass without the "
+                f"{done} shards that were finished in it; samples of the others may be repeated, pairs of sources that "
+                "are not shards begin a new pass",
                 stacklevel=2,
             )
 
