@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 from PIL import Image
@@ -94,13 +95,19 @@ def shard_evaluation(
     name = os.path.basename(shown(shards.where).rstrip("/"))
     name = name if split == "all" else f"{name} ({split})"
     group = [stable_hash(note.group or (note.class_name if labelled else note.key)) for note in found.notes]
-    common = {"name": name, "images": images, "group": np.array(group, dtype=np.int64), "skipped": tuple(found.skipped)}
+    make = partial(
+        EvaluationSet,
+        name=name,
+        images=images,
+        group=np.array(group, dtype=np.int64),
+        skipped=tuple(found.skipped),
+    )
     if not labelled:
         pairs = [(number, text) for number, note in enumerate(found.notes) for text in note.captions if text]
         caption_image = np.array([number for number, _ in pairs], dtype=np.int64)
-        return EvaluationSet(**common, captions=[text for _, text in pairs], caption_image=caption_image)
+        return make(captions=[text for _, text in pairs], caption_image=caption_image)
     names, classes = [note.class_name or "" for note in found.notes], form.classes
     classes = tuple(sorted(set(names))) if classes is None or not set(names) <= set(classes) else classes
     numbers = {each: index for index, each in enumerate(classes)}
     labels = np.array([numbers[each] for each in names], dtype=np.int64)
-    return EvaluationSet(**common, labels=labels, classes=classes, templates=templates)
+    return make(labels=labels, classes=classes, templates=templates)
