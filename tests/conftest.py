@@ -58,12 +58,12 @@ def full_beyond() -> Callable[[int], AbstractContextManager[None]]:
 @pytest.fixture
 def no_pauses(monkeypatch):
     """No waiting between the attempts of a transfer."""
-    monkeypatch.setattr("lib.data.remote.transfer.BASE_DELAY", 0.001)
+    monkeypatch.setattr("lib.data.remote.BASE_DELAY", 0.001)
 
 
 @pytest.fixture
 def fetcher(tmp_path):
     """A fetcher with an empty cache that keeps everything."""
-    from lib.data.remote.fetch import Fetcher
+    from lib.data.fetcher import Fetcher
 
     return Fetcher(tmp_path / "cache", 0)

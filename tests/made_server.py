@@ -8,7 +8,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from made_shards import tar_bytes
 
-from lib.data.remote.fetch import Fetcher
+from lib.data.fetcher import Fetcher
 
 
 class Server:

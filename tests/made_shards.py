@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from lib.data import ImagePipeline, Prepare, TrainingData
-from lib.data.remote.fetch import Fetcher, Unreachable
+from lib.data.fetcher import Fetcher, Unreachable
 
 EFFECTIVE_BATCH = 12
 

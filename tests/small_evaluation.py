@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from lib.data.evaluation_set import EvaluationSet
 from lib.data.images import BadImage
-from lib.data.pipeline import ImagePipeline
-from lib.data.resize import Resize
+from lib.data.pipeline import ImagePipeline, Resize
 from lib.towers.processing import Processing
 
 PIPELINE = ImagePipeline(4)

@@ -13,10 +13,10 @@ import pytest
 from made_shards import all_ranks, png, totals
 
 from lib.data import open_evaluation, open_sources
+from lib.data.fetcher import default_fetcher
 from lib.data.info import data_info
-from lib.data.pack.listing import list_samples
+from lib.data.pack.entries import list_samples
 from lib.data.recognize import open_data
-from lib.data.remote.fetch import default_fetcher
 
 DECODED = {"not_an_image", "empty", "truncated", "unknown_format"}
 """Reasons that are found when an image is opened."""

@@ -14,14 +14,12 @@ import pytest
 from made_shards import Remote, all_ranks, captioned, first_step, make_tar, tar_bytes, totals, training_data
 from PIL import Image
 
-from lib.data import open_evaluation, open_sources
+from lib.data import open_evaluation, open_sources, remote
+from lib.data.dealing import Dealing, ShardPosition
+from lib.data.fetcher import Fetcher, Unreachable
 from lib.data.images import MAX_PIXELS
 from lib.data.order import stable_hash
-from lib.data.remote import transfer
-from lib.data.remote.fetch import Fetcher, Unreachable
-from lib.data.streams.dealing import Dealing
-from lib.data.streams.positions import ShardPosition
-from lib.data.streams.shard_stream import ShardStream
+from lib.data.shard_stream import ShardStream
 from lib.errors import InputError
 
 LAYOUTS = [(1, 0), (2, 3), (4, 1)]
@@ -152,7 +150,7 @@ class SomeDown(Fetcher):
 @pytest.fixture
 def server(tmp_path, monkeypatch):
     """A web server of four shards: 1.tar comes at the third attempt, 2.tar never."""
-    monkeypatch.setattr(transfer, "BASE_DELAY", 0.001)
+    monkeypatch.setattr(remote, "BASE_DELAY", 0.001)
     for number in range(4):
         make_tar(tmp_path / f"{number}.tar", captioned(range(6)))
     asked = Counter()

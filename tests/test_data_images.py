@@ -14,7 +14,7 @@ from lib.data import BadImage, ImagePipeline, decode_image
 from lib.data import pipeline as pipeline_module
 from lib.data.find_images import READABLE
 from lib.data.images import MAX_PIXELS, Extent
-from lib.data.resize import Resize
+from lib.data.pipeline import Resize
 from lib.errors import InputError
 
 AUGMENT = ("none", "crop", "light", "jitter", "strong")

@@ -12,7 +12,7 @@ from PIL import Image
 
 from lib.data import open_sources
 from lib.data.info import data_info
-from lib.data.shards.source import ShardSource
+from lib.data.shard_source import ShardSource
 
 
 def info_of(data, folder: Path, **options) -> dict:

@@ -9,11 +9,10 @@ import pytest
 from made_shards import all_ranks, captioned, first_step, make_tar, plain, rows, through_a_file, totals, training_data
 from PIL import Image
 
-from lib.data import BadImage, open_sources
+from lib.data import BadImage, open_sources, step_parts
 from lib.data.order import salted, stable_hash
 from lib.data.pairs import IndexedSource, MixedSource, Source, prompted_source
-from lib.data.shards.source import count_pairs
-from lib.data.streams import parts as stream_parts
+from lib.data.shard_source import count_pairs
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ def three(tmp_path) -> MixedSource:
 @pytest.fixture
 def first_passes(tmp_path, monkeypatch):
     """Reads the ids that streams and workers yielded in the first pass of any source since the last call."""
-    log, original = tmp_path / "first_passes", stream_parts._Stream.pair
+    log, original = tmp_path / "first_passes", step_parts._Stream.pair
 
     def pair(stream, tally):
         before = tally.used
@@ -71,7 +70,7 @@ def first_passes(tmp_path, monkeypatch):
         log.unlink()
         return ids
 
-    monkeypatch.setattr(stream_parts._Stream, "pair", pair)
+    monkeypatch.setattr(step_parts._Stream, "pair", pair)
     return read
 
 

@@ -9,7 +9,7 @@ from made_shards import captioned, make_tar
 from PIL import Image
 
 from lib.data import open_sources
-from lib.data.remote.fetch import Fetcher
+from lib.data.fetcher import Fetcher
 from lib.errors import InputError
 from lib.towers.processing import Processing
 

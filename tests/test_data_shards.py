@@ -26,17 +26,13 @@ from made_shards import (
 )
 from PIL import Image
 
-from lib.data import BadImage, open_evaluation, open_sources
+from lib.data import BadImage, open_evaluation, open_sources, shard_stream, step_parts
+from lib.data.dealing import Dealing, Part, ShardPosition
 from lib.data.order import stable_hash
-from lib.data.shards.annotations import shard_names
-from lib.data.shards.index import ShardEntry, ShardIndex, write_index
-from lib.data.shards.source import count_pairs
-from lib.data.shards.tars import ALL, Damage, index_samples, read_samples
-from lib.data.streams import parts as stream_parts
-from lib.data.streams import shard_stream
-from lib.data.streams.dealing import Dealing, Part
-from lib.data.streams.positions import ShardPosition
-from lib.data.streams.shard_stream import ShardStream
+from lib.data.shard_source import count_pairs
+from lib.data.shard_stream import ShardStream
+from lib.data.shards import ShardEntry, ShardIndex, shard_names, write_index
+from lib.data.tars import ALL, Damage, index_samples, read_samples
 from lib.errors import InputError
 
 
@@ -274,7 +270,7 @@ def test_a_shard_with_more_samples_than_its_index_says_loses_none(tmp_path):
 
 
 def test_shards_without_a_usable_pair_are_an_error_and_no_endless_loop(tmp_path, monkeypatch):
-    monkeypatch.setattr(stream_parts, "_MOST_BAD_IN_A_ROW", 300)
+    monkeypatch.setattr(step_parts, "_MOST_BAD_IN_A_ROW", 300)
     members = {f"{number}.{suffix}": b"nothing" for number in range(9) for suffix in ("jpg", "txt")}
     make_tar(tmp_path / "bad.tar", members)
     source, _ = open_sources(str(tmp_path / "bad.tar"), None, None)

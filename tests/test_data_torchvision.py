@@ -10,7 +10,7 @@ from made_data import make_images
 from torchvision import datasets
 
 from lib.data import open_evaluation, open_sources
-from lib.data.remote.fetch import Fetcher
+from lib.data.fetcher import Fetcher
 from lib.errors import InputError
 
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torchvision.transforms.functional import pil_to_tensor
 from transformers import AutoModel, AutoProcessor, pipeline
 
-from lib.data.resize import Resize
+from lib.data.pipeline import Resize
 from lib.errors import InputError, RunError
 from lib.export import export, noise_and_texts
 from lib.export.card import model_card

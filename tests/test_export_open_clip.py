@@ -11,7 +11,7 @@ from made_models import save_family
 from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPModel, CLIPProcessor, CLIPTokenizer
 
-from lib.data.resize import Resize
+from lib.data.pipeline import Resize
 from lib.errors import InputError, RunError
 from lib.export import export, noise_and_texts
 from lib.export import open_clip as layout

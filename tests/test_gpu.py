@@ -27,7 +27,7 @@ import evaluate
 import train_clip
 import train_siglip
 from lib.backends.precision import LAUNCHED, full_float32
-from lib.data.ahead import ImageBuffer
+from lib.data.loading import ImageBuffer
 from lib.errors import StoppedEarly
 from lib.gradcache.prefetch import on_device
 from lib.gradcache.step import GradCache, cached_step

@@ -25,8 +25,7 @@ from transformers import (
     ViTImageProcessor,
 )
 
-from lib.data.pipeline import ImagePipeline
-from lib.data.resize import Resize
+from lib.data.pipeline import ImagePipeline, Resize
 from lib.errors import InputError
 from lib.towers.image_form import (
     DEFAULT_FORMS,

@@ -22,11 +22,10 @@ from toy import ToyTowers, toy_chunks
 
 import train_siglip
 from lib.backends import auto_workers, device
+from lib.data import loading as data_loading
 from lib.data import training
-from lib.data import workers as data_workers
-from lib.data.ahead import ImageBuffer, ReadAhead
+from lib.data.loading import LARGEST_PART, ImageBuffer, ReadAhead, bytes_in_flight, workers_that_fit
 from lib.data.order import stable_hash
-from lib.data.workers import LARGEST_PART, bytes_in_flight, workers_that_fit
 from lib.errors import InputError, RunError, machine_errors_reported
 from lib.gradcache import prefetch
 from lib.gradcache.step import GradCache, cached_step
@@ -55,7 +54,7 @@ def test_auto_workers_are_a_ranks_share_of_the_cores_but_one(monkeypatch, cores,
 
 
 def shared_memory(monkeypatch, free: int) -> None:
-    monkeypatch.setattr(data_workers.shutil, "disk_usage", lambda folder: Usage(free, 0, free))
+    monkeypatch.setattr(data_loading.shutil, "disk_usage", lambda folder: Usage(free, 0, free))
 
 
 def test_little_shared_memory_makes_parts_smaller_before_workers_fewer(monkeypatch):
@@ -223,7 +222,7 @@ def test_a_worker_that_fails_ends_the_run_and_leaves_no_process(monkeypatch, fau
             os.kill(os.getpid(), signal.SIGKILL)
         return threading.Lock()  # cannot be pickled
 
-    monkeypatch.setattr("lib.data.indexed.IndexedParts.__getitem__", failing)
+    monkeypatch.setattr("lib.data.step_parts.IndexedParts.__getitem__", failing)
     expected, words = (KeyError, "a fault of ours") if fault == "raises" else (RunError, "a data worker was killed")
     steps = closing(training_data(source(), workers=1).steps(0, 2))
     with pytest.raises(expected, match=words) as kept, machine_errors_reported(), steps as opened:

@@ -273,7 +273,7 @@ def test_killed_anywhere_and_gone_on_with_the_result_is_the_same(table, tmp_path
     with open(out / "packing.jsonl", "ab") as record:
         record.write(b'{"split": "te')  # killed in the middle of a line
     assert contents(pack(table, out, *flags)) == unbroken
-    assert "going on after" in capfd.readouterr().out
+    assert "resuming after" in capfd.readouterr().out
     assert contents(pack(table, out, *flags)) == unbroken
     assert "is done already: 29 samples" in capfd.readouterr().out
 
@@ -300,7 +300,7 @@ def test_a_full_disk_leaves_no_half_file_and_the_same_command_goes_on(
             image.write_bytes(b"no image")
     flags = ("--shard-size", "1", "--verify", "--no-shuffle")
     file = f": '{out / named}'" if named else ""
-    told = f"^--out {out}: .*File too large{file}; finished shards are safe, the same command goes on$"
+    told = f"^--out {out}: .*File too large{file}; finished shards are safe, the same command resumes$"
     with full_beyond(limit), pytest.raises(RunError, match=told):
         pack(source, out, *flags)
     assert contents(out).keys() == left

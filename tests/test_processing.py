@@ -23,7 +23,7 @@ from transformers import (
     SiglipConfig,
 )
 
-from lib.data.resize import Resize
+from lib.data.pipeline import Resize
 from lib.errors import InputError
 from lib.towers import build_preset
 from lib.towers import processing as processing_module

@@ -7,8 +7,8 @@ import pytest
 from made_shards import captioned, make_tar
 
 from lib.data import open_sources
-from lib.data.remote.fetch import Fetcher
-from lib.data.shards.index import ShardEntry, ShardIndex, read_index, write_index
+from lib.data.fetcher import Fetcher
+from lib.data.shards import ShardEntry, ShardIndex, read_index, write_index
 from lib.errors import InputError
 
 ENTRY = {"split": "train", "samples": 4, "pairs": 4, "bytes": 10240}

@@ -12,7 +12,7 @@ from made_shards import captioned, make_tar, tar_bytes
 from small_runs import train
 
 from lib.data import open_sources
-from lib.data.remote.fetch import Fetcher
+from lib.data.fetcher import Fetcher
 from lib.setup import data as data_setup
 from lib.setup.data import TextLengths
 from lib.towers import build_preset

@@ -16,9 +16,8 @@ from ranks import on_ranks
 import train_clip
 from lib.backends import Precision
 from lib.data import BadImage, ImagePipeline, Prepare, TrainingData, open_sources
-from lib.data.outputs import StoredOutputs
 from lib.data.pack.__main__ import main as pack
-from lib.data.prepare import text_key
+from lib.data.prepare import StoredOutputs, text_key
 from lib.runs.reporter import read_metrics
 from lib.setup import tower_outputs
 from lib.setup.tower_outputs import FrozenTrunks

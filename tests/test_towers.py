@@ -27,7 +27,7 @@ from transformers import (
     ViTModel,
 )
 
-from lib.data.resize import Resize
+from lib.data.pipeline import Resize
 from lib.errors import InputError
 from lib.towers import PRESETS, TwoTowers, build_preset, load_towers
 from lib.towers.image_form import CLIP_MEAN, CLIP_STD

@@ -29,7 +29,7 @@ from transformers import (
 import train_clip
 from lib.config import parse_config
 from lib.data import ImagePipeline
-from lib.data.resize import Resize
+from lib.data.pipeline import Resize
 from lib.errors import InputError
 from lib.towers import TwoTowers, load_towers
 from lib.towers.image_form import IMAGENET_MEAN, IMAGENET_STD, ImageForm

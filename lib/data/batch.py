@@ -1,4 +1,4 @@
-"""A chunk of pairs, the unit that travels from the data to the towers."""
+"""The chunk of pairs, which travels from the data to the towers."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
@@ -34,27 +34,27 @@ def padded_to(name: str, tokens: Tensor, length: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Chunk:
-    """One tower forward's worth of pairs of one rank: C pairs of an image and a text.
+    """C pairs of an image and a text, the input of one forward of the towers on one rank.
 
-    A tower whose trunk is frozen may have its stored outputs here instead of its inputs, which are None then.
+    For a tower with a frozen trunk it may hold the trunk's stored outputs instead of the inputs, which are None then.
     """
 
     pixel_values: Tensor | None
-    """(C, 3, H, W) uint8; normalized on the device, so that a batch stays small on the host."""
+    """(C, 3, H, W) uint8; normalized on the device: float32 would take four times the memory on the host"""
     input_ids: Tensor | None
     """(C, L) int64"""
     attention_mask: Tensor | None
     """(C, L) int64"""
     group: Tensor
-    """(C,) int64; pairs of one group are positives of each other."""
+    """(C,) int64; pairs of one group are positives of each other"""
     sample_id: Tensor
-    """(C,) int64; stable hash of the pair's key."""
+    """(C,) int64, hash of the pair's key: the memory recognizes a stale copy of the same sample by it"""
     text_id: Tensor
-    """(C,) int64; hash of the text: pairs of one text_id have the same."""
+    """(C,) int64, hash of the text: equal texts have equal ids"""
     image_pooled: Tensor | None = None
-    """(C, H) float32, what the image trunk made of the pixels"""
+    """(C, H) float32, stored output of the image trunk"""
     text_pooled: Tensor | None = None
-    """(C, H) float32, what the text trunk made of the tokens"""
+    """(C, H) float32, stored output of the text trunk"""
 
     def __len__(self) -> int:
         return len(self.sample_id)
@@ -71,23 +71,23 @@ class Chunk:
 
     @property
     def images(self) -> Tensor:
-        """Pixels, or the stored outputs that stand for them: (C, ...)."""
+        """Pixels, or the stored outputs in their place: (C, ...)."""
         images = self.image_pooled if self.pixel_values is None else self.pixel_values
         assert images is not None, "a pair has an image"
         return images
 
     def moved(self, images: Tensor) -> "Chunk":
-        """A copy of the pairs in memory of its own, their images copied into this tensor."""
+        """Copy the pairs to memory of their own, their images into this tensor."""
         images.copy_(self.images)
         return self._each(lambda tensor: images if tensor is self.images else tensor.clone())
 
     def pin_texts(self) -> "Chunk":
-        """The same pairs with everything but their images in page-locked memory."""
+        """The same pairs with all tensors except the images in page-locked memory."""
         tensors = {name: tensor for name, tensor in self._tensors().items() if tensor is not self.images}
         return replace(self, **{name: tensor.pin_memory() for name, tensor in tensors.items()})
 
     def rows(self, start: int, stop: int) -> "Chunk":
-        """Some of the pairs."""
+        """The pairs `start` to `stop` - 1."""
         return self._each(lambda tensor: tensor[start:stop])
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> "Chunk":
@@ -99,7 +99,7 @@ class Chunk:
 
 
 def joined(chunks: Sequence[Chunk], images: Tensor) -> Chunk:
-    """The pairs of some chunks as one, whose images lie in this tensor already."""
+    """Join chunks whose images lie one after another in this tensor already."""
     tensors = [chunk._tensors() for chunk in chunks]
     rows = {
         name: images if tensor is chunks[0].images else joined_rows(name, [each[name] for each in tensors])

@@ -10,7 +10,7 @@ from lib.data.fields import SPLITS, by_split, is_utf8, readable_class, shown
 from lib.data.find_images import FolderImages, is_image_name, walk_images
 from lib.data.images import ImageFiles
 from lib.data.labelled_table import Labelled, LabelledTable
-from lib.data.remote.transfer import TARS
+from lib.data.remote import TARS
 from lib.errors import InputError
 
 _TABLES = (".csv", ".tsv", ".jsonl", ".json")

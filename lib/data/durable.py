@@ -1,4 +1,4 @@
-"""Files that can be checked when they are read: tensors with a digest, and folders sealed by a manifest of hashes."""
+"""Files that are checked when they are read: tensors with a digest, folders with a manifest of hashes."""
 
 import hashlib
 import json
@@ -18,17 +18,17 @@ from lib.errors import InputError, raised_as
 from lib.files import write_text
 
 FORMAT = 1
-"""Version of the manifests; folders of before have none, and sizes instead of hashes."""
+"""Version of the manifests; older folders have none, and sizes instead of hashes."""
 _DIGEST = "blake2b"
 
 
 class Damaged(Exception):
-    """A file that is cut short, or holds other bytes than were written."""
+    """A file that is cut short or holds other bytes than were written."""
 
 
 def save_tensors(tensors: Mapping[str, Tensor], file: Path, metadata: Mapping[str, str] | None = None) -> None:
     """Write a safetensors file, with the permissions that the umask gives."""
-    file.touch()  # safetensors makes a file that its owner alone can read, and puts it in the place of this one
+    file.touch()  # safetensors replaces it by a file that only its owner can read
     mode = file.stat().st_mode & 0o777
     with raised_as(lambda fault: OSError(f"{file}: {fault}"), SafetensorError):
         save_file(dict(tensors), file, dict(metadata or {}))
@@ -36,10 +36,11 @@ def save_tensors(tensors: Mapping[str, Tensor], file: Path, metadata: Mapping[st
 
 
 def save_checked(tensors: Mapping[str, Tensor], file: Path, metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file that `load_checked` can check, whole or not at all."""
+    """Write a safetensors file that `load_checked` can verify, whole or not at all."""
     unfinished = file.with_name(f".{file.name}.{os.getpid()}.unfinished")
     try:
         save_tensors(tensors, unfinished, {**(metadata or {}), _DIGEST: _digest(tensors)})
+        # Flushed before the rename, which is atomic: under its final name the file is whole, even after a power cut.
         flush(unfinished)
         unfinished.replace(file)
     finally:
@@ -47,7 +48,7 @@ def save_checked(tensors: Mapping[str, Tensor], file: Path, metadata: Mapping[st
 
 
 def load_checked(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors (memory-mapped) and the metadata that `save_checked` wrote; raises Damaged."""
+    """Load the tensors (memory-mapped) and the metadata that `save_checked` wrote; raises Damaged."""
     with (
         raised_as(lambda fault: Damaged(f"{file}: {fault}"), OSError, SafetensorError),
         safe_open(file, framework="pt") as stored,
@@ -62,7 +63,7 @@ def load_checked(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def seal(folder: Path, manifest: str, values: Mapping[str, object]) -> None:
     """Flush every file of the folder to the disk, then write the manifest of their hashes, with these values."""
     files = sorted(file for file in folder.rglob("*") if file.is_file())
-    with ThreadPoolExecutor(4) as pool:  # hashing and flushing leave Python's lock
+    with ThreadPoolExecutor(4) as pool:  # hashing and flushing release Python's lock
         entries = list(pool.map(_sealed, files))
     names = [str(file.relative_to(folder)) for file in files]
     content = {"version": FORMAT, **values, "files": dict(zip(names, entries, strict=True))}
@@ -70,7 +71,7 @@ def seal(folder: Path, manifest: str, values: Mapping[str, object]) -> None:
 
 
 def read_manifest(folder: Path, manifest: str) -> dict | None:
-    """What `seal` wrote, if every file is there with its size; None without. Files of a newer version: InputError."""
+    """The manifest that `seal` wrote, None if a file is missing or has another size; InputError for newer versions."""
     try:
         content = json.loads((folder / manifest).read_bytes())
         version, files = content.get("version", 0), content["files"]
@@ -85,7 +86,7 @@ def read_manifest(folder: Path, manifest: str) -> dict | None:
 
 
 def find_damage(folder: Path, manifest: str, names: Container[str] | None = None) -> str | None:
-    """The name of a file (one of `names`, if given) that is not as it was sealed, or of the manifest; None: all are."""
+    """Name of a file (one of `names`, if given) that has changed since it was sealed, or of the manifest; or None."""
     content = read_manifest(folder, manifest)
     if content is None:
         return manifest
@@ -100,7 +101,7 @@ def find_damage(folder: Path, manifest: str, names: Container[str] | None = None
 
 
 def check_model(folder: Path) -> None:
-    """Raise InputError for a checkpoint or export of which the model itself is not as it was written."""
+    """Raise InputError for a checkpoint or export whose model is not as it was written."""
     for manifest in ("checkpoint.json", "export.json"):
         damaged = find_damage(folder, manifest, ("config.json", "model.safetensors"))
         if damaged not in (None, manifest):
@@ -108,7 +109,7 @@ def check_model(folder: Path) -> None:
 
 
 def flush(path: Path) -> None:
-    """Have the disk itself hold the file or the folder's entries."""
+    """Force a file's content or a folder's entries to the disk, which a power cut could otherwise take back."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -139,7 +140,7 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def fingerprint(*parts: object) -> str:
-    """A hash of the parts: modules by their weights, arrays by their bytes, the rest by what it prints as."""
+    """A hash of the parts: modules by their weights, arrays by their bytes, other objects by their repr."""
     digest = blake2b(digest_size=12)
     for part in parts:
         if isinstance(part, torch.nn.Module):

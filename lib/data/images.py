@@ -1,4 +1,4 @@
-"""Decoding of image files: the content becomes an upright RGB image, or has one named reason why it cannot."""
+"""Decoding of image files into upright RGB images; a file that cannot be decoded has one named reason."""
 
 import io
 import os
@@ -18,9 +18,9 @@ from lib.errors import raised_as
 from lib.files import NotAFile, open_file
 
 MAX_PIXELS = 80_000_000
-"""Larger images are refused from the header, before any pixel is decoded (240 MB as RGB)."""
+"""Larger images (240 MB as RGB) are refused by their header, before any pixel is decoded."""
 
-# Named, because Pillow would also hand PostScript to an outside program.
+# Only these, because Pillow would also run an outside program on PostScript files.
 Image.init()
 _FORMATS = [name for name in READABLE if name in Image.OPEN]
 _FIRST_BYTES = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"GIF8", b"RIFF", b"II*\x00", b"MM\x00*")
@@ -31,17 +31,17 @@ _PNG_TEXTS = (b"tEXt", b"zTXt", b"iTXt")
 _PNG_ORIENTATION = (b"XML:com.adobe.xmp\0", b"Raw profile type exif\0")  # texts that may say which side is up
 _ORIENTATION = 0x0112
 
-# Pillow warns at 89 million pixels; the cap above is lower and not a matter of warnings.
+# Pillow warns at 89 million pixels; the limit above is lower and refuses instead.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 class Extent(NamedTuple):
-    """How small an image may be decoded, for one that is made smaller anyway."""
+    """Size at which an image may be decoded if it is made smaller anyway."""
 
     side: int
-    """Pixels that are enough."""
+    """Pixels that suffice."""
     of: Literal["shorter", "longer"]
-    """The side of the image that they measure."""
+    """The side of the image that has these pixels."""
 
 
 class BadImage(Exception):
@@ -58,15 +58,15 @@ class BadImage(Exception):
 def decode_image(file: bytes | str | Path, extent: Extent | None = None) -> Image.Image:
     """Decode a file's bytes, or the file at a path, into an upright RGB image.
 
-    A JPEG may come out at 1/2, 1/4 or 1/8 of its size, which takes half the time, where that is still the extent
-    or larger. The first frame of an animation is taken, transparency is laid over white, 16-bit gray is scaled
-    to 8 bits. Raises BadImage with its reason.
+    A JPEG may be decoded at 1/2, 1/4 or 1/8 of its size, in half the time, if that is still `extent` or larger. The
+    first frame of an animation is used, transparency becomes white, 16-bit gray is scaled to 8 bits. Raises BadImage
+    with its reason.
     """
     content = file if isinstance(file, bytes) else read_image_file(file)
     if not content:
         raise BadImage("empty")
     image = open_header(content)
-    with raised_as(_undecoded, Exception):  # Pillow's decoders raise OSError, SyntaxError, struct.error, what they like
+    with raised_as(_undecoded, Exception):  # Pillow's decoders raise OSError, SyntaxError, struct.error and others
         if extent:
             _reduce(image, extent)
         image.load()
@@ -80,7 +80,7 @@ def read_image_file(path: str | Path) -> bytes:
 
 
 def open_header(content: bytes) -> Image.Image:
-    """Read an image's header and refuse what is too large; no pixel is decoded yet. Raises BadImage."""
+    """Read an image's header and refuse too large images, before a pixel is decoded. Raises BadImage."""
     with raised_as(lambda fault: _unopened(fault, content), Exception):
         image = Image.open(io.BytesIO(_without_png_texts(content)), formats=_FORMATS)
     if image.width * image.height > MAX_PIXELS:
@@ -89,9 +89,9 @@ def open_header(content: bytes) -> Image.Image:
 
 
 def _without_png_texts(content: bytes) -> bytes:
-    """A PNG without its texts, which Pillow unpacks and refuses above 1 MiB although the pixels are fine.
+    """Remove the texts of a PNG, which Pillow unpacks and refuses above 1 MiB although the pixels are fine.
 
-    Texts with metadata of the image are kept, and other files stay as they are.
+    Texts that may hold the orientation are kept; other files stay as they are.
     """
     if not content.startswith(_PNG):
         return content
@@ -106,9 +106,9 @@ def _without_png_texts(content: bytes) -> bytes:
 
 
 def _reduce(image: Image.Image, extent: Extent) -> None:
-    """Have the decoder leave out what would only be made smaller again; formats other than JPEG are not changed.
+    """Let the decoder of a JPEG produce a smaller image; other formats are not changed.
 
-    All of the file is read nonetheless, so that one cut short is found.
+    The whole file is read nonetheless, so that one cut short is noticed.
     """
     side = min(image.size) if extent.of == "shorter" else max(image.size)
     scale = next((scale for scale in (8, 4, 2) if -(-side // scale) >= extent.side), 1)
@@ -140,7 +140,7 @@ def _undecoded(error: Exception) -> BadImage:
 
 def _upright(image: Image.Image) -> Image.Image:
     turned = False
-    with suppress(Exception):  # damaged EXIF beside good pixels: as if there were none
+    with suppress(Exception):  # damaged EXIF with good pixels counts as none
         turned = image.getexif().get(_ORIENTATION, 1) != 1
     return ImageOps.exif_transpose(image) if turned else image
 
@@ -156,7 +156,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _scaled_to_8_bits(image: Image.Image) -> Image.Image:
-    """16-bit values are divided by 257; floats are taken as 0..1, or as 0..255 where they exceed 1; NaN is black."""
+    """Divide 16-bit values by 257; read floats as 0..1, or as 0..255 where they exceed 1; NaN becomes black."""
     values = np.asarray(image).astype(np.float64)
     if image.mode == "F":
         finite = values[np.isfinite(values)]
@@ -171,7 +171,7 @@ def _scaled_to_8_bits(image: Image.Image) -> Image.Image:
 
 @dataclass(frozen=True)
 class ImageFiles:
-    """Images that are files, by number: `keys[i]` names image i, `paths[i]` is where it lies."""
+    """Images that are files, by number: `keys[i]` and `paths[i]` belong to image i."""
 
     keys: list[str]
     paths: list[str]
@@ -184,16 +184,16 @@ class ImageFiles:
         return decode_image(self.paths[index], extent)
 
     def identity(self, rows: np.ndarray) -> str:
-        """Changes when one of these images does: sizes and times of the files, in nanoseconds."""
+        """A text that changes when one of these images does: sizes and times of the files, in nanoseconds."""
         return repr([file_stamp(self.paths[row]) for row in rows])
 
     def chosen(self, rows: Sequence[int]) -> "ImageFiles":
-        """These of the images, numbered anew."""
+        """The images of these rows, numbered from 0."""
         return ImageFiles([self.keys[row] for row in rows], [self.paths[row] for row in rows])
 
 
 def file_stamp(path: str) -> tuple[int, int] | None:
-    """Size and time of change in nanoseconds; None where there is no such file."""
+    """(size, time of change in nanoseconds) of a file; None where there is none."""
     with suppress(OSError):
         status = os.stat(path)
         return status.st_size, status.st_mtime_ns

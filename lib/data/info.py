@@ -19,8 +19,8 @@ from lib.data.fields import shown
 from lib.data.images import BadImage, Extent, ImageFiles, read_image_file
 from lib.data.load_datasets import RowImages
 from lib.data.pairs import Images, MixedSource, fill
-from lib.data.shards.evaluation import TarImages
-from lib.data.shards.source import Item, ShardSource
+from lib.data.shard_images import TarImages
+from lib.data.shard_source import Item, ShardSource
 from lib.files import without_secrets, write_text
 
 SAMPLED, PICTURED, COLUMNS = 200, 24, 6

@@ -1,4 +1,8 @@
-"""Chance and order: pure functions of seeds and numbers, the same at any number of ranks and workers."""
+"""Random order as pure functions of seed and position: no state to save, and equal for any number of ranks and workers.
+
+Every draw hashes its seed and place instead of advancing a generator. So a process can compute any position without
+those before it, ranks agree without communicating, and a resumed run draws what the unbroken one would have drawn.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,24 +13,24 @@ import numpy as np
 
 
 def stable_hash(*parts: object) -> int:
-    """Signed 64-bit hash of the parts' text, the same on every machine and in every process."""
+    """Signed 64-bit hash of the parts' text, the same on every machine and in every process (Python's hash is not)."""
     text = "\x1f".join(map(str, parts))
     digest = blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
 
 
 def sample_id(image_id: int, text_number: int) -> int:
-    """Id of a pair, signed 64 bits: the hash of its image's key, moved on by the number of its caption."""
+    """Id of a pair, signed 64 bits: the hash of its image's key plus the number of its caption."""
     return (image_id + text_number + 2**63) % 2**64 - 2**63
 
 
 def salted(number: int, salt: int | None) -> int:
-    """The id as one part of a mixture has it: equal keys of two parts are not the same; unchanged without salt."""
+    """The id in one part of a mixture, so that equal keys of two parts differ; unchanged without salt."""
     return number if salt is None else stable_hash("part", salt, number)
 
 
 def draw(*parts: object) -> int:
-    """A number from 0 to 2**63 - 1 that looks random and depends on the parts alone."""
+    """A pseudo-random number from 0 to 2**63 - 1, a function of the parts."""
     return stable_hash(*parts) & (2**63 - 1)
 
 
@@ -37,7 +41,7 @@ def permutation(size: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def locate(position: int, size: int, seed: int) -> tuple[int, int]:
-    """(epoch, index) at a position of the endless order, which is one permutation after another."""
+    """(epoch, index) at a position of the endless order, one permutation after another."""
     epoch, offset = divmod(position, size)
     return epoch, int(permutation(size, seed, epoch)[offset])
 
@@ -55,10 +59,10 @@ def substitutes(size: int, seed: int, epoch: int, index: int) -> Iterator[int]:
 
 @dataclass(frozen=True)
 class Parts:
-    """How a step's N pairs are divided: rank r has places r B to (r + 1) B - 1, in parts of at most `largest` pairs.
+    """Division of a step's N pairs: rank r has places r B to (r + 1) B - 1, in parts of at most `largest` pairs.
 
-    A step's parts are as equal as can be: streams of fixed parts then give out as many pairs as each other, and a
-    compiled tower meets one or two sizes. Parts are numbered from the first of step 0.
+    The parts of a step are as equal as possible: streams then give out equally many pairs, and a compiled tower sees
+    one or two sizes. Parts are numbered from the first of step 0.
     """
 
     effective_batch: int

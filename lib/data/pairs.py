@@ -1,4 +1,4 @@
-"""Training sources: images by number, the texts that go with them, groups and ids, and mixtures."""
+"""Training sources: images by number with their texts, groups and ids, and mixtures of sources."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
@@ -12,11 +12,11 @@ from lib.data.images import Extent
 from lib.data.order import salted, sample_id, stable_hash
 
 Captions = Literal["all", "one", "lines"]
-"""Every caption is a pair; an image is, with a caption drawn each time; or every line of shards' .txt is."""
+"""all: every caption is a pair; one: an image is, with a caption drawn each time; lines: every line of .txt is."""
 
 
 class Images(Protocol):
-    """Images by number, each with a key that stays the same from run to run."""
+    """Images by number, each with a key that is the same in every run."""
 
     @property
     def keys(self) -> list[str]: ...
@@ -27,11 +27,11 @@ class Images(Protocol):
         """Image `index`, RGB and upright, in full or at `extent` or larger; raises BadImage."""
 
     def identity(self, rows: np.ndarray) -> str:
-        """Changes when one of these images does; the same in every process and run otherwise."""
+        """A text that changes when one of these images does, and else is the same in every process and run."""
 
 
 class Skip(NamedTuple):
-    """One sample that is not used: in which data, which sample, why."""
+    """One unused sample: its data, its key and the reason."""
 
     where: str
     key: str
@@ -40,27 +40,27 @@ class Skip(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """Training pairs, described."""
+    """Description of training pairs."""
 
     where: str
     """The folder, table or shards, as the user named them."""
     description: str
-    """One line for the plan."""
+    """One line, printed at the start."""
     size: int | None
-    """Pairs in one pass; None where only reading would tell."""
+    """Pairs in one pass; None where they would have to be read to be counted."""
     classes: tuple[str, ...] | None = None
     """Class names, where the texts are prompts."""
     templates: tuple[str, ...] | None = None
     """Prompt templates with {} for the class name."""
     distinct_texts: int | None = None
     shared_text_pairs: int | None = None
-    """Captions that another group has too, word for word; None for prompts, and where only reading would tell."""
+    """Captions that another group has too, word for word; None for prompts, and where they were not read."""
     skipped: tuple[tuple[str, str], ...] = ()
     """(key, reason) of the pairs found unusable without opening an image"""
     unusable: tuple[tuple[str, str], ...] = ()
-    """(key, reason) of samples that reading will count as skipped, as far as they are known in advance."""
+    """(key, reason) of samples known in advance that reading will count as skipped."""
     part: int | None = None
-    """Number of this source in a mixture: equal keys and groups of two sources are not the same, but for classes."""
+    """Number of this source in a mixture: equal keys and groups of two sources differ, except classes."""
 
     def sample_texts(self, limit: int = 100_000) -> list[str]:
         """At most `limit` texts of this source, to train a tokenizer on."""
@@ -79,11 +79,11 @@ class IndexedSource(Source):
     texts: list[str]
     """all texts, M of them"""
     text_number: np.ndarray
-    """(M,) int64, the caption's number within its image; zeros for prompts, which do not name a sample"""
+    """(M,) int64, the caption's number within its image; zeros for prompts, which identify no sample"""
     first_text: np.ndarray
-    """(P,) int64, where the pair's texts begin in `texts`"""
+    """(P,) int64, index of the pair's first text in `texts`"""
     text_count: np.ndarray
-    """(P,) int64, how many follow"""
+    """(P,) int64, number of the pair's texts"""
     group: np.ndarray
     """(P,) int64"""
     image_id: np.ndarray = field(init=False)
@@ -98,25 +98,25 @@ class IndexedSource(Source):
         return list(islice(self.texts, limit))
 
     def key(self, pair: int) -> str:
-        """The pair's name: its image's, and the caption's number where that is part of the pair."""
+        """Name of the pair: the image's key, and the caption's number where that is part of the pair."""
         image = self.images.keys[self.image[pair]]
         if self.templates or self.text_count[pair] > 1:
             return image
         return f"{image}#{self.text_number[self.first_text[pair]]}"
 
     def sample_id(self, pair: int, text: int) -> int:
-        """Stable id of a pair with the text drawn for it."""
+        """Stable id of a pair with its drawn text."""
         return sample_id(int(self.image_id[self.image[pair]]), int(self.text_number[text]))
 
     def group_id(self, pair: int) -> int:
-        """The pair's group, as the losses compare it: a class is the same in every source of a mixture."""
+        """Group of the pair for the losses; a class is the same group in every source of a mixture."""
         group = int(self.group[pair])
         return group if self.templates else salted(group, self.part)
 
 
 @dataclass(frozen=True, kw_only=True)
 class MixedSource(Source):
-    """Several sources, read by weight: each pair is drawn from part p with probability `weights[p]`."""
+    """Several sources: each pair is drawn from part p with probability `weights[p]`."""
 
     parts: tuple[Source, ...]
     weights: tuple[float, ...]
@@ -136,7 +136,7 @@ class MixedSource(Source):
             object.__setattr__(self, name, value)
 
     def sample_texts(self, limit: int = 100_000) -> list[str]:
-        """Texts of all parts, as many of each as its weight says, or fewer where it has not so many."""
+        """Texts of all parts in proportion to their weights, fewer where a part has too few."""
         shares = (int(weight * limit) + 1 for weight in self.weights)
         texts = (part.sample_texts(share) for part, share in zip(self.parts, shares, strict=True))
         return list(islice(chain.from_iterable(texts), limit))
@@ -148,13 +148,13 @@ def parts_of(source: Source) -> tuple[Source, ...]:
 
 
 def _sum_if_known(counts: list[int | None]) -> int | None:
-    """The sum, or None where one of the counts is not known."""
+    """The sum, or None where a count is unknown."""
     known = [count for count in counts if count is not None]
     return sum(known) if len(known) == len(counts) else None
 
 
 def _merged(names: Iterable[tuple[str, ...] | None]) -> tuple[str, ...] | None:
-    """All names in the order they first come, or None where a part has none."""
+    """All distinct names in order, or None where a part has none."""
     merged: dict[str, None] = {}
     for of_part in names:
         if of_part is None:
@@ -172,7 +172,7 @@ def prompted_source(
     kind: str,
     skipped: tuple[tuple[str, str], ...] = (),
 ) -> IndexedSource:
-    """A source whose texts are class prompts: every image once, its label as group."""
+    """Make a source whose texts are class prompts: every image once, with its label as group."""
     prompts = f"{len(templates)} prompt template{'s' * (len(templates) > 1)}"
     size = f"{len(images)} images, {len(classes)} classes, {prompts}"
     texts = [fill(template, name) for name in classes for template in templates]
@@ -196,7 +196,7 @@ def prompted_source(
 
 
 def class_groups(classes: tuple[str, ...]) -> np.ndarray:
-    """(classes,) int64: a class is the same group in every source that has it."""
+    """Groups of the classes, (classes,) int64: a class is the same group in every source."""
     return np.array([stable_hash(name) for name in classes], dtype=np.int64)
 
 

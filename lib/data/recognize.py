@@ -9,6 +9,7 @@ from typing import NamedTuple
 from lib.data.caption_table import CaptionTable
 from lib.data.class_folders import check_no_captions, read_class_folders
 from lib.data.coco import coco_fits, read_coco
+from lib.data.fetcher import Fetcher
 from lib.data.fields import FOUND_COLUMNS, Columns
 from lib.data.flickr import flickr_fits, read_flickr
 from lib.data.hub_columns import read_rows
@@ -16,9 +17,8 @@ from lib.data.karpathy import karpathy_fits, read_karpathy
 from lib.data.labelled_table import LabelledTable
 from lib.data.load_datasets import PARQUET, has_card, holds_parquet, is_saved, load_hub, load_parquet, load_saved
 from lib.data.named_sets import NAMES, digits, torchvision_set
-from lib.data.remote.fetch import Fetcher
-from lib.data.remote.transfer import PIPE, TARS
-from lib.data.shards.shard_set import ShardSet, find_shards
+from lib.data.remote import PIPE, TARS
+from lib.data.shards import ShardSet, find_shards
 from lib.data.table_files import (
     METADATA_PARQUET,
     SUFFIXES,

@@ -9,15 +9,15 @@ from typing import NamedTuple
 
 from lib.data.caption_table import CaptionTable
 from lib.data.evaluation_set import EvaluationSet
+from lib.data.fetcher import Fetcher, default_fetcher
 from lib.data.fields import FOUND_COLUMNS, Columns
 from lib.data.labelled_table import LabelledTable
 from lib.data.pairs import Captions, MixedSource, Source
 from lib.data.prompt_banks import load_templates
 from lib.data.recognize import OpenedData, Output, has_columns, open_data
-from lib.data.remote.fetch import Fetcher, default_fetcher
-from lib.data.shards.evaluation import shard_evaluation
-from lib.data.shards.shard_set import ShardSet
-from lib.data.shards.source import shard_source
+from lib.data.shard_images import shard_evaluation
+from lib.data.shard_source import shard_source
+from lib.data.shards import ShardSet
 from lib.errors import InputError
 
 # "all" stands for data without splits. "train" comes last: figures on images that were trained on flatter.

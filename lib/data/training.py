@@ -1,4 +1,4 @@
-"""The way from a training source to this rank's chunks of each step, with counts and resume."""
+"""From a training source to this rank's chunks of each step, with counts and resume."""
 
 import warnings
 from collections import Counter
@@ -12,16 +12,13 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch.utils.data import DataLoader
 
-from lib.data.ahead import ImageBuffer, ReadAhead
 from lib.data.batch import Chunk, joined
-from lib.data.indexed import IndexedParts, Prepared, Progress
+from lib.data.dealing import ShardPosition, Start, dealings, excluded_in, fresh_start, layout, loaded, saved, take_over
+from lib.data.loading import LARGEST_PART, PARTS_A_WORKER, ImageBuffer, ReadAhead, end_workers, start_worker
 from lib.data.order import Parts, stable_hash
 from lib.data.pairs import IndexedSource, Skip, Source, parts_of
 from lib.data.prepare import Prepare
-from lib.data.streams.layouts import Start, dealings, excluded_in, fresh_start, layout, take_over
-from lib.data.streams.parts import StreamParts
-from lib.data.streams.positions import ShardPosition, loaded, saved
-from lib.data.workers import LARGEST_PART, PARTS_A_WORKER, end_workers, start_worker
+from lib.data.step_parts import IndexedParts, Prepared, Progress, StreamParts
 from lib.errors import InputError
 
 T = TypeVar("T")
@@ -29,7 +26,7 @@ T = TypeVar("T")
 
 @dataclass
 class Counts:
-    """Pairs met in the first pass over the data: read == used + the sum of skipped."""
+    """Pairs read in the first pass over the data: read == used + the sum of skipped."""
 
     read: int = 0
     used: int = 0
@@ -37,27 +34,26 @@ class Counts:
     """by reason"""
 
     def add(self, used: int, skips: list[Skip]) -> None:
-        """Count `used` more pairs that were used, and those that were not."""
+        """Add `used` pairs and the skipped ones."""
         self.read += used + len(skips)
         self.used += used
         self.skipped = dict(Counter(self.skipped) + Counter(skip.reason for skip in skips))
 
 
 class _Filled(NamedTuple):
-    """A chunk, and what is to be noted of the parts that it is the first to take pairs of."""
+    """A chunk, and the records of the parts that begin in it."""
 
     chunk: Chunk
     progress: list[Progress]
 
 
 class StepChunks:
-    """This rank's chunks of one step, each as soon as it is ready; their images stay where they are until the next
-    step is asked for."""
+    """This rank's chunks of one step, each as soon as it is ready; the next step overwrites their images."""
 
     def __init__(self, count: int, chunks: Iterator[Chunk], ready: int) -> None:
         self._count, self._chunks = count, chunks
         self.ready = ready
-        """Chunks that were there already when the step was asked for."""
+        """Chunks that waited already when the step was asked for."""
 
     def __len__(self) -> int:
         return self._count
@@ -69,11 +65,14 @@ class StepChunks:
 class TrainingData:
     """This rank's part of every step's pairs, decoded and tokenized by worker processes.
 
-    A step's pairs of an indexed source depend on its number, the seed and `effective_batch` alone, not on
-    ranks, workers or chunk size. Shards and mixtures are endless streams, one for each worker of each rank.
-    chunks_ahead: of the next step, read while the current one is computed; only with workers.
+    The pairs of a step from an indexed source are a pure function of its number, the seed and `effective_batch`, the
+    same for any number of ranks, workers and chunks: so a resumed run needs no more than the number of the step, and
+    ranks need not communicate. Shards and mixtures are endless streams, one for each worker of each rank, whose
+    positions are saved.
+
+    chunks_ahead: chunks of the next step read while the current one is computed; only with workers.
     part_size: most pairs that a worker sends at a time.
-    shuffle_buffer: undecoded samples of shards that each stream keeps, to give out in random order.
+    shuffle_buffer: undecoded samples of shards that each stream holds, to give them out in random order.
     pin_memory: put the chunks into page-locked memory, for a GPU.
     """
 
@@ -103,7 +102,7 @@ class TrainingData:
         self._begin(fresh_start(source))
         self._new_skips: list[Skip] = []
         self.counts = Counts()
-        """Pairs that this rank handed out in the first pass; those that indexing left out are counted on rank 0."""
+        """Pairs that this rank handed out in the first pass; rank 0 also counts those that indexing left out."""
         if rank == 0:
             for part in parts_of(source):
                 self._count(0, [Skip(part.where, key, reason) for key, reason in part.skipped])
@@ -111,9 +110,9 @@ class TrainingData:
     def steps(self, first: int, last: int) -> Generator[StepChunks, None, None]:
         """This rank's chunks of steps `first` to `last` - 1: B pairs a step, in chunks of at most C.
 
-        The images of a step are overwritten once the next is asked for: copies of them to a device must have arrived.
-        Streams go on where they stopped or where `load_state_dict` put them, which must be step `first`.
-        Raises InputError where nothing can be read, also from the chunks of a step.
+        The images of a step are overwritten once the next is asked for: copies to a device must be complete then.
+        Streams continue where they stopped or where `load_state_dict` put them, which must be step `first`.
+        Raises InputError where no pair can be read, also from the chunks of a step.
         """
         if first >= last:
             return
@@ -125,7 +124,7 @@ class TrainingData:
             stack.callback(end_workers, parts)
             buffer = stack.enter_context(closing(ImageBuffer(slots, rows, self._prepare.blank, self._pin_memory)))
             filled = stack.enter_context(closing(self._filled(numbers, parts, buffer, closed)))
-            if not self._workers:  # a thread would augment, drawing from the main thread's generator
+            if not self._workers:  # a thread would augment with the main thread's random generator
                 for _ in range(first, last):
                     yield from self._one_step(filled, 0)
                 return
@@ -135,7 +134,7 @@ class TrainingData:
                 ahead.give_back(a_step)
 
     def _one_step(self, filled: Iterator[_Filled], ready: int) -> Iterator[StepChunks]:
-        """The step, whose chunks are all taken when the next is asked for."""
+        """Yield the step, and take the rest of its chunks when the next is asked for."""
         chunks = self._handed_out(filled)
         yield StepChunks(self._chunks.per_step, chunks, ready)
         for _ in chunks:
@@ -144,6 +143,7 @@ class TrainingData:
     def _handed_out(self, filled: Iterator[_Filled]) -> Iterator[Chunk]:
         for number in range(self._chunks.per_step):
             chunk, begun = next(filled)
+            # Counted here and not when they are read: workers are steps ahead, and a checkpoint must not count those.
             for tally, stream, position in begun:
                 if position is not None:
                     self._positions[stream] = position
@@ -152,18 +152,18 @@ class TrainingData:
             yield chunk
 
     def new_skips(self) -> list[Skip]:
-        """(where, key, reason) of the pairs found unusable since the last call."""
+        """The pairs found unusable since the last call."""
         found, self._new_skips = self._new_skips, []
         return found
 
     @property
     def waiting(self) -> int:
-        """Pairs of shards that were read in the first pass and wait in the shuffle buffers for their turn."""
+        """Pairs of shards that were read in the first pass and wait in the shuffle buffers."""
         parts = (part for position in self._positions for part in position.parts)
         return sum(len(part.buffer) for part in parts if isinstance(part, ShardPosition) and part.epoch == 0)
 
     def state_dict(self) -> dict:
-        """Where this rank stands after the steps handed out, and its counts."""
+        """Position of this rank after the steps handed out, and its counts."""
         state = {"step": self._step, "counts": asdict(self.counts)}
         if isinstance(self._source, IndexedSource):
             return state | {"data": self._identity}
@@ -172,11 +172,11 @@ class TrainingData:
         return state | {"layout": self._layout(), "positions": positions, "excluded": excluded}
 
     def load_state_dict(self, state: dict, all_ranks: Callable[[], Sequence[dict]] | None = None) -> None:
-        """Go on after the step of `state`: exactly, at the same number of ranks and workers.
+        """Resume after the step of `state`: exactly, at the same number of ranks and workers.
 
-        Indexed sources go on exactly at any number of them. Streams then go on with the pass, without the shards that
-        were finished; samples of the others may come again in it, and are counted again. `all_ranks` gives the states
-        of all ranks, and is called only then. One warning says so.
+        Indexed sources resume exactly at any number of them. Streams then continue the pass without the shards that
+        were finished; samples of the others may be repeated in it, and are counted again. `all_ranks` returns the
+        states of all ranks, and is called only then. One warning says so.
         """
         self._step = state["step"]
         self._new_skips = []
@@ -184,8 +184,8 @@ class TrainingData:
         if isinstance(self._source, IndexedSource):
             if state.get("data", self._identity) != self._identity and self._parts.rank == 0:
                 warnings.warn(
-                    "--data is not what it was at the checkpoint: the order of its pairs is another one from here on, "
-                    "so that some come again and some later",
+                    "--data is not what it was at the checkpoint: the order of its pairs changes from here on, so some "
+                    "are repeated and some come later",
                     stacklevel=2,
                 )
             return
@@ -198,9 +198,9 @@ class TrainingData:
         if self._parts.rank == 0:
             done = sum(len(shards) for part in self._excluded for shards in part.values())
             warnings.warn(
-                "the data, ranks or workers are not those of the checkpoint: training goes on with the pass, without "
-                f"the {done} shards that were finished in it; samples of the others may come again, pairs of sources "
-                "that are not shards begin a new pass",
+                "the data, ranks or workers are not those of the checkpoint: training continues the pass without the "
+                f"{done} shards that were finished in it; samples of the others may be repeated, pairs of sources that "
+                "are not shards begin a new pass",
                 stacklevel=2,
             )
 
@@ -218,7 +218,7 @@ class TrainingData:
     def _filled(
         self, numbers: range, parts: Iterator[Prepared | InputError], buffer: ImageBuffer, closed: Event
     ) -> Generator[_Filled, None, None]:
-        """The chunks of these numbers, cut from the parts as these come, their images in the buffer's next slots."""
+        """Cut the chunks of these numbers from the parts, and copy their images into the buffer's next slots."""
         pairs: Chunk | None = None
         for number in numbers:
             images, count, pieces, progress = buffer[number][: self._chunks.size(number)], 0, [], []
@@ -226,12 +226,14 @@ class TrainingData:
                 if closed.is_set():
                     return
                 if not pairs:
-                    prepared = _next_part(parts)
+                    prepared = next(parts)
+                    if isinstance(prepared, InputError):
+                        raise prepared
                     pairs = prepared.pairs
                     progress.append(prepared.progress)
                 missing = len(images) - count
                 piece, pairs = pairs.rows(0, missing), pairs.rows(missing, len(pairs))
-                # Out of shared memory at once: there is little of it, and every tensor in it holds a file open.
+                # Copied out of shared memory at once: there is little of it, and every tensor in it holds a file open.
                 pieces.append(piece.moved(images[count : count + len(piece)]))
                 count += len(piece)
             chunk = joined(pieces, images)
@@ -254,31 +256,24 @@ class TrainingData:
             sampler = None
         return DataLoader(
             dataset,
-            batch_size=None,
+            batch_size=None,  # the items are parts already
             sampler=sampler,
             collate_fn=_unchanged,
             num_workers=self._workers,
             prefetch_factor=PARTS_A_WORKER if self._workers else None,
             worker_init_fn=start_worker,
-            # Without its own, every loader would draw a number from the generator that dropout draws from.
+            # Without a generator of its own, every loader would advance the one from which dropout draws.
             generator=torch.Generator(),
         )
 
     @cached_property
     def _identity(self) -> int:
-        """A hash of which pairs there are, in their order; once, as it takes half a second for 590,000 pairs."""
+        """A hash of the pairs in their order; cached, as it takes half a second for 590,000 pairs."""
         source = self._source
         assert isinstance(source, IndexedSource)
         return stable_hash(
             source.size, source.image_id[source.image].tobytes().hex(), source.first_text.tobytes().hex()
         )
-
-
-def _next_part(parts: Iterator[Prepared | InputError]) -> Prepared:
-    prepared = next(parts)
-    if isinstance(prepared, InputError):
-        raise prepared
-    return prepared
 
 
 def _unchanged(prepared: T) -> T:

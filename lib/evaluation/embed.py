@@ -16,8 +16,8 @@ from tqdm import tqdm
 from lib.data.batch import Tokenize
 from lib.data.evaluation_set import EvaluationSet
 from lib.data.images import BadImage, Extent
+from lib.data.loading import PARTS_A_WORKER, start_worker, workers_that_fit
 from lib.data.pipeline import ImagePipeline
-from lib.data.workers import PARTS_A_WORKER, start_worker, workers_that_fit
 from lib.distributed import gather_objects, gather_rows, rank_and_world_size
 from lib.errors import InputError
 

@@ -16,10 +16,10 @@ from torch import Tensor
 from lib.backends import Precision, auto_workers, choose_precision
 from lib.data.durable import Damaged, fingerprint, load_checked, save_checked
 from lib.data.evaluation_set import EvaluationSet
+from lib.data.fetcher import default_fetcher
 from lib.data.fields import Columns
 from lib.data.pipeline import ImagePipeline
 from lib.data.recognize import Output
-from lib.data.remote.fetch import default_fetcher
 from lib.data.sources import EvaluationData
 from lib.distributed import gather_objects, rank_and_world_size
 from lib.errors import InputError, on_rank_0

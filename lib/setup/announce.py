@@ -13,8 +13,8 @@ from lib.backends import Backend, peak_memory_bytes
 from lib.backends.device import peak_reserved_bytes
 from lib.config import TrainConfig, changed_settings, save_config
 from lib.data import Prepare
+from lib.data.loading import bytes_in_flight
 from lib.data.sources import split_weight
-from lib.data.workers import bytes_in_flight
 from lib.distributed import gather_objects
 from lib.evaluation.embed import counted
 from lib.files import without_secrets

@@ -17,15 +17,15 @@ from lib.config import TrainConfig
 from lib.config.arguments import LARGEST
 from lib.data import EvaluationSet, ImagePipeline, IndexedSource, Prepare, Source, open_sources
 from lib.data.batch import Tokenize, padded_to
+from lib.data.fetcher import Fetcher, default_fetcher
 from lib.data.fields import Columns
 from lib.data.info import data_info
+from lib.data.loading import LARGEST_PART, SHARED_MEMORY, free_shared_memory, shared_memory_for, workers_that_fit
 from lib.data.pairs import parts_of
 from lib.data.prompt_banks import load_negative_prompts
 from lib.data.recognize import Output
-from lib.data.remote.fetch import Fetcher, default_fetcher
-from lib.data.remote.transfer import is_away
-from lib.data.shards.source import ShardSource, count_pairs
-from lib.data.workers import LARGEST_PART, SHARED_MEMORY, free_shared_memory, shared_memory_for, workers_that_fit
+from lib.data.remote import is_away
+from lib.data.shard_source import ShardSource, count_pairs
 from lib.distributed import gather_objects, local_ranks
 from lib.errors import InputError
 from lib.gradcache.prefetch import Inputs

@@ -8,7 +8,7 @@ from torch.optim import Optimizer
 from lib.backends.optim import Rates, build_optimizer
 from lib.config import TrainConfig
 from lib.data import Source
-from lib.data.resize import Resize
+from lib.data.pipeline import Resize
 from lib.errors import InputError
 from lib.runs.checkpoint import TrainingState
 from lib.towers import PRESETS, Family, TwoTowers, load_towers

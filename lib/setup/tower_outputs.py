@@ -22,11 +22,10 @@ from lib.backends.precision import Precision
 from lib.data import IndexedSource, Prepare, Source
 from lib.data.durable import Damaged, fingerprint, load_checked, save_checked
 from lib.data.order import stable_hash
-from lib.data.outputs import MANIFEST, StoredOutputs
 from lib.data.pairs import Images, parts_of
-from lib.data.prepare import text_key
-from lib.data.shards.evaluation import shard_images
-from lib.data.shards.source import ShardSource
+from lib.data.prepare import MANIFEST, StoredOutputs, text_key
+from lib.data.shard_images import shard_images
+from lib.data.shard_source import ShardSource
 from lib.distributed import gather_objects, rank_and_world_size
 from lib.errors import InputError, raised_as
 from lib.evaluation.embed import counted, evaluating, image_loader

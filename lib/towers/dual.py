@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 
-from lib.data.resize import ResizeFlag
+from lib.data.pipeline import ResizeFlag
 from lib.errors import InputError
 from lib.towers.image_form import ImageForm, model_image_form, read_image_form
 from lib.towers.model_files import NO_CODE, OPEN_CLIP_WEIGHTS, ModelFolder, is_open_clip

@@ -19,7 +19,7 @@ from torch import nn
 from torchvision.models import get_model, get_model_weights, list_models
 from transformers import PretrainedConfig
 
-from lib.data.resize import ResizeFlag
+from lib.data.pipeline import ResizeFlag
 from lib.errors import InputError, raised_as
 from lib.towers.image_form import DEFAULT_FORMS, ImageForm, Preparation, measured_form
 from lib.towers.model_files import reason_of

@@ -20,8 +20,7 @@ from torch import Tensor
 from transformers import AutoImageProcessor
 from transformers.image_processing_utils import BaseImageProcessor
 
-from lib.data.pipeline import ImagePipeline
-from lib.data.resize import MODES, Channels, Interpolation, Resize, ResizeFlag, Way
+from lib.data.pipeline import MODES, Channels, ImagePipeline, Interpolation, Resize, ResizeFlag, Way
 from lib.errors import InputError, raised_as
 from lib.towers.model_files import NO_CODE
 

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from transformers import CLIPConfig, CLIPModel, PreTrainedModel, PreTrainedTokenizerBase, SiglipConfig, SiglipModel
 
-from lib.data.resize import ResizeFlag
+from lib.data.pipeline import ResizeFlag
 from lib.errors import InputError
 from lib.towers.composed import new_pair
 from lib.towers.dual import check_image_size, dual_parts

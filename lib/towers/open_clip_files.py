@@ -8,7 +8,7 @@ from dataclasses import asdict
 import torch
 from torch import Tensor
 
-from lib.data.resize import MODES, Resize, Way
+from lib.data.pipeline import MODES, Resize, Way
 from lib.errors import InputError, raised_as
 from lib.towers.image_form import DEFAULT_FORMS, ImageForm
 from lib.towers.model_files import CONFIG, OPEN_CLIP_CONFIG, ModelFolder

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.image_processing_utils import BaseImageProcessor
 
-from lib.data.resize import Resize, ResizeFlag
+from lib.data.pipeline import Resize, ResizeFlag
 from lib.towers.image_form import DEFAULT_FORMS, ImageForm, model_image_form, read_image_form
 from lib.towers.model_files import ModelFolder, find_model, is_open_clip, reading
 from lib.towers.open_clip_files import open_clip_settings

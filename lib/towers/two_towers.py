@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lib.data.durable import check_model, save_tensors
-from lib.data.resize import ResizeFlag
+from lib.data.pipeline import ResizeFlag
 from lib.files import write_text
 from lib.towers.composed import saved_pair
 from lib.towers.dual import file_weights, load_dual

@@ -1,6 +1,6 @@
 """Pack any data that training reads into WebDataset shards: `python -m lib.data.pack SOURCE --out DIR`.
 
-DIR is then data itself: `--data DIR`. Interrupted, the same command goes on where it stopped.
+Train on it with `--data DIR`. After an interruption, the same command resumes where it stopped.
 """
 
 import json
@@ -18,15 +18,13 @@ import tyro
 from tqdm import tqdm
 
 from lib.config.arguments import parse
+from lib.data.fetcher import Fetcher, default_fetcher
 from lib.data.fields import Columns
 from lib.data.order import permutation
-from lib.data.pack.listing import Entry, Listing, list_samples
-from lib.data.pack.samples import ImageOrReason, members_of, read_ahead, read_image
-from lib.data.pack.writer import Record, ShardWriter, Skips
+from lib.data.pack.entries import Entry, Listing, list_samples
+from lib.data.pack.writer import ImageOrReason, Record, ShardWriter, Skips, members_of, read_ahead, read_image
 from lib.data.recognize import Output, open_data
-from lib.data.remote.fetch import Fetcher, default_fetcher
-from lib.data.shards.index import SPLITS, ShardIndex, write_index
-from lib.data.shards.shard_set import ShardSet
+from lib.data.shards import SPLITS, ShardIndex, ShardSet, write_index
 from lib.data.sources import check_columns
 from lib.errors import InputError, RunError, machine_errors_reported, one_line_errors, raised_as
 from lib.files import write_text
@@ -43,15 +41,15 @@ class PackConfig:
     """As --data in training: class folders, a table, COCO, Flickr or Karpathy files, a set's name, shards, parquet
     files, a folder of save_to_disk, hub:OWNER/NAME."""
     out: Path
-    """New or empty folder for the shards, or the one that an interrupted run left."""
+    """New or empty folder for the shards, or that of an interrupted pack."""
     shard_size: int | None = None
-    """Samples a shard; 1000 where --shard-bytes is not given either."""
+    """Samples per shard; default: 1000 without --shard-bytes."""
     shard_bytes: str | None = None
-    """Size a shard stays below, as 500M or 2G."""
+    """Largest size of a shard, as 500M or 2G."""
     max_side: int | None = None
-    """Images with a longer side are made smaller, to this many pixels, upright, as JPEG; others stay as they are."""
+    """Shrink images with a longer side to this many pixels, upright, as JPEG; others stay as they are."""
     quality: int = 95
-    """Of the JPEG files that --max-side makes."""
+    """JPEG quality of the images that --max-side shrinks."""
     verify: bool = False
     """Decode every image, and leave out what cannot be decoded."""
     shuffle: int | None = None
@@ -61,9 +59,9 @@ class PackConfig:
     captions: Literal["all", "lines"] = "all"
     """lines: each line of a .txt member of shards is a caption of its own."""
     image_root: str | None = None
-    """Folder of the images that a table or annotation file names, where they do not lie beside it."""
+    """Folder of the images that a table or annotation file names, if it is not the file's own."""
     image_column: str | None = None
-    """Column of a table or of hub or parquet data that holds or names the image, where its name does not say so."""
+    """Column of a table or of hub or parquet data that holds or names the image, if it is not found by its name."""
     caption_column: str | None = None
     """The same for the captions, or for the class."""
     cache_dir: Path | None = None
@@ -105,7 +103,7 @@ class PackConfig:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Pack as the command line (or `arguments`) says."""
+    """Pack with the settings of the command line (or `arguments`)."""
     config: PackConfig = parse(
         PackConfig,
         arguments,
@@ -121,7 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     listing = list_samples(opened, "SOURCE", fetcher, config.captions == "lines")
     seed = config.seed(isinstance(opened, ShardSet))
     with (
-        machine_errors_reported(lambda: "finished shards are safe, the same command goes on"),
+        machine_errors_reported(lambda: "finished shards are safe, the same command resumes"),
         raised_as(lambda fault: RunError(f"--out {config.out}: {fault}"), OSError),
         closing(Record(config.out, _settings(config, listing, seed))) as record,
     ):
@@ -129,12 +127,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(f"{config.out} is done already: {_summary(record)}")
             return
         if record.shards:
-            print(f"{config.out}: going on after shard {len(record.shards)}", flush=True)
+            print(f"{config.out}: resuming after shard {len(record.shards)}", flush=True)
         _pack(config, listing, seed, record)
 
 
 def _settings(config: PackConfig, listing: Listing, seed: int | None) -> dict[str, object]:
-    """Everything that the bytes of the shards depend on."""
+    """All settings that determine the bytes of the shards."""
     source = os.path.abspath(config.source) if os.path.exists(config.source) else config.source
     return {
         "source": source,
@@ -177,7 +175,7 @@ def _pack(config: PackConfig, listing: Listing, seed: int | None, record: Record
 def _pack_split(
     config: PackConfig, split: str, entries: list[Entry], classes: tuple[str, ...] | None, record: Record, bar: tqdm
 ) -> None:
-    """Write the rest of a split's shards. A shard ends where a sample comes that it has no room for."""
+    """Write the rest of a split's shards; a shard ends before the first sample for which it has no room."""
     begun = record.consumed.get(split, 0)
     finished = [entry for entry in record.shards.values() if entry.split == split]
     shard, number = len(finished), sum(entry.samples for entry in finished)

@@ -1,79 +1,61 @@
-"""The list of samples to pack, of any kind of data, with their texts and where their images lie."""
+"""The list of samples to pack, from any kind of data, with their texts and functions that read their images."""
 
 import io
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from hashlib import blake2b
-from typing import NamedTuple
 
 from lib.data.caption_table import Captioned, CaptionTable
+from lib.data.fetcher import Fetcher
 from lib.data.fields import of_all_splits
 from lib.data.find_images import READABLE
 from lib.data.images import BadImage, ImageFiles, open_header, read_image_file
 from lib.data.load_datasets import RowImages
 from lib.data.pairs import Images
 from lib.data.recognize import OpenedData
-from lib.data.remote.fetch import Fetcher
-from lib.data.shards.annotations import Annotation, annotate, shard_names
-from lib.data.shards.index import SPLITS
-from lib.data.shards.kind import text_form
-from lib.data.shards.shard_set import ShardSet
-from lib.data.shards.tars import IMAGE_SUFFIXES, Damage, index_shard, read_image
+from lib.data.shard_texts import Annotation, annotated, text_form
+from lib.data.shards import SPLITS, ShardSet, shard_names
+from lib.data.tars import IMAGE_SUFFIXES, Sample
+from lib.data.tars import read_image as read_tar_image
 
 _OF_FORMAT = {name: extensions[0].removeprefix(".") for name, extensions in READABLE.items()}
 
 
-class FileImage(NamedTuple):
-    """An image that is a file."""
-
-    path: str
-
-    def read(self) -> tuple[bytes, str]:
-        """The bytes as they are, and the suffix; raises BadImage."""
-        content, suffix = read_image_file(self.path), os.path.splitext(self.path)[1].lower().removeprefix(".")
-        return (content, suffix) if content and suffix in IMAGE_SUFFIXES else _with_suffix(content)
+ReadImage = Callable[[], tuple[bytes, str]]
+"""Reads an image's bytes and suffix; raises BadImage."""
 
 
-class MemberImage(NamedTuple):
-    """An image in a tar."""
+def _file_image(path: str) -> tuple[bytes, str]:
+    """The bytes of an image file as they are."""
+    content, suffix = read_image_file(path), os.path.splitext(path)[1].lower().removeprefix(".")
+    return (content, suffix) if content and suffix in IMAGE_SUFFIXES else _with_suffix(content)
 
-    shard: str
-    place: tuple[int, int] | None
-    """(offset, size); None where a sample has no image"""
-    suffix: str
-    fetcher: Fetcher
 
-    def read(self) -> tuple[bytes, str]:
-        """The bytes as they are, and the suffix; raises BadImage."""
-        assert self.place is not None
-        content = read_image(self.shard, self.place, self.fetcher)
-        if not content:
-            raise BadImage("empty")
-        return content, self.suffix
+def _member_image(shard: str, place: tuple[int, int], suffix: str, fetcher: Fetcher) -> tuple[bytes, str]:
+    """The bytes of an image in a tar as they are."""
+    content = read_tar_image(shard, place, fetcher)
+    if not content:
+        raise BadImage("empty")
+    return content, suffix
+
+
+def _held_image(images: Images, index: int) -> tuple[bytes, str]:
+    """The bytes of an image in a row of a data set as they are, or an image in memory as PNG."""
+    if isinstance(images, RowImages):
+        content = images.content(index)
+        return _with_suffix(content) if isinstance(content, bytes) else _file_image(content)
+    file = io.BytesIO()
+    images.open(index).save(file, "PNG")
+    return file.getvalue(), "png"
 
 
 def _with_suffix(content: bytes) -> tuple[bytes, str]:
-    """The bytes and the suffix of their format; raises BadImage."""
+    """The bytes and the suffix of their format."""
     if not content:
         raise BadImage("empty")
     return content, _OF_FORMAT.get(str(open_header(content).format), "jpg")  # MPO is a JPEG of several pictures
-
-
-@dataclass(frozen=True)
-class HeldImage:
-    """An image that is only in memory, or in a row of a data set."""
-
-    images: Images
-    index: int
-
-    def read(self) -> tuple[bytes, str]:
-        """The bytes as they are in a row, or the image as PNG, and the suffix; raises BadImage."""
-        if isinstance(self.images, RowImages):
-            content = self.images.content(self.index)
-            return _with_suffix(content) if isinstance(content, bytes) else FileImage(content).read()
-        file = io.BytesIO()
-        self.images.open(self.index).save(file, "PNG")
-        return file.getvalue(), "png"
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,14 +65,14 @@ class Entry:
     split: str
     key: str
     group: str | None
-    """what is hashed to the group of an unpacked sample; None where that is its key"""
-    image: FileImage | MemberImage | HeldImage | None
-    """None where it cannot be used"""
+    """text whose hash is the group of an unpacked sample; None where that is its key"""
+    image: ReadImage | None
+    """None where the sample cannot be used"""
     captions: tuple[str, ...] = ()
     """in their places: "" for those that cannot be used"""
     class_name: str | None = None
     faults: tuple[tuple[str, str], ...] = ()
-    """(key, reason) of what was found unusable in it"""
+    """(key, reason) of its unusable captions, or of the sample"""
 
     @property
     def pairs(self) -> int:
@@ -106,10 +88,10 @@ class Listing:
     classes: tuple[str, ...] | None = None
     """names by number, where samples have classes"""
     malformed: list[tuple[str, str]] = field(default_factory=list)
-    """(key, reason) of what is no sample"""
+    """(key, reason) of rows and shards that are no samples"""
 
     def digest(self) -> str:
-        """Tells this list from another; images are not looked into."""
+        """A hash that changes with the list; the images' bytes do not count."""
         digest = blake2b(repr((self.classes, self.malformed)).encode(), digest_size=16)
         for entry in self.entries:
             known = (entry.split, entry.key, entry.group, entry.captions, entry.class_name, entry.faults)
@@ -132,7 +114,10 @@ def list_samples(opened: OpenedData, flag: str, fetcher: Fetcher, lines: bool = 
         images, labels, listing.classes = opened.images(split)
         names = [listing.classes[label] for label in labels]
         for index, (key, name) in enumerate(zip(images.keys, names, strict=True)):
-            image = FileImage(images.paths[index]) if isinstance(images, ImageFiles) else HeldImage(images, index)
+            if isinstance(images, ImageFiles):
+                image = partial(_file_image, images.paths[index])
+            else:
+                image = partial(_held_image, images, index)
             listing.entries.append(Entry(split, key, name, image, class_name=name))
     return listing
 
@@ -142,16 +127,16 @@ def _by_split(entries: list[Entry]) -> list[Entry]:
 
 
 def _captioned(image: Captioned, stored: RowImages | None) -> Entry:
-    """A caption that cannot be used keeps its place: its number is part of the others' ids."""
+    """Make an entry; an unusable caption keeps its place, as its number is part of the others' ids."""
     faults = [(f"{image.key}#{caption.number}", caption.fault) for caption in image.captions if caption.fault]
     captions = tuple("" if caption.fault else caption.text for caption in image.captions)
     if not image.is_there or not captions:
         faults = [(image.key, "no_text" if image.is_there else "missing")]
-    found: FileImage | HeldImage | None = None
+    found: ReadImage | None = None
     if stored is not None and image.row is not None:
-        found = HeldImage(stored, image.row)
+        found = partial(_held_image, stored, image.row)
     elif image.path is not None:
-        found = FileImage(image.path)
+        found = partial(_file_image, image.path)
     usable = found if any(captions) else None
     return Entry(image.split, image.key, image.group, usable, captions, faults=tuple(faults))
 
@@ -162,12 +147,11 @@ def _of_shards(shards: ShardSet, flag: str, fetcher: Fetcher, lines: bool) -> Li
     for split, paths in shards.splits.items():
         form, labelled = text_form(shards, split, flag, fetcher, lines)
         for path, name in zip(paths, shard_names(paths), strict=True):
-            for sample in index_shard(path, fetcher):
-                if isinstance(sample, Damage):
-                    listing.malformed.append((name, sample.reason))
-                    continue
-                image = MemberImage(path, sample.image_place, sample.image_suffix or "", fetcher)
-                listing.entries.append(_of_sample(annotate(sample, name, form), image, split, labelled))
+            for note, sample in annotated(path, name, form, fetcher):
+                if sample is None:
+                    listing.malformed += note.skipped(labelled)
+                else:
+                    listing.entries.append(_of_sample(note, sample, path, split, labelled, fetcher))
         if labelled:
             names.update(entry.class_name for entry in listing.entries if entry.class_name is not None)
             classes = form.classes
@@ -175,16 +159,16 @@ def _of_shards(shards: ShardSet, flag: str, fetcher: Fetcher, lines: bool) -> Li
     return listing
 
 
-def _of_sample(note: Annotation, image: MemberImage, split: str, labelled: bool) -> Entry:
-    group = note.group or (note.class_name if labelled else None)
-    has_image = image.place is not None
-    usable = note.fault(has_image, labelled) is None
+def _of_sample(note: Annotation, sample: Sample, shard: str, split: str, labelled: bool, fetcher: Fetcher) -> Entry:
+    read: ReadImage | None = None
+    if sample.image_place is not None and note.fault(labelled) is None:
+        read = partial(_member_image, shard, sample.image_place, sample.image_suffix or "", fetcher)
     return Entry(
         split,
         note.key,
-        group,
-        image if usable else None,
+        note.group or (note.class_name if labelled else None),
+        read,
         () if labelled else note.captions,
         note.class_name if labelled else None,
-        tuple(note.skipped(has_image, labelled)),
+        tuple(note.skipped(labelled)),
     )

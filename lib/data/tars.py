@@ -1,4 +1,4 @@
-"""Reading of tar files: neighbouring members of one name are a sample; every name is a sample, whole or damaged."""
+"""Reading of tar files: neighbouring members with one name are a sample; every name is counted as one."""
 
 import os
 import sys
@@ -9,16 +9,16 @@ from typing import BinaryIO, NamedTuple
 
 from webdataset.tariterators import base_plus_ext
 
+from lib.data.fetcher import Fetcher, Unreachable, fault
 from lib.data.find_images import IMAGE_EXTENSIONS, is_hidden
 from lib.data.images import BadImage
-from lib.data.remote.fetch import Fetcher, Unreachable, fault
 from lib.errors import raised_as
 from lib.files import open_file
 
 IMAGE_SUFFIXES = tuple(extension.removeprefix(".") for extension in IMAGE_EXTENSIONS)
 TEXT_SUFFIXES = ("txt", "json", "cls")
 ALL = range(sys.maxsize)
-"""Every sample, and the damage after them."""
+"""All samples and the damage after them."""
 
 _SUFFIXES = IMAGE_SUFFIXES + TEXT_SUFFIXES
 _TRAILING = "trailing_data"
@@ -32,7 +32,7 @@ class Sample(NamedTuple):
     members: dict
     """bytes by suffix, in lower case; of a member that is only indexed, (offset, size)"""
     fault: str | None = None
-    """repeated_name: the tar has a sample of this name already; apart: a part of one that lies elsewhere in the tar"""
+    """repeated_name: the tar has a sample of this name already; apart: image and text of a name are not neighbours"""
 
     @property
     def image_suffix(self) -> str | None:
@@ -51,23 +51,23 @@ class Sample(NamedTuple):
 
     @property
     def complete(self) -> bool:
-        """Whether there is an image, and text for it."""
+        """True with an image and a text for it."""
         return self.image_suffix is not None and any(suffix in self.members for suffix in TEXT_SUFFIXES)
 
 
 class Damage(NamedTuple):
-    """Stands where the next sample would be in a tar whose rest cannot be read."""
+    """Takes the place of the next sample in a tar whose rest cannot be read."""
 
     reason: str
-    """truncated_tar; trailing_data behind the end, as of tars that were joined by cat; unreadable_tar where it is no
-    tar at all or the disk fails; bad_gzip; or that of an Unreachable"""
+    """truncated_tar; trailing_data after the end, as in tars joined by cat; unreadable_tar for a file that is no tar or
+    cannot be read; bad_gzip; or that of an Unreachable"""
 
 
 def read_samples(path: str, wanted: range | frozenset[int]) -> Iterator[tuple[int, Sample | Damage]]:
     """The samples of an uncompressed tar whose numbers are wanted, with their bytes; Damage at its number.
 
-    Members of other samples are passed over by their headers; only those with the suffixes above are read, and
-    nothing is extracted, decoded or unpickled.
+    Of other samples only the headers are read. Only members with the suffixes above are read, and nothing is
+    extracted, decoded or unpickled.
     """
     return _numbered(path, wanted, _SUFFIXES)
 
@@ -78,7 +78,7 @@ def index_samples(path: str) -> Iterator[Sample | Damage]:
 
 
 def index_shard(shard: str, fetcher: Fetcher) -> Iterator[Sample | Damage]:
-    """As `index_samples`, of a shard that is fetched first; Damage alone where it cannot be had."""
+    """As `index_samples`, of a shard that is downloaded first; Damage alone where that fails."""
     path = fetcher.reached(shard)
     return iter([Damage(path.reason)]) if isinstance(path, Unreachable) else index_samples(path)
 
@@ -86,7 +86,7 @@ def index_shard(shard: str, fetcher: Fetcher) -> Iterator[Sample | Damage]:
 def read_image(shard: str, place: tuple[int, int], fetcher: Fetcher) -> bytes:
     """The bytes at (offset, size) of a shard; raises BadImage.
 
-    The fetcher is asked every time: a fetched shard may have left the cache.
+    The fetcher is asked every time, as a downloaded shard may have been removed from the cache.
     """
     with raised_as(lambda _: BadImage("unreadable"), OSError):
         path = fetcher.reached(shard)
@@ -100,7 +100,6 @@ def read_image(shard: str, place: tuple[int, int], fetcher: Fetcher) -> bytes:
 def _numbered(
     path: str, wanted: range | frozenset[int], suffixes: tuple[str, ...]
 ) -> Iterator[tuple[int, Sample | Damage]]:
-    """The wanted samples by number, with the bytes of the members that have these suffixes; Damage at its number."""
     if not wanted:
         return
     last = wanted[-1] if isinstance(wanted, range) else max(wanted)
@@ -127,7 +126,7 @@ def _loaded(file: BinaryIO, sample: Sample, suffixes: tuple[str, ...]) -> Sample
 
 
 def _samples(file: BinaryIO, path: str) -> Iterator[Sample | Damage]:
-    """Samples, then Damage if there were faults; it counts for a last sample that lost a part."""
+    """Samples, then Damage if there were faults; it replaces a last sample that lost a member."""
     faults: list[str] = []
     last = None
     for sample in _named(_neighbours(_members(file, faults))):
@@ -141,10 +140,10 @@ def _samples(file: BinaryIO, path: str) -> Iterator[Sample | Damage]:
 
 
 def _named(samples: Iterator[Sample]) -> Iterator[Sample]:
-    """The samples, with a fault on those whose name was there before: one name must not be two pairs' identity."""
+    """The samples, with a fault on repeated names: a name identifies a pair, so two pairs must not share one."""
     seen: set[int] = set()
     for sample in samples:
-        name = hash(sample.key)  # a number in place of a text, for tars of millions of samples
+        name = hash(sample.key)  # saves memory in tars of millions of samples
         if name in seen:
             sample = sample._replace(fault="repeated_name" if sample.complete else "apart")
         seen.add(name)
@@ -152,10 +151,10 @@ def _named(samples: Iterator[Sample]) -> Iterator[Sample]:
 
 
 def _neighbours(members: Iterator[tuple[str, tuple[int, int] | None]]) -> Iterator[Sample]:
-    """Samples of neighbouring members: those that share a name up to its first dot are looked at together.
+    """Group neighbouring members to samples: members that share a name up to its first dot are one run.
 
-    A name goes up to its last dot: photo.v1.jpg and photo.v2.jpg are two samples. But beside 0001.jpg webdataset's
-    convention makes 0001.seg.png a further member of sample 0001: so it is, unless it has an image and a text itself.
+    A sample's name goes up to the last dot: photo.v1.jpg and photo.v2.jpg are two samples. But next to 0001.jpg,
+    webdataset's convention makes 0001.seg.png a further member of sample 0001, unless it has an image and a text.
     """
     run: dict[str, list[dict]] = {}
     base = None
@@ -191,24 +190,24 @@ def _of_run(run: dict[str, list[dict]], base: str | None) -> Iterator[Sample]:
 def _members(file: BinaryIO, faults: list[str]) -> Iterator[tuple[str, tuple[int, int] | None]]:
     """The name of every member that is no folder and not hidden, with (offset, size) of its data.
 
-    None for one whose data does not lie there as it is: a link, or a sparse file.
+    None instead for a link or a sparse file, whose data is not stored there as it is.
     """
     length = os.fstat(file.fileno()).st_size
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
-                lies_here = member.isreg() and not member.issparse()
-                if lies_here and member.offset_data + member.size > length:
+                stored_here = member.isreg() and not member.issparse()
+                if stored_here and member.offset_data + member.size > length:
                     raise tarfile.ReadError("unexpected end of data")
                 if not member.isdir() and not is_hidden(member.name):
-                    yield member.name, (member.offset_data, member.size) if lies_here else None
-                tar.members = []  # type: ignore[attr-defined]  # tarfile would keep them all; its stubs hide them
-            # Where a header is damaged or missing, tarfile stops as if the archive ended: an end is a block of zeros.
+                    yield member.name, (member.offset_data, member.size) if stored_here else None
+                tar.members = []  # type: ignore[attr-defined]  # else tarfile keeps every header in memory
+            # At a damaged or missing header tarfile stops as if the archive ended; a real end is a block of zeros.
             file.seek(tar.offset)
             end = file.read(tarfile.BLOCKSIZE)
             if len(end) < tarfile.BLOCKSIZE or any(end):
                 raise tarfile.ReadError("no end of archive")
             if any(any(block) for block in iter(partial(file.read, tarfile.RECORDSIZE), b"")):
                 faults.append(_TRAILING)
-    except Exception:  # damaged headers make tarfile raise what it likes
+    except Exception:  # damaged headers make tarfile raise errors of many types
         faults.append("truncated_tar")

@@ -1,4 +1,4 @@
-"""One stream's endless reading of shards: pass after pass, shuffled in a buffer, from any exact position."""
+"""Endless reading of shards by one stream: pass after pass, shuffled in a buffer, from any exact position."""
 
 import threading
 from collections import defaultdict
@@ -7,28 +7,22 @@ from functools import partial
 
 import numpy as np
 
+from lib.data.dealing import Dealing, ShardPosition
 from lib.data.images import BadImage, decode_image
 from lib.data.order import draw, sample_id
 from lib.data.pairs import Skip
 from lib.data.prepare import Pair, Prepare
-from lib.data.shards.source import Item, ShardSource
-from lib.data.streams.dealing import Dealing
-from lib.data.streams.positions import ShardPosition
+from lib.data.shard_source import Item, ShardSource
 from lib.errors import InputError
 
-_MOST_EMPTY_PASSES = 20  # for each stream there is: one that gets a few samples of a small set may see many
+_MOST_EMPTY_PASSES = 20  # times the number of streams: one that gets a few samples of a small set may see many
 
 
 class ShardStream:
-    """Gives out the items of this stream's parts, each at random from a buffer of at most `buffer_size`."""
+    """Gives out the items of this stream's parts, drawn at random from a buffer of at most `buffer_size`."""
 
     def __init__(
-        self,
-        source: ShardSource,
-        dealing: Dealing,
-        stream: int,
-        buffer_size: int,
-        position: ShardPosition,
+        self, source: ShardSource, dealing: Dealing, stream: int, buffer_size: int, position: ShardPosition
     ) -> None:
         self.source, self.dealing, self.stream = source, dealing, stream
         self.buffer_size = max(1, buffer_size)
@@ -38,7 +32,7 @@ class ShardStream:
 
     @property
     def position(self) -> ShardPosition:
-        """Where the stream stands: what `__init__` takes to go on with the same items."""
+        """The position from which `__init__` continues with the same items."""
         buffer = self.places[: len(self.items)].copy()
         return ShardPosition(self.epoch, self.part, self.sample, self.taken, self.handed, buffer)
 
@@ -53,7 +47,7 @@ class ShardStream:
         raise InputError(f"--data {self.source.where}: there are no samples in the tar files; check them")
 
     def prepared(self, prepare: Prepare, epoch: int, item: Item) -> Pair:
-        """The pair of an item that `next` gave out; raises BadImage."""
+        """Prepare the pair of an item that `next` gave out; raises BadImage."""
         if item.reason is not None:
             raise BadImage(item.reason)
         seed, image_id = self.dealing.seed, item.image_id
@@ -81,7 +75,7 @@ class ShardStream:
         self.upcoming: list[Item] = []
 
     def _ready(self) -> bool:
-        """Whether there is an item to take, after opening the next part if need be; False at the pass's end."""
+        """Open the next part if necessary; False at the end of the pass, where no item is left to take."""
         while not self.upcoming and self.part < len(self.parts):
             opened = self.part
             shard, samples = self.parts[opened]
@@ -93,10 +87,10 @@ class ShardStream:
         return bool(self.upcoming)
 
     def _advance(self) -> None:
-        """Go to the part's next sample, or to the next part: a part is left as soon as its last item is taken."""
+        """Go to the part's next sample, or to the next part once the last item of this one is taken."""
         assert self.reading is not None
         number, self.upcoming = next(self.reading, (-1, []))
-        # It is the same where a stream goes on in the middle of a sample.
+        # Equal where a stream resumes in the middle of a sample.
         if number != self.sample or self.taken >= len(self.upcoming):
             self.taken = 0
         self.sample = number
@@ -111,7 +105,7 @@ class ShardStream:
             self._advance()
 
     def _hand_out(self) -> Item:
-        """Take an item out of the buffer; the last one fills its place."""
+        """Take a random item out of the buffer; the last one fills its place."""
         place = draw("buffer", self.dealing.seed, self.epoch, self.stream, self.handed) % len(self.items)
         self.handed += 1
         last = self.items.pop()
@@ -122,7 +116,7 @@ class ShardStream:
         return item
 
     def _refill(self, places: np.ndarray) -> None:
-        """Read again what waited in the buffer, and nothing else."""
+        """Read again the items that waited in the buffer, and nothing else."""
         self.places = np.empty((max(self.buffer_size, len(places)), 3), dtype=np.int64)
         wanted = defaultdict(set)
         for part, sample, _ in places.tolist():
@@ -139,16 +133,16 @@ class ShardStream:
                 item = items[number]
             elif part in lost:
                 continue
-            else:  # what was there cannot be read any more: told once, as for any shard that is down
+            else:  # the shard cannot be read any more: counted once, as any shard that is down
                 lost.add(part)
                 item = self.source.fault(self.parts[part].shard, "unreachable")
             self.places[len(self.items)] = part, sample, number
             self.items.append(item)
 
     def _fetch_after(self, part: int) -> None:
-        """Have the shard after that part fetched while the part is read, so that nobody waits at its end."""
+        """Download the shard after that part while the part is read, so that the stream need not wait at its end."""
         following = self.parts[part + 1 :] or self.dealing.parts(self.epoch + 1, self.stream)
         if following and self.source.is_away(following[0].shard):
-            # A daemon: what is fetched in vain must not keep the process alive.
+            # A daemon: a download that is no longer needed must not keep the process alive.
             shard = following[0].shard
             threading.Thread(target=self.source.fetch, args=(shard,), name=f"fetch {shard}", daemon=True).start()

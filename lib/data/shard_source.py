@@ -5,19 +5,18 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from typing import NamedTuple
 
 from tqdm import tqdm
 
+from lib.data.fetcher import Fetcher, Unreachable, copy_note
 from lib.data.order import salted, stable_hash
 from lib.data.pairs import Captions, Source, fill, parts_of
-from lib.data.remote.fetch import Fetcher, Unreachable, copy_note
-from lib.data.remote.transfer import ZIPPED, is_away
-from lib.data.shards.annotations import Annotation, TextForm, annotate, shard_names, shown
-from lib.data.shards.kind import notes, text_form
-from lib.data.shards.shard_set import ShardSet
-from lib.data.shards.tars import ALL, Damage, Sample, index_shard, read_samples
+from lib.data.remote import ZIPPED, is_away
+from lib.data.shard_texts import Annotation, TextForm, annotate, annotated, text_form
+from lib.data.shards import ShardSet, shard_names, shown
+from lib.data.tars import ALL, Damage, Sample, read_samples
 from lib.errors import InputError
 
 COUNTED_AT_ONCE = 2**30
@@ -59,7 +58,7 @@ class ShardSource(Source):
         """The undecoded pairs of each wanted sample of a shard, by the sample's number.
 
         Where the rest cannot be read there is one item with the reason, at the number where the next sample would
-        be: whoever wants that number has it. A shard that cannot be reached has it at 0.
+        be, so that exactly one stream counts it. A shard that cannot be reached has it at 0.
         """
         path = self.fetcher.reached(self.shards[shard])
         if isinstance(path, Unreachable):
@@ -73,27 +72,26 @@ class ShardSource(Source):
                 yield number, list(self.items(shard, sample))
 
     def is_away(self, shard: int) -> bool:
-        """Whether the shard has to be fetched or unpacked before it is read."""
+        """True for a shard that has to be downloaded or unpacked before it is read."""
         return is_away(self.shards[shard]) or self.shards[shard].lower().endswith(ZIPPED)
 
     def fetch(self, shard: int) -> None:
-        """Bring the shard here in advance; whoever reads it will learn where that fails."""
+        """Download the shard in advance; a failure is reported when the shard is read."""
         with suppress(Unreachable, InputError):
             self.fetcher.local(self.shards[shard])
 
     def fault(self, shard: int, reason: str, path: str | None = None) -> Item:
-        """The note of a shard as a whole; `path`, if it was read: a bad copy in the cache is named, to be removed."""
+        """The skip of a whole shard; `path`, if it was read: a bad copy in the cache is named, to be removed."""
         where = shown(self.shards[shard])
         copy = copy_note(self.shards[shard], path) if path else ""
         return Item(where + copy, self.names[shard], reason=reason)
 
     def items(self, shard: int, sample: Sample) -> Iterator[Item]:
-        """The pairs that one sample makes, and what is wrong with the others; at least one of either."""
+        """The pairs of one sample, and the reasons of those that cannot be used; at least one of either."""
         where = shown(self.shards[shard])
         note = annotate(sample, self.names[shard], self.form)
-        image = sample.image
-        reason = note.fault(image is not None, labelled=bool(self.templates))
-        if image is None or (reason and reason != "empty_caption"):
+        image, reason = sample.image, note.fault(labelled=bool(self.templates))
+        if image is None or reason not in (None, "empty_caption"):
             yield Item(where, note.key, reason=reason)
             return
         image_id = salted(stable_hash(note.key), self.part)
@@ -118,7 +116,7 @@ class ShardSource(Source):
     def sample_texts(self, limit: int = _SAMPLE_TEXTS) -> list[str]:
         """At most `limit` texts, to train a tokenizer on.
 
-        Remote shards are not all fetched for a sample: the first that has texts serves, unless more are asked for.
+        Remote shards are not all downloaded for this: the first with texts suffices, unless more are asked for.
         """
         if self.templates and self.classes:
             return [fill(template, name) for name in self.classes for template in self.templates][:limit]
@@ -126,15 +124,16 @@ class ShardSource(Source):
         for shard, name in zip(self.shards, self.names, strict=True):
             if len(texts) >= limit or (texts and limit <= _SAMPLE_TEXTS and is_away(shard)):
                 break
-            texts += islice(self._texts(notes(shard, name, self.form, self.fetcher)), limit - len(texts))
+            notes = (note for note, _ in annotated(shard, name, self.form, self.fetcher))
+            texts += islice(chain.from_iterable(map(self._texts, notes)), limit - len(texts))
         return texts
 
-    def _texts(self, found: Iterator[Annotation]) -> Iterator[str]:
-        for note in found:
-            if not self.templates:
-                yield from (caption for caption in note.captions if caption)
-            elif note.class_name:
-                yield from (fill(template, note.class_name) for template in self.templates)
+    def _texts(self, note: Annotation) -> list[str]:
+        if note.fault(labelled=bool(self.templates)):
+            return []
+        if self.templates:
+            return [fill(template, note.class_name or "") for template in self.templates]
+        return [caption for caption in note.captions if caption]
 
 
 def shard_source(shards: ShardSet, captions: Captions, templates: tuple[str, ...], fetcher: Fetcher) -> ShardSource:
@@ -164,8 +163,8 @@ def shard_source(shards: ShardSet, captions: Captions, templates: tuple[str, ...
         pairs = sum(entry.pairs for entry in entries) if captions != "one" and not prompted else sum(samples)
         source = replace(source, samples=samples, size=pairs)
     elif not any(map(is_away, paths)) and _bytes(paths) < COUNTED_AT_ONCE:
-        count = _count(source)
-        source = replace(source, samples=count.samples, size=count.pairs, unusable=count.unusable)
+        samples, pairs, unusable = _count(source)
+        source = replace(source, samples=samples, size=pairs, unusable=unusable)
     if source.size == 0:
         raise InputError(f"--data {shards.where}: not one sample has an image and a text that is not empty")
     texts = "class prompts" if prompted else f"captions ({captions})"
@@ -176,49 +175,35 @@ def shard_source(shards: ShardSet, captions: Captions, templates: tuple[str, ...
 def count_pairs(source: Source) -> int:
     """Pairs in one pass: known, or counted from the headers and texts of local shards, with a progress bar.
 
-    Raises InputError where that would mean to fetch remote shards.
+    Raises InputError where remote shards would have to be downloaded for that.
     """
-    return sum(_pairs(part) for part in parts_of(source))
+    pairs = 0
+    for part in parts_of(source):
+        if part.size is not None:
+            pairs += part.size
+            continue
+        assert isinstance(part, ShardSource)
+        if any(map(is_away, part.shards)):
+            raise InputError(f"--epochs: nobody has counted the pairs of {part.where}; give --steps instead")
+        pairs += _count(part)[1]
+    return pairs
 
 
-def _pairs(source: Source) -> int:
-    if source.size is not None:
-        return source.size
-    assert isinstance(source, ShardSource)
-    if any(map(is_away, source.shards)):
-        raise InputError(f"--epochs: nobody has counted the pairs of {source.where}; give --steps instead")
-    return _count(source).pairs
-
-
-class _Count(NamedTuple):
-    samples: tuple[int, ...]
-    """of each shard"""
-    pairs: int
-    unusable: tuple[tuple[str, str], ...]
-
-
-def _count(source: ShardSource) -> _Count:
-    """Samples of each shard, pairs of all, and what reading will skip; images are not looked at."""
+def _count(source: ShardSource) -> tuple[tuple[int, ...], int, tuple[tuple[str, str], ...]]:
+    """(samples of each shard, pairs of all, (key, reason) of unusable samples); images are not opened."""
     samples, pairs, unusable = [], 0, []
     labelled = bool(source.templates)
-    quiet = os.environ.get("RANK", "0") != "0"
-    for path, name in zip(
-        tqdm(source.shards, desc="counting", unit="shard", delay=2, disable=quiet), source.names, strict=True
-    ):
+    shards = tqdm(source.shards, desc="counting", unit="shard", delay=2, disable=os.environ.get("RANK", "0") != "0")
+    for path, name in zip(shards, source.names, strict=True):
         samples.append(0)
-        for sample in index_shard(path, source.fetcher):
-            if isinstance(sample, Damage):
-                unusable.append((name, sample.reason))
-                continue
-            samples[-1] += 1
-            note = annotate(sample, name, source.form)
-            has_image = sample.image_suffix is not None
-            unusable += note.skipped(has_image, labelled, per_caption=not source.one_caption)
-            if note.fault(has_image, labelled) is None:
+        for note, sample in annotated(path, name, source.form, source.fetcher):
+            samples[-1] += sample is not None
+            unusable += note.skipped(labelled, per_caption=not source.one_caption)
+            if note.fault(labelled) is None:
                 pairs += 1 if labelled or source.one_caption else sum(map(bool, note.captions))
-    return _Count(tuple(samples), pairs, tuple(unusable))
+    return tuple(samples), pairs, tuple(unusable)
 
 
 def _bytes(paths: tuple[str, ...]) -> int:
     places = (path.removeprefix("file://") for path in paths)
-    return sum(os.path.getsize(place) for place in places if os.path.isfile(place))  # reading says what the others are
+    return sum(os.path.getsize(place) for place in places if os.path.isfile(place))  # reading reports the others

@@ -1,4 +1,4 @@
-"""Transfers from other machines and from commands: addresses, listing, downloads, with retries."""
+"""Transfers from other machines through fsspec, and from commands, with retries and limits of time and size."""
 
 import errno
 import inspect
@@ -20,16 +20,16 @@ from fsspec.registry import known_implementations
 
 from lib.data.order import draw
 from lib.errors import InputError, raised_as
-from lib.files import fault_of, without_secrets
+from lib.files import without_secrets
 
 ATTEMPTS = 5
 BASE_DELAY = 1.0
-"""Seconds before the second attempt, on average; twice as long before each further one."""
+"""Mean seconds before the second attempt; doubled before each further one."""
 LEAST_RATE = 1024.0
-"""Bytes a second; a transfer that is slower over SLOW_SECONDS (a command's over SLOW_COMMAND_SECONDS) is given up."""
+"""Bytes a second; a transfer slower than this over SLOW_SECONDS (commands: SLOW_COMMAND_SECONDS) is given up."""
 SLOW_SECONDS, SLOW_COMMAND_SECONDS = 60.0, 300.0
 LONGEST = 6 * 3600.0
-"""Seconds after which a shard's transfer is given up, and no further attempt begun."""
+"""Seconds after which the transfer of a shard is given up and no further attempt begins."""
 SMALL_BYTES, SMALL_SECONDS = 64 * 2**20, 120.0
 """Limits of a small file beside the shards."""
 
@@ -37,21 +37,21 @@ PIPE = "pipe:"
 TARS = (".tar", ".tar.gz", ".tgz")
 """Endings of the names of shards."""
 ZIPPED = (".gz", ".tgz")
-"""Of these, what has to be unpacked."""
+"""Endings of the names of shards that have to be unpacked."""
 
 _HTTP = ("http", "https")
 _SECONDS_OF_SILENCE = 60
 _POLL_SECONDS = 0.5
 _DETAIL = 300  # characters of an error's text
 _DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
-# Stores of objects say "forbidden" of what is not there.
+# Object stores answer "forbidden" for objects that do not exist.
 _REFUSALS = (401, 403, 404, 410)
 
 T = TypeVar("T")
 
 
 class Unreachable(Exception):
-    """A shard that cannot be had; `reason` is unreachable, not_a_file, not_a_tar, bad_gzip or too_large."""
+    """A shard that cannot be used; `reason` is unreachable, not_a_file, not_a_tar, bad_gzip or too_large."""
 
     def __init__(self, reason: str, detail: str = ""):
         super().__init__(reason, detail)
@@ -62,18 +62,13 @@ class Unreachable(Exception):
 
 
 class Refused(Unreachable):
-    """A remote said that it has no such file, or does not give it to us: nobody needs to ask again."""
-
-
-def unreachable(error: Exception) -> Unreachable:
-    """A fault of this machine's files as that of a shard."""
-    return Unreachable("unreachable", fault_of(error))
+    """A remote answered that it has no such file or does not give it to us, so asking again is useless."""
 
 
 class Pace(Callback):
     """Progress of one transfer, in bytes; every report raises Unreachable if it is too slow, too long or too large.
 
-    window: seconds over which LEAST_RATE must be kept. longest: seconds for all of it.
+    window: seconds over which LEAST_RATE must be kept. longest: seconds for the whole transfer.
     """
 
     def __init__(self, window: float, longest: float, most_bytes: float = math.inf) -> None:
@@ -83,7 +78,7 @@ class Pace(Callback):
         self.bytes_then = 0
 
     def call(self, hook_name: str | None = None, **kwargs: object) -> None:
-        """Judge the progress; fsspec's filesystems call it for every piece."""
+        """Check the progress; fsspec's filesystems call this for every piece they receive."""
         now = time.monotonic()
         if max(self.value, self.size or 0) > self.most_bytes:
             raise Unreachable("too_large", f"more than {self.most_bytes:,.0f} bytes")
@@ -97,26 +92,25 @@ class Pace(Callback):
 
 
 def is_url(data: str) -> bool:
-    """Whether `data` is an address that is asked for over a network; file:// is a local path."""
+    """True for an address on a network; file:// is a local path."""
     return "://" in data and not data.startswith(("file://", PIPE))
 
 
 def is_away(shard: str) -> bool:
-    """Whether a shard has to be brought here: an address or a command."""
+    """True for a shard that has to be brought here: an address or a command."""
     return shard.startswith(PIPE) or is_url(shard)
 
 
 def remote_matches(url: str, flag: str, schemes: set[str]) -> list[str]:
-    """The URL itself, unasked, or what a glob in it finds; InputError, naming `flag`, where it cannot be used.
+    """The URL itself, without a request, or the files that a glob in it finds; InputError naming `flag` on failure.
 
-    schemes: those already found usable, which are not looked at again; the URL's is added.
+    schemes: schemes already found usable, which are not checked again; the URL's scheme is added.
     """
-    # Http takes "?" and "[" for parts of a name.
+    # In HTTP addresses "?" and "[" are parts of the name.
     is_glob = any(letter in url for letter in ("*" if _scheme(url) in _HTTP else "*?["))
-    if not is_glob and _scheme(url) in schemes:
-        return [url]
-    filesystem = _filesystem(url, flag, SMALL_SECONDS)
-    schemes.add(_scheme(url))
+    if is_glob or _scheme(url) not in schemes:
+        filesystem = _filesystem(url, flag, SMALL_SECONDS)
+        schemes.add(_scheme(url))
     if not is_glob:
         return [url]
     with raised_as(lambda fault: _not_listed(fault, url, flag), Unreachable, NotImplementedError):
@@ -127,9 +121,9 @@ def remote_matches(url: str, flag: str, schemes: set[str]) -> list[str]:
 
 
 def read_url(url: str) -> bytes | None:
-    """A small file's bytes, or None where the remote has none; raises Unreachable, also beyond SMALL_BYTES.
+    """Read a small file, None where the remote has none; raises Unreachable, also beyond SMALL_BYTES.
 
-    Raises OSError where there is no room on this machine for a copy.
+    Raises OSError where this machine has no room for a copy.
     """
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "file")
@@ -141,19 +135,20 @@ def read_url(url: str) -> bytes | None:
 
 
 def download(url: str, path: str, attempts: int) -> None:
-    """Bring a file to `path`, whole; raises Unreachable, or OSError where `path` cannot be written."""
+    """Download a file to `path`, whole; raises Unreachable, or OSError where `path` cannot be written."""
     attempted(lambda: _get(url, path, Pace(SLOW_SECONDS, LONGEST)), url, attempts)
 
 
 def _get(url: str, path: str, pace: Pace) -> None:
     _filesystem(url, "--data", pace.longest).get_file(url, path, callback=pace)
     size = os.path.getsize(path)
+    # Not every filesystem notices a connection that ended early.
     if pace.size is not None and size != pace.size:
         raise ConnectionError(f"cut short, {size} of {pace.size} bytes")
 
 
 def run_command(shard: str, path: str, attempts: int) -> None:
-    """Write what pipe:COMMAND prints to `path`; raises Unreachable where it fails."""
+    """Write the output of pipe:COMMAND to `path`; raises Unreachable where the command fails."""
     command = f"set -o pipefail; {shard.removeprefix(PIPE)}"
 
     def run() -> None:
@@ -170,7 +165,7 @@ def run_command(shard: str, path: str, attempts: int) -> None:
 
 
 def _exit_code(command: str, output: BinaryIO, errors: BinaryIO) -> int:
-    """Run a command to its end, or kill it and all that it started where its output is too slow."""
+    """Run a command to its end; kill it and every process it started where its output is too slow."""
     process = subprocess.Popen(
         ["bash", "-c", command], stdin=subprocess.DEVNULL, stdout=output, stderr=errors, start_new_session=True
     )
@@ -187,10 +182,10 @@ def _exit_code(command: str, output: BinaryIO, errors: BinaryIO) -> int:
 
 
 def attempted(get: Callable[[], T], name: str, attempts: int = ATTEMPTS) -> T:
-    """The value of `get`, tried again after growing pauses; raises Unreachable after the last attempt.
+    """Return the value of `get`, retried after growing pauses; raises Unreachable after the last attempt.
 
-    What a remote refuses is not asked for again. An Unreachable of `get` itself (too slow, too large) costs much time:
-    it is tried once more. No attempt begins after LONGEST.
+    A refusal is not retried. An Unreachable of `get` itself (too slow, too large) costs much time and is retried
+    once. No attempt begins after LONGEST.
     """
     began = time.monotonic()
     for attempt in range(1, attempts + 1):
@@ -205,6 +200,7 @@ def attempted(get: Callable[[], T], name: str, attempts: int = ATTEMPTS) -> T:
             break
         if attempt == 1:
             print(f"{without_secrets(name)} failed ({fault.detail}), trying again", file=sys.stderr, flush=True)
+        # Every process has another jitter, so that a server that was down is not asked by all of them at once.
         jitter = 0.5 + draw("retry", name, os.getpid(), attempt) / 2**63
         time.sleep(BASE_DELAY * 2 ** (attempt - 1) * jitter)
     raise fault
@@ -223,15 +219,15 @@ def _not_listed(error: Exception, url: str, flag: str) -> InputError:
 
 
 def _filesystem(url: str, flag: str, longest: float) -> fsspec.AbstractFileSystem:
-    """The filesystem of an address; InputError, naming `flag`, where there is none or it cannot be made.
+    """Make the filesystem of an address; InputError naming `flag` where there is none or it cannot be made.
 
-    longest: seconds for one request over http, answers included.
+    longest: seconds for one HTTP request including its answer.
     """
     scheme = _scheme(url)
     # Every filesystem has errors of its own.
     with raised_as(lambda fault: InputError(f"{flag} {url}: {_why_unusable(fault, scheme)}"), Exception):
         options = _http_options(longest) if scheme in _HTTP else {}
-        # Asked first: one that lacks an argument, as ftp its host, is half made and prints a traceback of its end.
+        # Checked first: a filesystem that lacks an argument (ftp its host) is half made and prints a traceback later.
         inspect.signature(fsspec.get_filesystem_class(scheme).__init__).bind(None, **options)
         filesystem = fsspec.filesystem(scheme, **options)
     if isinstance(filesystem, LocalFileSystem):
@@ -241,19 +237,20 @@ def _filesystem(url: str, flag: str, longest: float) -> fsspec.AbstractFileSyste
 
 def _why_unusable(error: Exception, scheme: str) -> str:
     if isinstance(error, ImportError):
-        package = "aiohttp" if scheme in _HTTP else _package(scheme)
-        return f"needs {package}; pip install {package}" if package else _one_line(error)
+        package = known_implementations.get(scheme, {}).get("class", "").partition(".")[0]
+        package = "aiohttp" if scheme in _HTTP else package
+        return f"needs {package}; pip install {package}" if package not in ("", "fsspec") else _one_line(error)
     if isinstance(error, TypeError | ValueError):  # fsspec does not know it, or it needs more than an address
         return f"{scheme}:// is not known; give http, https, s3, gs or hf"
     return f"{scheme}:// cannot be used ({_one_line(error)})"
 
 
 def _http_options(longest: float) -> dict:
-    import aiohttp  # here, so that a missing package is an error of those who need it
+    import aiohttp  # here, so that a missing package is an error only for those who need it
 
-    # aiohttp gives up on any download after five minutes.
+    # By default aiohttp gives up on any download after five minutes.
     timeout = aiohttp.ClientTimeout(total=longest, sock_connect=_SECONDS_OF_SILENCE, sock_read=_SECONDS_OF_SILENCE)
-    # What was packed for the way is kept as it came: its size is that of Content-Length, and `gunzip` has a limit.
+    # Content that a server compresses stays compressed: its size is that of Content-Length, and unpacking has a limit.
     settings = {"timeout": timeout, "trust_env": True, "auto_decompress": False}
     return {"client_kwargs": settings | {"headers": {"Accept-Encoding": "identity"}}}
 
@@ -262,12 +259,6 @@ def _scheme(url: str) -> str:
     return url.partition("://")[0]
 
 
-def _package(scheme: str) -> str | None:
-    """The package that a scheme needs, as fsspec knows it."""
-    package = known_implementations.get(scheme, {}).get("class", "").partition(".")[0]
-    return package if package != "fsspec" else None
-
-
 def _one_line(error: Exception) -> str:
-    """The error's text; without secrets now, as what is cut in the middle of one is not known as an address later."""
+    """The error's text without secrets: once cut in its middle, an address would no longer be recognized as one."""
     return " ".join(without_secrets(str(error)).split())[:_DETAIL] or type(error).__name__

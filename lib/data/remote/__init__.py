@@ -1,1 +1,0 @@
-"""Files that are not on this machine: addresses, retries, the local cache."""

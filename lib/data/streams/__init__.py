@@ -1,1 +1,0 @@
-"""Endless streams of pairs from shards and mixtures: dealing, shuffling, exact positions."""
