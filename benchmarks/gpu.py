@@ -116,9 +116,8 @@ class Bench:
         batch = batch or self.sizes.batch
         trainee = Trainee(subject, self.device)
         began = time.perf_counter()
-        chunk_size = trainee.largest_chunk(batch, room)
+        chunk_size = even_chunk(batch, trainee.largest_chunk(batch, room))
         if compiled:
-            chunk_size = even_chunk(batch, chunk_size)
             compile_trunks(trainee.towers.towers, self.sizes.compiler, self.device)
         chunks = trainee.chunks(batch, chunk_size)
         memory = remembered(batch, SUBJECTS[subject].embed_dim, self.device)
@@ -166,7 +165,8 @@ class Bench:
     def floor(self, subject: str) -> dict:
         """The floor: plain accumulation over the same chunks, without shared negatives."""
         trainee = Trainee(subject, self.device)
-        chunks = trainee.chunks(self.sizes.batch, trainee.largest_chunk(self.sizes.batch))
+        size = self.sizes.batch
+        chunks = trainee.chunks(size, even_chunk(size, trainee.largest_chunk(size)))
         step = partial(trainee.update, plain, chunks)
         trainee.update(plain, chunks[:2])
         found = measured.once(step, self.device)

@@ -70,11 +70,11 @@ def test_little_shared_memory_makes_parts_smaller_before_workers_fewer(monkeypat
     assert workers_that_fit(0, IMAGE) == (0, LARGEST_PART)
 
 
-def loading(monkeypatch, workers, free: int, state=None) -> Loading:
+def loading(monkeypatch, workers, free: int, state=None, data="somewhere", device="cpu") -> Loading:
     shared_memory(monkeypatch, free)
     monkeypatch.setattr(data_setup, "auto_workers", lambda: 15)
-    config = train_siglip.DEFAULTS.__class__(workers=workers, data=("somewhere",))
-    return Loading.plan(config, state, SimpleNamespace(image_outputs=None, image_bytes=IMAGE))
+    config, device = train_siglip.DEFAULTS.__class__(workers=workers, data=(data,)), torch.device(device)
+    return Loading.plan(config, state, SimpleNamespace(image_outputs=None, image_bytes=IMAGE), device)
 
 
 def test_the_plan_says_why_workers_are_fewer_and_what_to_do(monkeypatch):
@@ -89,6 +89,12 @@ def test_the_plan_says_why_workers_are_fewer_and_what_to_do(monkeypatch):
     assert smaller.workers == 15 and smaller.warning.startswith("15 workers send 5 images at a time: /dev/shm")
     with pytest.raises(InputError, match=r"--workers 15: /dev/shm.* enough for 10; lower it, or give it"):
         loading(monkeypatch, 15, 32 * 2**20)
+
+
+def test_the_digits_are_read_by_workers_where_the_towers_leave_the_cores_free(monkeypatch):
+    assert loading(monkeypatch, "auto", 2**34, data="digits").workers == 0
+    assert loading(monkeypatch, "auto", 2**34, data="digits", device="cuda").workers == 15
+    assert loading(monkeypatch, 2, 2**34, data="digits").workers == 2
 
 
 def test_a_resumed_run_reads_as_it_did_where_that_fits(monkeypatch):

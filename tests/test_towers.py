@@ -1,5 +1,6 @@
 """TwoTowers is the model it was loaded from: same embeddings, same files, and only what should train does."""
 
+import copy
 import json
 import math
 
@@ -32,6 +33,7 @@ from lib.errors import InputError
 from lib.towers import PRESETS, TwoTowers, build_preset, load_towers
 from lib.towers.image_form import CLIP_MEAN, CLIP_STD
 from lib.towers.processing import build_tokenizer
+from lib.towers.tower import PatchEmbedding
 
 TEXTS = ["a photo of the digit zero", "the digit one", "a dog runs over the grass"]
 DUALS = {"clip": CLIPModel, "siglip": SiglipModel}
@@ -588,3 +590,31 @@ def test_mobilenet_and_minilm_compose(shared, tmp_path):
     towers.save_pretrained(tmp_path)
     processing.save_pretrained(tmp_path)
     assert same_weights(towers, TwoTowers.from_pretrained(tmp_path))
+
+
+@pytest.mark.parametrize("side", [16, 18], ids=["whole patches", "a rest that no patch covers"])
+def test_the_patches_of_a_vit_are_one_product_that_equals_the_convolution(side):
+    torch.manual_seed(0)
+    twin = nn.Conv2d(3, 5, 4, stride=4).double()
+    embedding = copy.deepcopy(twin)
+    embedding.__class__ = PatchEmbedding
+    pixels = [torch.randn(2, 3, side, side, dtype=torch.float64).requires_grad_(True)]
+    pixels.append(pixels[0].detach().clone().requires_grad_(True))
+    slope = torch.randn(2, 5, 4, 4, dtype=torch.float64)
+    for module, of_module in zip((twin, embedding), pixels, strict=True):
+        (module(of_module) * slope).sum().backward()
+    for expected, found in (
+        (twin(pixels[0]), embedding(pixels[1])),
+        (twin.weight.grad, embedding.weight.grad),
+        (twin.bias.grad, embedding.bias.grad),
+        (pixels[0].grad, pixels[1].grad),
+    ):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    assert not torch.allclose(embedding(pixels[1].transpose(2, 3)), twin(pixels[0])), "rows and columns differ"
+
+
+def test_only_convolutions_without_overlap_become_products():
+    embeddings = [module for module in build_preset("tiny-clip", ["a"])[0].modules() if isinstance(module, nn.Conv2d)]
+    assert [type(module) for module in embeddings] == [PatchEmbedding]
+    for changes in ({"stride": 2}, {"padding": 1}, {"dilation": 2}, {"groups": 3}):
+        assert not PatchEmbedding.fits(nn.Conv2d(3, 6, 4, **{"stride": 4} | changes))

@@ -62,7 +62,7 @@ def make_run(config: TrainConfig, family: Family, backend: Backend, folder: Path
         inputs = sample_inputs(source, prepare, device)
         share_texts = shares_texts(backend, towers, inputs)
         plan = make_plan(config, backend, towers, inputs, prepare.image_bytes, state.progress if state else None)
-        loading = Loading.plan(config, state, prepare)
+        loading = Loading.plan(config, state, prepare, device)
         plan = replace(plan, chunks_ahead=chunks_ahead(plan, loading.workers))
     steps, warmup = _steps_and_warmup(config, source)
     with device_faults_reported(plan.chunk_pairs):

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange, reduce
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -81,8 +82,11 @@ class ImageTower(nn.Module):
         super().__init__()
         self.trunk, self.head, self.pooling, self.interpolate = trunk, head, pooling, interpolate
         self.patch_size = patch_size_of(trunk)
-        self.convolutional = sum(isinstance(module, nn.Conv2d) for module in trunk.modules()) > 1
+        convolutions = [module for module in trunk.modules() if isinstance(module, nn.Conv2d)]
+        self.convolutional = len(convolutions) > 1
         """More than the one convolution that cuts patches."""
+        if len(convolutions) == 1 and PatchEmbedding.fits(convolutions[0]):
+            convolutions[0].__class__ = PatchEmbedding  # the weights stay where they are, under their names
 
     def pooled(self, pixel_values: Tensor) -> Tensor:
         """Normalized pixels (C, 3, H, W) -> the trunk's pooled output (C, H).
@@ -110,6 +114,27 @@ class ImageTower(nn.Module):
         if self.pooling == "cls":
             return output.last_hidden_state[:, 0]
         return reduce(output.last_hidden_state, "c h y x -> c h", "mean")
+
+
+class PatchEmbedding(nn.Conv2d):
+    """A convolution whose patches do not overlap, as one matrix product, which it is.
+
+    cuDNN has no good kernel for three channels: as a convolution the patches of a ViT-B/32 took a fourteenth of a step
+    in bf16, and cuDNN's benchmark mode searched for seconds in every new chunk size (docs/results.md).
+    """
+
+    @staticmethod
+    def fits(convolution: nn.Conv2d) -> bool:
+        """The stride is the size of a patch, and every output sees one patch in all channels."""
+        plain = convolution.dilation == (1, 1) and convolution.groups == 1 and convolution.padding in ((0, 0), "valid")
+        return type(convolution) is nn.Conv2d and plain and convolution.stride == convolution.kernel_size
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(C, 3, H, W) -> (C, width, rows, columns)."""
+        (p, q), (height, width) = self.kernel_size, input.shape[2:]
+        whole = input[:, :, : height // p * p, : width // q * q]
+        patches = rearrange(whole, "n c (h p) (w q) -> n h w (c p q)", p=p, q=q)
+        return rearrange(F.linear(patches, self.weight.flatten(1), self.bias), "n h w d -> n d h w")
 
 
 def patch_size_of(trunk: nn.Module) -> int | None:
