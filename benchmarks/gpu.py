@@ -304,7 +304,7 @@ def write_photographs(folder: Path, count: int, side: tuple[int, int]) -> None:
         noise = [generator.integers(0, 256, (scale, scale, 3), dtype=np.uint8) for scale in (4, 32)]
         layers = [np.asarray(Image.fromarray(each).resize(side, Image.Resampling.BICUBIC), np.uint16) for each in noise]
         picture = Image.fromarray(((layers[0] + layers[1]) // 2).astype(np.uint8))
-        (folder / f"class_{number % 2}").mkdir(exist_ok=True)
+        (folder / f"class_{number % 2}").mkdir(parents=True, exist_ok=True)
         picture.save(folder / f"class_{number % 2}" / f"{number:05d}.jpg", quality=90)
 
 

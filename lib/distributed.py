@@ -64,7 +64,7 @@ def gather_objects(value: T) -> list[T]:
 
 
 def decided_by_rank_0(decide: Callable[[], T]) -> T:
-    """What `decide` returns on rank 0, where alone it is called, or the InputError that it raises, on every rank."""
+    """Call `decide` on rank 0 alone; return its result, or raise its InputError, on every rank."""
     decision: T | InputError | None = None
     if rank_and_world_size()[0] == 0:
         try:

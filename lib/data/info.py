@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from matplotlib.figure import Figure
 from PIL import Image, ImageOps
 
 from lib.data import EvaluationSet, IndexedSource, Source, decode_image
@@ -261,6 +260,8 @@ def _summary(headers: Sequence[_Header | None]) -> dict:
 
 def _plot(pairs: Sequence[_Pair], title: str, path: Path) -> None:
     """Draw the pairs in rows of six; an image that cannot be decoded is a grey square with the reason."""
+    from matplotlib.figure import Figure  # as in the loss curve: it takes two seconds to import
+
     rows = -(-len(pairs) // COLUMNS) or 1
     figure = Figure(figsize=(2.2 * COLUMNS, 2.9 * rows + 0.5), layout="constrained")
     figure.suptitle(title, fontsize=11, x=0.01, ha="left", parse_math=False)

@@ -1,4 +1,4 @@
-"""What makes a second pass over a chunk the same as the first: random state, and batch-norm statistics."""
+"""The state that makes a second pass over a chunk the same as the first: random state, and batch-norm statistics."""
 
 from dataclasses import dataclass
 

@@ -3,11 +3,6 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-
 NOTABLE_RISE = 0.01  # of the least validation loss: less is no sign of anything
 
 
@@ -60,13 +55,14 @@ def draw_curve(lines: Sequence[dict], file: Path) -> None:
 
     The losses have panels of their own: both grow with the number of candidates, which is not the same.
     """
+    from matplotlib.figure import Figure  # here: a run that ends with an error need not wait two seconds for it
+
     steps = [line for line in lines if "loss" in line]
     evaluations = [(line["step"], flatten(line["eval"])) for line in lines if "eval" in line]
     shares = sorted({name for _, e in evaluations for name, value in e.items() if name != "loss" and 0 <= value <= 1})
     count = 1 + bool(evaluations) + bool(shares)
-    figure, axes = plt.subplots(
-        1, count, figsize=(6 * count + bool(shares), 4), squeeze=False, sharex=True, layout="constrained"
-    )
+    figure = Figure(figsize=(6 * count + bool(shares), 4), layout="constrained")
+    axes = figure.subplots(1, count, squeeze=False, sharex=True)
     losses = axes[0, : 1 + bool(evaluations)]
     training = losses[0]
     remembered = next((line["step"] for line in steps if line.get("xbm_used")), None)
@@ -92,7 +88,6 @@ def draw_curve(lines: Sequence[dict], file: Path) -> None:
         axes[0, -1].set(xlabel="step", ylim=(0, 1.02), title="Validation")
         axes[0, -1].legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.01, 1))
     figure.savefig(file, dpi=110)
-    plt.close(figure)
 
 
 def flatten(metrics: dict, prefix: str = "") -> dict[str, float]:
