@@ -10,6 +10,7 @@ from naive import naive_infonce, naive_sigmoid, random_pairs
 from lib.losses import LossShare, Pairs, infonce, positives, sigmoid
 from lib.losses import tiles as logit_tiles
 from lib.losses.objective import Objective, dense_infonce, dense_sigmoid
+from lib.losses.positives import Ids
 
 DIM = 5
 
@@ -418,13 +419,47 @@ def test_softmax_over_tiles_at_any_range_of_logits(order, all_excluded):
         torch.testing.assert_close(getattr(share, name).double(), getattr(twin, name), rtol=1e-4, atol=1e-4)
 
 
+def all_occur(*given) -> torch.Tensor:
+    return torch.ones_like(positives.occurrences(*given))
+
+
 @pytest.mark.parametrize("same_text", ["exclude", "positive", "negative"])
 @pytest.mark.parametrize("loss", [partial(infonce, label_smoothing=0.1), infonce, sigmoid])
 def test_masks_that_hold_nothing_change_nothing(loss, same_text, monkeypatch):
-    """As on a GPU, which would have to be waited for to learn that no id occurs on both sides."""
     fresh = random_pairs(17, DIM, seed=1, groups=9, texts=9)
     fresh = replace(fresh, negative_texts=random_pairs(9, DIM, seed=2).text_embeds)
     remembered = remembered_pairs(9, fresh, texts=9)
     found = loss(fresh, remembered, SCALE, BIAS, slice(0, 17), same_text=same_text, tile=3)
-    monkeypatch.setattr(positives, "_equal", lambda anchors, others: anchors[:, None] == others)
+    monkeypatch.setattr(logit_tiles, "occurrences", all_occur)
     assert_same(loss(fresh, remembered, SCALE, BIAS, slice(0, 17), same_text=same_text, tile=3), found)
+
+
+def test_the_ids_of_a_tile_occur_on_both_sides_or_not():
+    """Compared with every tile's ids, for rows that begin within the batch and a last tile that does not fill."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        hashes = (torch.randint(-40, 40, (54,), generator=generator) * 2**57 for _ in "abc")
+        parts = [Ids(*columns) for columns in zip(*(column.split([23, 31]) for column in hashes), strict=True)]
+        anchors, others = positives.numbered(parts)
+        rows, side = [slice(5, 9), slice(9, 13), slice(13, 15)], 4
+        found = positives.occurrences(anchors, others, rows, side, 54)
+        assert found.shape == (3, 8, 3) and 0 < found.sum() < found.numel()
+        for in_row, r in zip(found.tolist(), rows, strict=True):
+            for in_tile, start in zip(in_row, range(0, 31, side), strict=True):
+                tile = parts[0].rows(r), parts[1].rows(slice(start, start + side))
+                assert in_tile == [bool(torch.isin(*columns).any()) for columns in zip(*tile, strict=True)]
+
+
+@pytest.mark.parametrize("loss", [infonce, sigmoid])
+def test_negative_control_a_tile_whose_masks_are_missed_changes_the_loss(loss, monkeypatch):
+    fresh = random_pairs(17, DIM, seed=1)
+    found = loss(fresh, None, SCALE, BIAS, slice(0, 17), tile=5)
+    asked = []
+
+    def but_one(*given) -> torch.Tensor:
+        asked.append(positives.occurrences(*given))
+        assert torch.equal(asked[0][..., 0], torch.eye(4, dtype=torch.bool)), "a pair's own group alone"
+        return asked[0].index_fill(0, torch.tensor([2]), False)
+
+    monkeypatch.setattr(logit_tiles, "occurrences", but_one)
+    assert (loss(fresh, None, SCALE, BIAS, slice(0, 17), tile=5).loss - found.loss).abs() > 1e-3 and len(asked) == 1

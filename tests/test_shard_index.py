@@ -63,7 +63,7 @@ DAMAGED = {
     "class twice": (index(classes=["ant", "bee", " ant"]), "classes must be distinct names"),
     "class null": (index(classes=["ant", None]), "classes must be distinct names"),
     "class empty": (index(classes=["ant", " "]), "classes must be distinct names"),
-    "class list": (index(classes=[["ant"]]), "a list where a text belongs"),
+    "class list": (index(classes=[["ant"]]), "a list instead of a text"),
     "class half": (index(classes=["\ud800"]), "classes must be distinct names"),
 }  # fmt: skip
 

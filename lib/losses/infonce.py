@@ -39,10 +39,10 @@ def infonce(
     `through="anchors"` changes gradients, not the value: remembered embeddings only serve as candidates, so with "both"
     a fresh candidate is attracted by its own anchor but repelled by the fresh anchors alone.
     """
-    logits = Logits(fresh, remembered, logit_scale, None, rows, same_text)
+    logits = Logits(fresh, remembered, logit_scale, None, rows, same_text, tile)
     images, texts = (Softmax(len(d), logits.loss, label_smoothing) for d in (logits.d_images, logits.d_texts))
     anchors = {"image": images, "text": texts}
-    for t in logits.tiles(tile):
+    for t in logits.tiles():
         anchors[t.block.tower].add(t, t.r, 1)
         if t.block is logits.fresh:
             texts.add(t, t.c, 0)
@@ -51,7 +51,7 @@ def infonce(
     logits.loss += images.loss_of(slice(0, len(logits.d_images))) + texts.loss_of(rows)
 
     apart = through == "anchors" and remembered is not None
-    for t in logits.tiles(tile):
+    for t in logits.tiles():
         slope_of_texts = texts.slope(t, t.c, 0, out=t.spare) if t.block is logits.fresh else None
         slope = anchors[t.block.tower].slope(t, t.r, 1, out=t.logits)
         if slope_of_texts is None or apart:
@@ -129,5 +129,7 @@ class Softmax:
 
 
 def _exp(logits: Tensor) -> Tensor:
-    """exp in place, of at least the smallest normal number: a CPU takes twenty times as long where it underflows."""
-    return logits.clamp_(min=math.log(torch.finfo(logits.dtype).tiny) + 1).exp_()
+    """exp in place."""
+    if logits.device.type == "cpu":  # which takes twenty times as long for numbers below the smallest normal one
+        logits.clamp_(min=math.log(torch.finfo(logits.dtype).tiny) + 1)
+    return logits.exp_()

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lib.losses.infonce import Through
 from lib.losses.positives import Pairs, SameText
-from lib.losses.sigmoid import PosWeight, positive_weight, weighted_softplus
+from lib.losses.sigmoid import PosWeight, positive_weight
 from lib.losses.tiles import Logits, Loss
 from lib.towers import Family
 
@@ -62,9 +62,11 @@ def dense_sigmoid(
     """The pairwise sigmoid loss with each block of logits as one tile."""
     logits = Logits(fresh, remembered, logit_scale, logit_bias, slice(0, len(fresh)), same_text)
     weight = positive_weight(pos_weight, fresh.ids, same_text).to(logits.scale)
-    blocks = (logits.dense(block) for block in logits.blocks)
-    sums = (weighted_softplus(S * (1 - 2 * positive), positive, weight).sum() for S, positive, _ in blocks)
-    return sum(sums, start=torch.zeros_like(logit_scale)) / len(fresh)
+    total = torch.zeros_like(logit_scale)
+    for S, positive, _ in map(logits.dense, logits.blocks):
+        softplus = F.softplus(S * (1 - 2 * positive), threshold=80)  # above which it is the identity
+        total = total + (softplus * (1 + (weight - 1) * positive)).sum()
+    return total / len(fresh)
 
 
 def dense_infonce(

@@ -3,7 +3,6 @@
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lib.losses.positives import Ids, Pairs, SameText, count_positives
@@ -32,24 +31,23 @@ def sigmoid(
     same sample is excluded. `pos_weight` multiplies the terms of positives; "balanced" gives fresh positives and fresh
     negatives the same weight.
     """
-    logits = Logits(fresh, remembered, logit_scale, logit_bias, rows, same_text)
+    logits = Logits(fresh, remembered, logit_scale, logit_bias, rows, same_text, tile)
     weight = positive_weight(pos_weight, fresh.ids, same_text).to(logits.scale)
-    for t in logits.tiles(tile):
+    for t in logits.tiles():
         if t.positive is None:
-            logits.loss += wide_sum(weighted_softplus(t.logits, None, weight))
+            logits.loss += wide_sum(_softplus(t.logits, out=t.spare))
             logits.add(t, t.logits.sigmoid_())
         else:
             against = t.logits.mul_(torch.mul(t.positive, -2, out=t.spare).add_(1))  # -z S
-            logits.loss += wide_sum(weighted_softplus(against, t.positive, weight))
+            softplus = _softplus(against, out=t.spare)
+            logits.loss += wide_sum(softplus) + (weight - 1) * wide_sum(softplus.mul_(t.positive))
             logits.add(t, against.sigmoid_().mul_(t.positive.mul_(-1 - weight).add_(1)))  # times -weight for positives
     return logits.share(norm=len(fresh))
 
 
-def weighted_softplus(against: Tensor, positive: Tensor | None, weight: Tensor) -> Tensor:
-    """softplus(-z S), times `weight` for positives; against: -z S."""
-    # Not as softplus(S) - S, summed apart: no digits are left of that where S is large. Above 80 softplus is identity.
-    softplus = F.softplus(against, threshold=80)
-    return softplus if positive is None else softplus * (1 + (weight - 1) * positive)
+def _softplus(logits: Tensor, out: Tensor) -> Tensor:
+    # Not as softplus(S) - S for the positives, summed apart: no digits are left of that where S is large.
+    return torch.logaddexp(logits, logits.new_zeros(()), out=out)
 
 
 def positive_weight(pos_weight: PosWeight, ids: Ids, same_text: SameText) -> Tensor:

@@ -6,14 +6,15 @@ Letters: N fresh pairs of the global batch, B rows of it, Q remembered pairs, P 
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lib.losses.positives import Ids, Pairs, SameText, masks
+from lib.losses.positives import NOBODY, Ids, Pairs, SameText, masks, numbered, occurrences
 
 TILE = 1024  # rows and columns of a tile on a CPU: its buffers fit a core's share of the cache
 ACCELERATOR_TILE = 4096  # fewer and longer kernels: launching one costs as much as a small tile
@@ -49,7 +50,7 @@ class Block(NamedTuple):
     anchors: Tensor
     others: Tensor
     ids: Ids
-    other_ids: Ids | None  # None: texts that belong to no pair
+    other_ids: Ids
     d_anchors: Tensor
     d_others: Tensor | None  # None: remembered, which take no gradients
     rows: slice  # the anchors that are visited
@@ -83,46 +84,79 @@ class Logits:
         bias: Tensor | None,
         rows: slice,
         same_text: SameText,
+        side: int | None = None,
     ) -> None:
+        """side: rows and columns of a tile; None: as suits the device."""
         dtype = torch.promote_types(fresh.image_embeds.dtype, torch.float32)
         images, texts = fresh.image_embeds[rows].to(dtype), fresh.text_embeds.to(dtype)
         self.scale, self.bias, self.same_text = scale.to(dtype), None if bias is None else bias.to(dtype), same_text
         wide = wide_type(scale.device)
+        self.side = side or tile_side(scale.device)
         self.loss, self.d_scale, self.d_bias = (torch.zeros((), dtype=wide, device=scale.device) for _ in "abc")
         self.d_images, self.d_texts = torch.zeros_like(images), torch.zeros_like(texts)
-        own, everyone, every = fresh.ids.rows(rows), fresh.ids, slice(0, len(images))
+        negatives = texts[:0] if fresh.negative_texts is None else fresh.negative_texts.to(dtype)
+        nobody = Ids(*(column.new_full((negatives.shape[-2],), NOBODY) for column in fresh.ids))
+        everyone, nobody, old = numbered([fresh.ids, nobody, nobody if remembered is None else remembered.ids])
+        self._count = sum(len(ids.group) for ids in (everyone, nobody, old))
+        own, every = everyone.rows(rows), slice(0, len(images))
         self.fresh = Block("image", images, texts, own, everyone, self.d_images, self.d_texts, every)
         self.blocks, self.d_negatives = [self.fresh], None
         if fresh.negative_texts is not None:
-            negatives = fresh.negative_texts.to(dtype)
             self.d_negatives = torch.zeros_like(negatives)
-            self.blocks.append(Block("image", images, negatives, own, None, self.d_images, self.d_negatives, every))
+            self.blocks.append(Block("image", images, negatives, own, nobody, self.d_images, self.d_negatives, every))
         if remembered is not None:
             # The memory adds candidates to the anchors of both towers and no anchors: earlier weights embedded it, so
             # there is nothing that gradients could flow to.
             old_images, old_texts = remembered.image_embeds.to(dtype), remembered.text_embeds.to(dtype)
-            of_images = Block("image", images, old_texts, own, remembered.ids, self.d_images, None, every)
-            of_texts = Block("text", texts, old_images, everyone, remembered.ids, self.d_texts, None, rows)
+            of_images = Block("image", images, old_texts, own, old, self.d_images, None, every)
+            of_texts = Block("text", texts, old_images, everyone, old, self.d_texts, None, rows)
             self.blocks += [of_images, of_texts]
 
-    def tiles(self, side: int | None) -> Iterator[Tile]:
-        """Every tile of every block; side: its rows and columns, None: as suits the device."""
-        side = side or tile_side(self.scale.device)
-        buffers = self.fresh.anchors.new_empty(3, 0)
+    def tiles(self) -> Iterator[Tile]:
+        """Every tile of every block."""
+        occur = iter(self._occur)
         for block in self.blocks:
-            for r in _slices(block.rows, side):
+            for r in _slices(block.rows, self.side):
                 anchors = block.anchors[r]
                 self._scaled, self._dots = anchors * self.scale, torch.zeros_like(anchors)
-                for c in _slices(slice(0, len(block.others)), side):
+                for c in _slices(slice(0, len(block.others)), self.side):
                     shape = len(anchors), len(block.others[c])
-                    if buffers.shape[1] < math.prod(shape):
-                        buffers = anchors.new_empty(3, math.prod(shape))
-                    # The same memory for every tile: fresh memory would cost more than the arithmetic in it.
-                    logits, spare, ones = (buffer[: math.prod(shape)].view(shape) for buffer in buffers)
+                    logits, spare, ones = (buffer[: math.prod(shape)].view(shape) for buffer in self._buffers)
                     torch.mm(self._scaled, block.others[c].T, out=logits)
-                    yield Tile(block, r, c, logits, spare, *self._completed(block, r, c, logits, ones))
+                    if self.bias is not None:
+                        logits += self.bias
+                    found, excluded = self._mask(block, r, c, logits, next(occur))
+                    # From bytes: the conversion of bool takes ten times as long.
+                    positive = None if found is None else ones.copy_(found.view(torch.uint8))
+                    yield Tile(block, r, c, logits, spare, positive, excluded)
                 self.d_scale += wide_sum(self._dots * anchors)  # sum of slope * <anchor, other> over the row of tiles
                 block.d_anchors[r].addcmul_(self._dots, self.scale)
+
+    @cached_property
+    def _occur(self) -> list[list[bool]]:
+        """For each of `tiles`, in their order: what `masks` has to compare. A GPU is waited for here, once."""
+        tables = [
+            occurrences(block.ids, block.other_ids, list(_slices(block.rows, self.side)), self.side, self._count)
+            for block in self.blocks
+        ]
+        found: list[list[bool]] = torch.cat([table.flatten(0, 1) for table in tables]).tolist()
+        return found
+
+    @cached_property
+    def _buffers(self) -> Tensor:
+        """Three tiles, the same memory for all: fresh memory would cost more than the arithmetic in it."""
+        largest = max(min(self.side, len(block.others)) for block in self.blocks)
+        return self.d_images.new_empty(3, min(self.side, len(self.d_images)) * largest)
+
+    def _mask(
+        self, block: Block, r: slice, c: slice, logits: Tensor, occur: Sequence[bool] = (True, True, True)
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Positives and excluded pairs of a tile, as `masks`; its excluded logits become very low, in place."""
+        ids = block.ids.rows(r), block.other_ids.rows(c)
+        positive, excluded = masks(*ids, self.same_text, remembered=block.d_others is None, occur=occur)
+        if excluded is not None:
+            logits.masked_fill_(excluded, torch.finfo(logits.dtype).min / 2)  # not -inf, which times 0 is not 0
+        return positive, excluded
 
     def add(self, t: Tile, slope: Tensor, slope_of_others: Tensor | None = None) -> None:
         """Accumulate the gradients of a part of the loss whose d loss / d logits is `slope`, of the tile's shape.
@@ -141,7 +175,7 @@ class Logits:
             self.d_bias += wide_sum(slope)
 
     def share(self, norm: float) -> LossShare:
-        """What accumulated, divided by `norm`."""
+        """The loss and gradients accumulated so far, divided by `norm`."""
         sums = (self.loss, self.d_images, self.d_texts, self.d_scale, self.d_bias, self.d_negatives)
         return LossShare(*(each.div_(norm).to(self.scale.dtype) for each in sums if each is not None))
 
@@ -150,24 +184,10 @@ class Logits:
         # Negative texts may be (W, P, D), where each of W ranks encodes them for its own images.
         others = block.others if block.others.ndim == 3 else block.others[None]
         logits = ((block.anchors * self.scale).unflatten(0, (len(others), -1)) @ others.mT).flatten(0, 1)
-        none = torch.zeros_like(logits)
-        every = slice(None)
-        positive, excluded = self._completed(block, every, every, logits, torch.zeros_like(none))
-        return logits, none if positive is None else positive, none.bool() if excluded is None else excluded
-
-    def _completed(
-        self, block: Block, r: slice, c: slice, logits: Tensor, ones: Tensor
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Add the bias and mask what is excluded, in place; positives (written into `ones`) and excluded pairs."""
-        if self.bias is not None:
-            logits += self.bias
-        if block.other_ids is None:
-            return None, None
-        found, excluded = masks(block.ids.rows(r), block.other_ids.rows(c), self.same_text, block.d_others is None)
-        if excluded is not None:
-            logits.masked_fill_(excluded, torch.finfo(logits.dtype).min / 2)  # not -inf, which times 0 is not 0
-        # From bytes: the conversion of bool takes ten times as long.
-        return None if found is None else ones.copy_(found.view(torch.uint8)), excluded
+        logits = logits if self.bias is None else logits + self.bias
+        positive, excluded = self._mask(block, slice(None), slice(None), logits)
+        assert positive is not None
+        return logits, positive.to(logits), torch.zeros_like(positive) if excluded is None else excluded
 
 
 def tile_side(device: torch.device) -> int:
