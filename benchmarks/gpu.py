@@ -277,7 +277,7 @@ class Bench:
 
 
 def smoke_checks(folder: Path) -> dict:
-    """Run the GPU tests, four at a time if pytest-xdist is installed; the last lines name failures."""
+    """Run the GPU tests, four at a time if pytest-xdist is installed; `lines` names failures, and is pytest's last."""
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-v", "-p", "no:cacheprovider", "tests/test_gpu.py"]
     command += ["--durations=12", *(["-n", "4"] if find_spec("xdist") and torch.cuda.is_available() else [])]
     folder.mkdir(parents=True, exist_ok=True)
@@ -292,7 +292,8 @@ def smoke_checks(folder: Path) -> dict:
             os.killpg(running.pid, signal.SIGKILL)  # also ends the runs that it started, which would use the GPU
             running.wait()
             code = None
-    lines = [line[:300] for line in log.read_text().strip().splitlines()[-60:]]
+    everything = log.read_text().strip().splitlines()
+    lines = [line[:300] for line in everything if line.startswith(("FAILED ", "ERROR "))] + everything[-1:]
     failed = {0: {}, None: {"error": f"not finished after {SMOKE_SECONDS} s"}}
     return {"exit_code": code, "lines": lines} | failed.get(code, {"error": lines[-1] if lines else "no output"})
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Tests and measures the project on one GPU, without a network; meant to take eight minutes on an H100 with 16 cores:
+# Tests and measures the project on one GPU, without a network; nine minutes on an H200 with 16 cores:
 #
 #   bash benchmarks/gpu.sh [--toy]
 #
