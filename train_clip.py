@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 from lib.config import TrainConfig, parse_config
 from lib.errors import one_line_errors
@@ -19,18 +20,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from lib.losses.objective import Objective, dense_infonce
     from lib.train import train
 
-    loss = partial(
-        infonce,
-        label_smoothing=config.label_smoothing,
-        through=config.xbm_gradients,
-        merge_logsumexp=logsumexp_over_ranks,
-    )
-    dense = partial(
-        dense_infonce,
-        label_smoothing=config.label_smoothing,
-        through=config.xbm_gradients,
-    )
-    train(config, Objective("clip", loss, dense))
+    options: dict[str, Any] = {"label_smoothing": config.label_smoothing, "through": config.xbm_gradients}
+    loss = partial(infonce, **options, merge_logsumexp=logsumexp_over_ranks)
+    train(config, Objective("clip", loss, partial(dense_infonce, **options)))
 
 
 if __name__ == "__main__":

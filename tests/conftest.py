@@ -4,10 +4,15 @@ import resource
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
+from lib.evaluation.tasks import CommonFlags, Task
+
 ROOT = Path(__file__).resolve().parents[1]
+TASKS = [task.__name__.lower() for task, _ in map(get_args, get_args(Task)) if issubclass(task, CommonFlags)]
+"""The tasks of evaluate.py that take data and a model."""
 
 
 @pytest.fixture(scope="session", autouse=True)

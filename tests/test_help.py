@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import TASKS
 
 import evaluate
 import train_clip
@@ -98,7 +99,7 @@ def test_what_is_counted_or_measured_says_in_what(capsys, monkeypatch):
     assert not [name for name, unit in units.items() if unit not in told[name]]
 
 
-@pytest.mark.parametrize("task", ["retrieval", "zeroshot", "probe", "agnostic", "compare"])
+@pytest.mark.parametrize("task", TASKS)
 def test_tasks_of_evaluate_tell_data_and_run_apart_from_their_own(task, capsys, monkeypatch):
     told = {group: flags_of(box) for group, box in boxes(evaluate, capsys, monkeypatch, task).items()}
     assert list(told) == ["options", "data", "run"]

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, TASKS
 from wrong_inputs import make_wrong_inputs
 
 import evaluate
@@ -35,7 +35,6 @@ QUICK = {  # what a command has before its own flags
     "pack": "--out packed",
     "export": "",
 }
-TASKS = ("retrieval", "zeroshot", "probe", "agnostic", "compare")
 
 # The command, what its message holds, the exit code.
 WRONG = [

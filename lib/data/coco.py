@@ -9,23 +9,16 @@ from lib.data.fields import NotText, image_name, name_of, shown, text_of
 from lib.data.find_images import ImageFinder
 from lib.data.records import parsed, read_json, shape_of
 from lib.errors import InputError
-from lib.files import open_file
 
 _FOLDERS = ("val2017", "train2017", "val2014", "train2014")
 _FILE = re.compile(r"captions_(train|val)(20\d\d)\.json")
 
 
 def coco_fits(path: Path) -> int:
-    """2 for a folder with captions files and for other JSON than Karpathy's, 1 for Karpathy's, 0 for the rest."""
+    """2 for a folder with captions files, 1 for JSON, which may be of another format, 0 for the rest."""
     if path.is_dir():
         return 2 if _files_of(path) else 0
-    return 0 if path.suffix.lower() != ".json" else 1 if has_sentences(path) else 2
-
-
-def has_sentences(path: Path) -> bool:
-    """True for Karpathy's JSON. Both are lists of images, and large: the beginning tells them apart."""
-    with open_file(path) as file:
-        return re.search(rb'"sentences"\s*:', file.read(2**20)) is not None
+    return 1 if path.suffix.lower() == ".json" else 0
 
 
 def read_coco(path: Path, flag: str, image_root: str | None = None) -> CaptionTable:

@@ -1,15 +1,16 @@
 """Karpathy's split files: JSON with images of COCO or Flickr, their sentences and splits."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 from lib.data.caption_table import CaptionRow, CaptionTable
-from lib.data.coco import has_sentences
 from lib.data.fields import NotText, image_name, name_of, text_of
 from lib.data.find_images import ImageFinder
 from lib.data.flickr import FOLDERS
 from lib.data.records import parsed, read_json, shape_of
 from lib.errors import InputError
+from lib.files import open_file
 
 _FOLDERS = ("images", *FOLDERS, "train2014", "val2014", "images/train2014", "images/val2014")
 
@@ -18,7 +19,13 @@ def karpathy_fits(path: Path) -> int:
     """2 for a folder with dataset_*.json and for JSON with sentences, 1 for other JSON, 0 for the rest."""
     if path.is_dir():
         return 2 if any(path.glob("dataset_*.json")) else 0
-    return 0 if path.suffix.lower() != ".json" else 2 if has_sentences(path) else 1
+    return 0 if path.suffix.lower() != ".json" else 2 if _has_sentences(path) else 1
+
+
+def _has_sentences(path: Path) -> bool:
+    """True for Karpathy's JSON. COCO's holds images too, and both are large: the beginning tells them apart."""
+    with open_file(path) as file:
+        return re.search(rb'"sentences"\s*:', file.read(2**20)) is not None
 
 
 def read_karpathy(path: Path, flag: str, image_root: str | None = None) -> CaptionTable:

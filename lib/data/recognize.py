@@ -194,10 +194,8 @@ def _kinds_of_folder(folder: Path) -> list[str]:
         return ["arrow"]
     metadata = metadata_files(folder)
     is_imagefolder = any(map(is_metadata, metadata))
-    if metadata_files(folder, (METADATA_PARQUET,)) and not has_card(
-        folder
-    ):  # refused there: its paths need --image-root
-        is_imagefolder = True
+    if metadata_files(folder, (METADATA_PARQUET,)) and not has_card(folder):
+        is_imagefolder = True  # it is refused there: its paths need --image-root
     # Parquet before Karpathy's: the hub's own dataset_infos.json has the form of his files' names. Captions before
     # class folders: the folder of images next to a captions file would pass for a class.
     found = {"imagefolder": 4 * is_imagefolder, "parquet": 3 * holds_parquet(folder)}

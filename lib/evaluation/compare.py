@@ -40,7 +40,7 @@ def compare(options: Compare, device: torch.device) -> Outcome | None:
     names = options.names or short_names(options.models)
     for model in options.models:
         check_there(model, "--models")  # before the first model works: the last one's fault must not come late
-    first = Subject.open(options.models[0], options, device, needs="images", prompts=options.prompts)
+    first = Subject.open(options.models[0], options, device, needs="either", prompts=options.prompts)
     data = first.data
     if data.classes is None and options.class_names:
         raise InputError(f"--class-names {options.class_names}: {data.name} has captions and no classes")

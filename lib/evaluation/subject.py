@@ -37,7 +37,7 @@ from lib.towers.processing import Processing, read_settings
 _FORMAT = 1
 """Version of the stored embeddings: raise it when the same model and inputs give other embeddings."""
 
-Needs = Literal["classes", "captions", "images"]
+Needs = Literal["classes", "captions", "either"]
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,8 @@ class Subject:
     ) -> "Subject":
         """Open the data, then load the model; InputError if either cannot be used or the data is of the wrong kind.
 
-        needs: what the data must have besides images. prompts: bank or file of templates, None for the data's own.
+        needs: what the data must have besides images; either: classes or captions. prompts: bank or file of
+        templates, None for the data's own.
         """
         fetcher = default_fetcher()
         fetcher = replace(fetcher, cache=options.run.cache_dir or fetcher.cache, allow_pipe=options.data.allow_pipe)

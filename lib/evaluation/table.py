@@ -51,7 +51,7 @@ def _results_of_all(runs: Sequence[Path]) -> list[Result]:
     """Results of all folders; warns of each folder without any, InputError if all are without."""
     found = {run: results_of(run) for run in runs}
     empty = [run for run, results in found.items() if not results]
-    empty_because = f"holds no results, no {METRICS} and no {SUMMARY}"
+    empty_because = f"holds no results: no {METRICS} or {SUMMARY} with figures that table knows"
     if len(empty) == len(found):
         raise InputError(f"{empty[0]} {empty_because}: name a folder of evaluate.py or of a training script")
     for run in empty:
