@@ -11,8 +11,8 @@ import torch
 from conftest import ROOT
 
 STAGES = (
-    "smoke checks", "matrix rate", "step narrow", "step narrow compiled", "profile narrow", "floor narrow", "kept graphs narrow", "peers narrow", "losses alone", "loader",
-    "24 GB budget narrow",
+    "smoke checks", "matrix rate", "step narrow", "step narrow compiled", "profile narrow", "floor narrow",
+    "kept graphs narrow", "peers narrow", "losses alone", "loader", "24 GB budget narrow",
 )  # fmt: skip
 
 
