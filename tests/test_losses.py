@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import partial
+from itertools import product
 
 import pytest
 import torch
@@ -419,47 +420,58 @@ def test_softmax_over_tiles_at_any_range_of_logits(order, all_excluded):
         torch.testing.assert_close(getattr(share, name).double(), getattr(twin, name), rtol=1e-4, atol=1e-4)
 
 
-def all_occur(*given) -> torch.Tensor:
-    return torch.ones_like(positives.occurrences(*given))
-
-
 @pytest.mark.parametrize("same_text", ["exclude", "positive", "negative"])
 @pytest.mark.parametrize("loss", [partial(infonce, label_smoothing=0.1), infonce, sigmoid])
 def test_masks_that_hold_nothing_change_nothing(loss, same_text, monkeypatch):
+    """Were the masks of every tile computed, though its anchors and others have no id in common."""
     fresh = random_pairs(17, DIM, seed=1, groups=9, texts=9)
     fresh = replace(fresh, negative_texts=random_pairs(9, DIM, seed=2).text_embeds)
     remembered = remembered_pairs(9, fresh, texts=9)
     found = loss(fresh, remembered, SCALE, BIAS, slice(0, 17), same_text=same_text, tile=3)
-    monkeypatch.setattr(logit_tiles, "occurrences", all_occur)
+
+    def everywhere(anchors, others, which, side):
+        table = positives.ids_in_common(anchors, others, which, side)
+        return torch.tensor(which)[:, None, None].expand_as(table)
+
+    monkeypatch.setattr(logit_tiles, "ids_in_common", everywhere)
     assert_same(loss(fresh, remembered, SCALE, BIAS, slice(0, 17), same_text=same_text, tile=3), found)
 
 
-def test_the_ids_of_a_tile_occur_on_both_sides_or_not():
-    """Compared with every tile's ids, for rows that begin within the batch and a last tile that does not fill."""
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(20):
-        hashes = (torch.randint(-40, 40, (54,), generator=generator) * 2**57 for _ in "abc")
-        parts = [Ids(*columns) for columns in zip(*(column.split([23, 31]) for column in hashes), strict=True)]
-        anchors, others = positives.numbered(parts)
-        rows, side = [slice(5, 9), slice(9, 13), slice(13, 15)], 4
-        found = positives.occurrences(anchors, others, rows, side, 54)
-        assert found.shape == (3, 8, 3) and 0 < found.sum() < found.numel()
-        for in_row, r in zip(found.tolist(), rows, strict=True):
-            for in_tile, start in zip(in_row, range(0, 31, side), strict=True):
-                tile = parts[0].rows(r), parts[1].rows(slice(start, start + side))
-                assert in_tile == [bool(torch.isin(*columns).any()) for columns in zip(*tile, strict=True)]
+def test_the_table_names_the_tiles_that_have_an_id_in_common():
+    """Of a rank's rows, whose tiles begin with the rows."""
+    fresh = random_pairs(17, DIM, seed=1, groups=30, texts=30)
+    own, old = fresh.ids.rows(slice(4, 15)), remembered_pairs(30, fresh, texts=30).ids
+    table = positives.ids_in_common(own, old, (True, True, True), 4)
+    assert table.shape == (3, 3, 3) and 0 < table.sum() < table.numel()
+    for k, r, c in product(range(3), repeat=3):
+        ids, others = own[k][4 * r : 4 * r + 4].tolist(), old[k][4 * c : 4 * c + 4].tolist()
+        assert table[k, r, c] == (not set(ids).isdisjoint(others))
+    assert not positives.ids_in_common(own, old, (True, False, True), 4)[1].any()
 
 
-@pytest.mark.parametrize("loss", [infonce, sigmoid])
-def test_negative_control_a_tile_whose_masks_are_missed_changes_the_loss(loss, monkeypatch):
-    fresh = random_pairs(17, DIM, seed=1)
-    found = loss(fresh, None, SCALE, BIAS, slice(0, 17), tile=5)
-    asked = []
+@pytest.mark.parametrize(
+    ("kind", "of_memory"),
+    [("group", False), ("text_id", False), ("group", True), ("text_id", True), ("sample_id", True)],
+)
+@pytest.mark.parametrize(("loss", "naive"), [(infonce, naive_infonce), (sigmoid, naive_sigmoid)])
+def test_an_id_that_one_pair_of_tiles_shares_counts(loss, naive, kind, of_memory, monkeypatch):
+    """Negative control: with a table that misses this pair of tiles, the loss is another."""
+    fresh, old = random_pairs(17, DIM, seed=1), random_pairs(12, DIM, seed=9, first_id=100)
+    shared = getattr(old if of_memory else fresh, kind).clone()
+    shared[11] = 2  # rows 0 to 3 and columns 8 to 11
+    fresh, old = (fresh, replace(old, **{kind: shared})) if of_memory else (replace(fresh, **{kind: shared}), old)
+    run = partial(loss, fresh, old, SCALE, BIAS, slice(0, 17), same_text="exclude", tile=4)
+    twin = autograd(naive, fresh, old, SCALE, BIAS, same_text="exclude")
+    assert_same(run(), twin)
 
-    def but_one(*given) -> torch.Tensor:
-        asked.append(positives.occurrences(*given))
-        assert torch.equal(asked[0][..., 0], torch.eye(4, dtype=torch.bool)), "a pair's own group alone"
-        return asked[0].index_fill(0, torch.tensor([2]), False)
+    def misses_one(anchors, others, which, side):
+        table = positives.ids_in_common(anchors, others, which, side)
+        if which[1] == of_memory:
+            name = Ids._fields.index(kind)
+            assert table[name, 0, 2]
+            table[name, 0, 2] = False
+        return table
 
-    monkeypatch.setattr(logit_tiles, "occurrences", but_one)
-    assert (loss(fresh, None, SCALE, BIAS, slice(0, 17), tile=5).loss - found.loss).abs() > 1e-3 and len(asked) == 1
+    monkeypatch.setattr(logit_tiles, "ids_in_common", misses_one)
+    with pytest.raises(AssertionError, match="loss: relative error"):
+        assert_same(run(), twin)

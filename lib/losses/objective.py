@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lib.losses.infonce import Through
-from lib.losses.positives import Pairs, SameText
+from lib.losses.positives import Pairs, SameText, masks
 from lib.losses.sigmoid import PosWeight, positive_weight
-from lib.losses.tiles import Logits, Loss
+from lib.losses.tiles import Block, Logits, Loss, lowest
 from lib.towers import Family
 
 DenseLoss = Callable[..., Tensor]
@@ -62,11 +62,9 @@ def dense_sigmoid(
     """The pairwise sigmoid loss with each block of logits as one tile."""
     logits = Logits(fresh, remembered, logit_scale, logit_bias, slice(0, len(fresh)), same_text)
     weight = positive_weight(pos_weight, fresh.ids, same_text).to(logits.scale)
-    total = torch.zeros_like(logit_scale)
-    for S, positive, _ in map(logits.dense, logits.blocks):
-        softplus = F.softplus(S * (1 - 2 * positive), threshold=80)  # above which it is the identity
-        total = total + (softplus * (1 + (weight - 1) * positive)).sum()
-    return total / len(fresh)
+    blocks = (_as_one_tile(logits, block) for block in logits.blocks)
+    sums = (torch.where(positive, weight * _softplus(-S), _softplus(S)).sum() for S, positive, _ in blocks)
+    return sum(sums, start=torch.zeros_like(logit_scale)) / len(fresh)
 
 
 def dense_infonce(
@@ -88,9 +86,23 @@ def dense_infonce(
         blocks[:2] = (block._replace(others=block.others.detach()) for block in blocks[:2])
         blocks = [block._replace(anchors=2 * block.anchors - block.anchors.detach()) for block in blocks]
     for tower in ("image", "text"):
-        of_tower = (logits.dense(block) for block in blocks if block.tower == tower)
+        of_tower = (_as_one_tile(logits, block) for block in blocks if block.tower == tower)
         S, positive, excluded = (torch.cat(column, 1) for column in zip(*of_tower, strict=True))
-        candidate = (~excluded).to(positive)
-        target = (1 - label_smoothing) * positive / positive.sum(1, keepdim=True)
+        candidate = (~excluded).to(S)
+        target = (1 - label_smoothing) * positive.to(S) / positive.sum(1, keepdim=True)
         total = total + F.cross_entropy(S, target + label_smoothing * candidate / candidate.sum(1, keepdim=True)) / 2
     return total
+
+
+def _softplus(x: Tensor) -> Tensor:
+    return F.softplus(x, threshold=80)  # above it the identity: exactly so, in float64 too
+
+
+def _as_one_tile(logits: Logits, block: Block) -> tuple[Tensor, Tensor, Tensor]:
+    """The whole block, differentiable: logits, and positives and excluded as bool, each (A, M)."""
+    # Negative texts may be (W, P, D), where each of W ranks encodes them for its own images.
+    others = block.others if block.others.ndim == 3 else block.others[None]
+    S = ((block.anchors * logits.scale).unflatten(0, (len(others), -1)) @ others.mT).flatten(0, 1)
+    found = masks(block.ids, block.other_ids, logits.same_text, logits.compared(block))
+    positive, excluded = (torch.zeros_like(S, dtype=torch.bool) if mask is None else mask for mask in found)
+    return (S if logits.bias is None else S + logits.bias).masked_fill(excluded, lowest(S)), positive, excluded

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 SameText = Literal["exclude", "positive", "negative"]
@@ -58,57 +57,49 @@ class Pairs:
         return Ids.of(self)
 
 
-def masks(
-    anchors: Ids, others: Ids, same_text: SameText, remembered: bool, occur: Sequence[bool] = (True, True, True)
-) -> tuple[Tensor | None, Tensor | None]:
+def masks(anchors: Ids, others: Ids, same_text: SameText, which: Sequence[bool]) -> tuple[Tensor | None, Tensor | None]:
     """(positives, excluded) of a tile, each (A, M) bool, or None without any; all other pairs are negatives.
 
-    remembered: the others come from the memory. A stale copy of the anchor's own sample is then excluded: as a negative
-    it would push the pair away from itself, as a positive it would hold it where it was.
-    occur: some group, sample and text occurs on both sides; others are not compared.
+    which: whether to compare groups, samples, texts. Samples are compared with the memory only: a stale copy of the
+    anchor's own sample is excluded, as a negative would push the pair away from itself, and a positive would hold it.
     """
-
-    def equal(kind: int) -> Tensor | None:
-        return anchors[kind][:, None] == others[kind] if occur[kind] else None
-
-    positive, excluded = equal(0), None
-    if same_text != "negative" and (equal_text := equal(2)) is not None:
-        none = torch.zeros_like(equal_text) if positive is None else positive
-        positive, excluded = (none | equal_text, None) if same_text == "positive" else (positive, equal_text & ~none)
-    if remembered and (stale := equal(1)) is not None:
+    ids = zip(anchors, others, which, strict=True)
+    group, stale, text = (own[:, None] == other if some else None for own, other, some in ids)
+    positive, excluded = group, None
+    if text is not None:
+        none = torch.zeros_like(text) if group is None else group
+        positive, excluded = (none | text, None) if same_text == "positive" else (group, text & ~none)
+    if stale is not None:
         positive = None if positive is None else positive & ~stale
         excluded = stale if excluded is None else excluded | stale
     return positive, excluded
 
 
-def numbered(parts: Sequence[Ids]) -> list[Ids]:
-    """The ids of all parts as numbers from 0, int32, equal where the ids are: they compare in a quarter of the time."""
-    columns = []
-    for column in zip(*parts, strict=True):
-        sorted_ids, order = torch.cat(column).sort()
-        numbers = F.pad((sorted_ids.diff() != 0).cumsum(0), (1, 0)).int()
-        columns.append(torch.empty_like(numbers).scatter_(0, order, numbers).split(list(map(len, column))))
-    return [Ids(*part) for part in zip(*columns, strict=True)]
+def ids_in_common(anchors: Ids, others: Ids, which: Sequence[bool], side: int) -> Tensor:
+    """(3, R, C) bool: anchors of tile row r and others of tile column c have a group, a sample, a text in common.
 
-
-def occurrences(anchors: Ids, others: Ids, rows: Sequence[slice], side: int, count: int) -> Tensor:
-    """(R, C, 3) bool: a group, sample or text of that slice of the anchors occurs among those `side` others.
-
-    Ids as `numbered`, below `count`. Most tiles have none in common and hold negatives alone. It is found for all tiles
-    at once: a GPU would have to wait for each answer.
+    side: rows and columns of a tile; which: as in masks. All tiles at once, since a GPU would have to be waited for at
+    each of them.
     """
-    found = others.group.new_zeros(len(rows), 3, -(-len(others.group) // side) * side, dtype=torch.bool)
-    for in_row, r in zip(found, rows, strict=True):
-        for row, own, other in zip(in_row, anchors.rows(r), others, strict=True):
-            row[: len(other)] = row.new_zeros(count).index_fill_(0, own.long(), True)[other.long()]
-    return found.unflatten(2, (-1, side)).any(3).mT
+    rows, columns = (-(-len(ids.group) // side) for ids in (anchors, others))
+    tables = torch.zeros(3, rows, columns, dtype=torch.bool, device=anchors.group.device)
+    for table, own, other, some in zip(tables, anchors, others, which, strict=True):
+        if some:
+            ordered = torch.cat([own, other]).sort().values  # not `unique`, which waits for the device to count them
+            present = own.new_zeros(rows + columns, len(ordered), dtype=torch.float32)
+            for ids, tiles in ((own, present[:rows]), (other, present[rows:])):
+                tiles[torch.arange(len(ids), device=ids.device) // side, torch.searchsorted(ordered, ids)] = 1
+            table.copy_(present[:rows] @ present[rows:].T > 0)
+    return tables
 
 
 def count_positives(ids: Ids, same_text: SameText) -> tuple[Tensor, Tensor]:
     """(positives, candidates) among all pairs of N images and N texts with these ids: () int64."""
     size, positives, candidates = len(ids.group), ids.group.new_zeros(()), ids.group.new_full((), len(ids.group) ** 2)
     for start in range(0, size, 256):
-        positive, excluded = masks(ids.rows(slice(start, start + 256)), ids, same_text, False)
+        positive, excluded = masks(
+            ids.rows(slice(start, start + 256)), ids, same_text, (True, False, same_text != "negative")
+        )
         positives += 0 if positive is None else positive.count_nonzero()
         candidates -= 0 if excluded is None else excluded.count_nonzero()
     return positives, candidates

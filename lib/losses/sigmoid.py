@@ -33,21 +33,21 @@ def sigmoid(
     """
     logits = Logits(fresh, remembered, logit_scale, logit_bias, rows, same_text, tile)
     weight = positive_weight(pos_weight, fresh.ids, same_text).to(logits.scale)
+    zero, one = torch.zeros_like(weight), torch.ones_like(weight)
     for t in logits.tiles():
-        if t.positive is None:
-            logits.loss += wide_sum(_softplus(t.logits, out=t.spare))
-            logits.add(t, t.logits.sigmoid_())
-        else:
-            against = t.logits.mul_(torch.mul(t.positive, -2, out=t.spare).add_(1))  # -z S
-            softplus = _softplus(against, out=t.spare)
-            logits.loss += wide_sum(softplus) + (weight - 1) * wide_sum(softplus.mul_(t.positive))
-            logits.add(t, against.sigmoid_().mul_(t.positive.mul_(-1 - weight).add_(1)))  # times -weight for positives
+        against = t.logits  # -z S
+        if t.positive is not None:
+            against *= torch.sub(one, t.positive, alpha=2, out=t.spare)
+        # Not as softplus(S) - S, summed apart: no digits are left of that where S is large.
+        softplus = torch.logaddexp(against, zero, out=t.spare)
+        if t.positive is not None and pos_weight != 1:
+            softplus *= torch.addcmul(one, t.positive, weight - 1)
+        logits.loss += wide_sum(softplus)
+        slope = against.sigmoid_()
+        if t.positive is not None:  # times -weight for positives, else 1
+            slope *= torch.addcmul(one, t.positive, -1 - weight, out=t.spare)
+        logits.add(t, slope)
     return logits.share(norm=len(fresh))
-
-
-def _softplus(logits: Tensor, out: Tensor) -> Tensor:
-    # Not as softplus(S) - S for the positives, summed apart: no digits are left of that where S is large.
-    return torch.logaddexp(logits, logits.new_zeros(()), out=out)
 
 
 def positive_weight(pos_weight: PosWeight, ids: Ids, same_text: SameText) -> Tensor:

@@ -5,16 +5,14 @@ to the loss and gradients of the whole batch, so the losses know nothing of rank
 Letters: N fresh pairs of the global batch, B rows of it, Q remembered pairs, P negative texts, D embedding dimension.
 """
 
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lib.losses.positives import NOBODY, Ids, Pairs, SameText, masks, numbered, occurrences
+from lib.losses.positives import NOBODY, Ids, Pairs, SameText, ids_in_common, masks
 
 TILE = 1024  # rows and columns of a tile on a CPU: its buffers fit a core's share of the cache
 ACCELERATOR_TILE = 4096  # fewer and longer kernels: launching one costs as much as a small tile
@@ -57,7 +55,7 @@ class Block(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """Rows r and columns c of a block. Logits, spare and positive are buffers, which the next tile overwrites."""
+    """Rows r and columns c of a block. Logits and spare are buffers, which the next tile overwrites."""
 
     block: Block
     r: slice
@@ -66,14 +64,14 @@ class Tile(NamedTuple):
     """scale * anchors @ others.T + bias; of excluded pairs so low that no softmax or sigmoid notices"""
     spare: Tensor
     positive: Tensor | None
-    """1 for positives, else 0"""
+    """1 for positives, else 0, in bytes; None in most tiles: there the losses need fewer passes"""
     excluded: Tensor | None
 
 
 class Logits:
     """All logits of some rows, block by block, and the loss and gradients that accumulate over their tiles.
 
-    Everything is float32 at least, whatever the towers' precision (float64 stays float64).
+    Everything is float32 at least, whatever the towers' precision (float64 stays float64). tile: as in Loss.
     """
 
     def __init__(
@@ -84,93 +82,76 @@ class Logits:
         bias: Tensor | None,
         rows: slice,
         same_text: SameText,
-        side: int | None = None,
+        tile: int | None = None,
     ) -> None:
-        """side: rows and columns of a tile; None: as suits the device."""
         dtype = torch.promote_types(fresh.image_embeds.dtype, torch.float32)
         images, texts = fresh.image_embeds[rows].to(dtype), fresh.text_embeds.to(dtype)
         self.scale, self.bias, self.same_text = scale.to(dtype), None if bias is None else bias.to(dtype), same_text
-        wide = wide_type(scale.device)
-        self.side = side or tile_side(scale.device)
-        self.loss, self.d_scale, self.d_bias = (torch.zeros((), dtype=wide, device=scale.device) for _ in "abc")
+        self.side, wide = tile or tile_side(scale.device), wide_type(scale.device)
+        self.loss, self.d_scale, self.d_bias = torch.zeros(3, dtype=wide, device=scale.device)
         self.d_images, self.d_texts = torch.zeros_like(images), torch.zeros_like(texts)
-        negatives = texts[:0] if fresh.negative_texts is None else fresh.negative_texts.to(dtype)
-        nobody = Ids(*(column.new_full((negatives.shape[-2],), NOBODY) for column in fresh.ids))
-        everyone, nobody, old = numbered([fresh.ids, nobody, nobody if remembered is None else remembered.ids])
-        self._count = sum(len(ids.group) for ids in (everyone, nobody, old))
-        own, every = everyone.rows(rows), slice(0, len(images))
-        self.fresh = Block("image", images, texts, own, everyone, self.d_images, self.d_texts, every)
+        own, every = fresh.ids.rows(rows), slice(0, len(images))
+        self.fresh = Block("image", images, texts, own, fresh.ids, self.d_images, self.d_texts, every)
         self.blocks, self.d_negatives = [self.fresh], None
         if fresh.negative_texts is not None:
+            negatives = fresh.negative_texts.to(dtype)
             self.d_negatives = torch.zeros_like(negatives)
+            nobody = Ids(*own.group.new_full((3, negatives.shape[-2]), NOBODY))
             self.blocks.append(Block("image", images, negatives, own, nobody, self.d_images, self.d_negatives, every))
         if remembered is not None:
             # The memory adds candidates to the anchors of both towers and no anchors: earlier weights embedded it, so
             # there is nothing that gradients could flow to.
             old_images, old_texts = remembered.image_embeds.to(dtype), remembered.text_embeds.to(dtype)
-            of_images = Block("image", images, old_texts, own, old, self.d_images, None, every)
-            of_texts = Block("text", texts, old_images, everyone, old, self.d_texts, None, rows)
+            of_images = Block("image", images, old_texts, own, remembered.ids, self.d_images, None, every)
+            of_texts = Block("text", texts, old_images, fresh.ids, remembered.ids, self.d_texts, None, rows)
             self.blocks += [of_images, of_texts]
+        tables = [ids_in_common(b.ids.rows(b.rows), b.other_ids, self.compared(b), self.side) for b in self.blocks]
+        # All blocks at once, as the host waits for the device here.
+        self.in_common = torch.cat(tables, 2).cpu().split([table.shape[2] for table in tables], 2)
+        # The same memory for every tile: fresh memory would cost more than the arithmetic in it.
+        largest = max(min(self.side, len(b.anchors)) * min(self.side, len(b.others)) for b in self.blocks)
+        self.buffers = images.new_empty(2, largest)
+
+    def compared(self, block: Block) -> tuple[bool, bool, bool]:
+        """Group, sample and text of two pairs matter in this block, or do not."""
+        return True, block.d_others is None, self.same_text != "negative"
 
     def tiles(self) -> Iterator[Tile]:
         """Every tile of every block."""
-        occur = iter(self._occur)
-        for block in self.blocks:
-            for r in _slices(block.rows, self.side):
+        for block, in_common in zip(self.blocks, self.in_common, strict=True):
+            for i, r in enumerate(_slices(block.rows, self.side)):
                 anchors = block.anchors[r]
                 self._scaled, self._dots = anchors * self.scale, torch.zeros_like(anchors)
-                for c in _slices(slice(0, len(block.others)), self.side):
-                    shape = len(anchors), len(block.others[c])
-                    logits, spare, ones = (buffer[: math.prod(shape)].view(shape) for buffer in self._buffers)
-                    torch.mm(self._scaled, block.others[c].T, out=logits)
-                    if self.bias is not None:
-                        logits += self.bias
-                    found, excluded = self._mask(block, r, c, logits, next(occur))
-                    # From bytes: the conversion of bool takes ten times as long.
-                    positive = None if found is None else ones.copy_(found.view(torch.uint8))
+                for j, c in enumerate(_slices(slice(0, len(block.others)), self.side)):
+                    others = block.others[c]
+                    logits, spare = (x[: len(anchors) * len(others)].view(len(anchors), -1) for x in self.buffers)
+                    if self.bias is None:
+                        torch.mm(self._scaled, others.T, out=logits)
+                    else:  # the product adds it at once; after the product it would be another pass over the tile
+                        torch.addmm(self.bias.repeat(len(others)), self._scaled, others.T, out=logits)
+                    ids, other_ids = block.ids.rows(r), block.other_ids.rows(c)
+                    positive, excluded = masks(ids, other_ids, self.same_text, in_common[:, i, j].tolist())
+                    if excluded is not None:
+                        logits.masked_fill_(excluded, lowest(logits))
+                    # Bytes, as arithmetic with bool takes ten times as long.
+                    positive = None if positive is None else positive.view(torch.uint8)
                     yield Tile(block, r, c, logits, spare, positive, excluded)
                 self.d_scale += wide_sum(self._dots * anchors)  # sum of slope * <anchor, other> over the row of tiles
                 block.d_anchors[r].addcmul_(self._dots, self.scale)
-
-    @cached_property
-    def _occur(self) -> list[list[bool]]:
-        """For each of `tiles`, in their order: what `masks` has to compare. A GPU is waited for here, once."""
-        tables = [
-            occurrences(block.ids, block.other_ids, list(_slices(block.rows, self.side)), self.side, self._count)
-            for block in self.blocks
-        ]
-        found: list[list[bool]] = torch.cat([table.flatten(0, 1) for table in tables]).tolist()
-        return found
-
-    @cached_property
-    def _buffers(self) -> Tensor:
-        """Three tiles, the same memory for all: fresh memory would cost more than the arithmetic in it."""
-        largest = max(min(self.side, len(block.others)) for block in self.blocks)
-        return self.d_images.new_empty(3, min(self.side, len(self.d_images)) * largest)
-
-    def _mask(
-        self, block: Block, r: slice, c: slice, logits: Tensor, occur: Sequence[bool] = (True, True, True)
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Positives and excluded pairs of a tile, as `masks`; its excluded logits become very low, in place."""
-        ids = block.ids.rows(r), block.other_ids.rows(c)
-        positive, excluded = masks(*ids, self.same_text, remembered=block.d_others is None, occur=occur)
-        if excluded is not None:
-            logits.masked_fill_(excluded, torch.finfo(logits.dtype).min / 2)  # not -inf, which times 0 is not 0
-        return positive, excluded
 
     def add(self, t: Tile, slope: Tensor, slope_of_others: Tensor | None = None) -> None:
         """Accumulate the gradients of a part of the loss whose d loss / d logits is `slope`, of the tile's shape.
 
         slope_of_others: of a further part, whose gradients reach the others alone, as those of `slope` the anchors.
         """
-        block = t.block
-        self._dots.addmm_(slope, block.others[t.c])
-        if slope_of_others is not None and block.d_others is not None:
-            of_others = slope_of_others.T @ self._scaled
-            block.d_others[t.c].add_(of_others)
-            self.d_scale += wide_sum(of_others * block.others[t.c]) / self.scale
-        elif block.d_others is not None:
+        block, others = t.block, t.block.others[t.c]
+        self._dots.addmm_(slope, others)
+        if slope_of_others is None and block.d_others is not None:
             block.d_others[t.c].addmm_(slope.T, self._scaled)
+        elif slope_of_others is not None and block.d_others is not None:
+            dots = slope_of_others.T @ block.anchors[t.r]
+            block.d_others[t.c].addcmul_(dots, self.scale)
+            self.d_scale += wide_sum(dots.mul_(others))
         if self.bias is not None:
             self.d_bias += wide_sum(slope)
 
@@ -179,15 +160,10 @@ class Logits:
         sums = (self.loss, self.d_images, self.d_texts, self.d_scale, self.d_bias, self.d_negatives)
         return LossShare(*(each.div_(norm).to(self.scale.dtype) for each in sums if each is not None))
 
-    def dense(self, block: Block) -> tuple[Tensor, Tensor, Tensor]:
-        """The whole block as one tile, differentiable: logits, positives (1, else 0) and excluded, each (A, M)."""
-        # Negative texts may be (W, P, D), where each of W ranks encodes them for its own images.
-        others = block.others if block.others.ndim == 3 else block.others[None]
-        logits = ((block.anchors * self.scale).unflatten(0, (len(others), -1)) @ others.mT).flatten(0, 1)
-        logits = logits if self.bias is None else logits + self.bias
-        positive, excluded = self._mask(block, slice(None), slice(None), logits)
-        assert positive is not None
-        return logits, positive.to(logits), torch.zeros_like(positive) if excluded is None else excluded
+
+def lowest(logits: Tensor) -> float:
+    """A logit of excluded pairs: not -inf, which times 0 is not 0."""
+    return torch.finfo(logits.dtype).min / 2
 
 
 def tile_side(device: torch.device) -> int:
