@@ -116,12 +116,14 @@ class Bench:
         batch = batch or self.sizes.batch
         trainee = Trainee(subject, self.device)
         began = time.perf_counter()
-        chunk_size = even_chunk(batch, trainee.largest_chunk(batch, room))
+        chunk_size = trainee.largest_chunk(batch, room)
         if compiled:
+            chunk_size = even_chunk(batch, chunk_size)
             compile_trunks(trainee.towers.towers, self.sizes.compiler, self.device)
         chunks = trainee.chunks(batch, chunk_size)
         memory = remembered(batch, SUBJECTS[subject].embed_dim, self.device)
-        trainee.step(chunks[:2], memory)  # warm-up: the first step allocates and compiles
+        # The first step allocates and compiles, and the last chunk may be of another size.
+        trainee.step([chunks[0], chunks[-1]], memory)
         found = measured.once(partial(trainee.step, chunks, memory), self.device)
         found |= {"effective_batch": batch, "remembered": batch, "chunk_size": chunk_size, "chunks": len(chunks)}
         found["first_seconds"] = round(time.perf_counter() - began - found["seconds"], 1)
@@ -165,10 +167,9 @@ class Bench:
     def floor(self, subject: str) -> dict:
         """The floor: plain accumulation over the same chunks, without shared negatives."""
         trainee = Trainee(subject, self.device)
-        size = self.sizes.batch
-        chunks = trainee.chunks(size, even_chunk(size, trainee.largest_chunk(size)))
+        chunks = trainee.chunks(self.sizes.batch, trainee.largest_chunk(self.sizes.batch))
         step = partial(trainee.update, plain, chunks)
-        trainee.update(plain, chunks[:2])
+        trainee.update(plain, [chunks[0], chunks[-1]])
         found = measured.once(step, self.device)
         return found | {"chunk_size": len(chunks[0])} | self.rates(subject, self.sizes.batch, found["seconds"])
 

@@ -72,8 +72,7 @@ def largest_chunk_below(pairs: float, most: int) -> int:
 
 
 def even_chunk(per_rank: int, largest: int) -> int:
-    """A chunk size that divides B, so that all chunks have one size: for another one a trunk is compiled again, and
-    cuDNN searches for seconds.
+    """A chunk size that divides B, so that all chunks have one size and a trunk is compiled for it alone.
 
     More than half of `largest`; where no such divisor exists, `largest`.
     """

@@ -212,10 +212,7 @@ def _measured_chunk(
         with backend.autocast():
             return memory_of_chunk(towers, inputs, device, pairs)
 
-    if isinstance(asked, int):
-        size = asked
-    else:
-        size = even_chunk(per_rank, min(gather_objects(largest_that_fits(measure, most, room))))
+    size = asked if isinstance(asked, int) else min(gather_objects(largest_that_fits(measure, most, room)))
     if config.compile:
         compile_trunks(towers, COMPILER, device)
         if not isinstance(asked, int):
@@ -227,7 +224,7 @@ def _measured_chunk(
 
 def _compiled_chunk(measure: Callable[[int], ChunkMemory], size: int, per_rank: int, most: int, room: float) -> int:
     """Measure the compiled trunks once more: they take less memory than those that `size` was chosen for."""
-    compiled_for = size
+    size = compiled_for = even_chunk(per_rank, size)
     peak = peak_or_none(measure, size)
     larger = 0 if peak is None else even_chunk(per_rank, largest_chunk_below(size * room / peak, most))
     if larger > size:
