@@ -5,10 +5,10 @@ import torch
 from safetensors.torch import load_file
 from small_runs import losses, pair, same, save_encoders, saved, train
 
+from lib.backends.optim import WeightAverage
 from lib.errors import InputError
 from lib.runs.reporter import read_metrics
 from lib.towers import TwoTowers, build_preset
-from lib.towers.averaging import WeightAverage
 from lib.towers.lora import add_adapters
 
 DECAY = 0.7

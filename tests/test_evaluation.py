@@ -18,6 +18,7 @@ from small_evaluation import (
 )
 from torch import Tensor
 
+from lib.data.evaluation_set import limited
 from lib.data.prepare import text_key
 from lib.distributed import gather_objects, logsumexp_over_ranks
 from lib.errors import InputError
@@ -26,7 +27,6 @@ from lib.evaluation.classification import class_embeddings, zeroshot_metrics
 from lib.evaluation.embed import embed_images, embed_texts
 from lib.evaluation.report import aligned, write_report
 from lib.evaluation.retrieval_ranks import retrieval_metrics
-from lib.evaluation.subset import limited
 from lib.evaluation.validation import validate
 from lib.losses import infonce, sigmoid
 from lib.train import _validation_loss

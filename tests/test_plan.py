@@ -7,8 +7,8 @@ import torch
 from naive import fresh_kind, random_pairs
 
 from lib.losses import sigmoid
-from lib.losses.start_bias import bias_from_counts, solved_bias
 from lib.setup.chunk_memory import measure_activations
+from lib.setup.first_step import bias_from_counts, solved_bias
 from lib.setup.plan import MARGIN, BatchPlan, graphs_that_fit, oversize_warning, useless_memory_warning
 from lib.towers import build_preset
 from lib.towers.trainable import set_trainable

@@ -1,13 +1,17 @@
-"""Optimizer and learning-rate schedule: each parameter's rate and decay, and how the rates move."""
+"""Optimizer, learning-rate schedule and weight average: rates and decay by parameter, and how the rates move."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain, compress
+from operator import not_
 from typing import Literal
 
 import torch
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import AveragedModel
 from transformers import get_scheduler
 
 from lib.errors import InputError
@@ -124,3 +128,36 @@ def move_schedule(schedule: LambdaLR, updates: int) -> None:
 
 def _one_later(factor: Callable[[int], float], step: int) -> float:
     return factor(step + 1)
+
+
+class WeightAverage(AveragedModel):
+    """Exponential moving average of the weights: a copy of the towers that follows by `decay`; the first update copies.
+
+    Batch-norm statistics are averaged too, because those of the last batches belong to other weights. Positions and
+    counters are copied: the mean of equal integers, rounded down, can be one less.
+    """
+
+    module: TwoTowers
+
+    def __init__(self, towers: TwoTowers, decay: float) -> None:
+        super().__init__(towers, towers.logit_scale.device, use_buffers=True)
+        self.decay = decay
+        self.n_averaged = self.n_averaged.cpu()  # torch's own update waits for the device to read this count
+        self.requires_grad_(False).eval()
+
+    @torch.no_grad()
+    def update_parameters(self, model: nn.Module) -> None:
+        """Follow the weights of `model`, the towers that were given, by one step."""
+        pairs = list(zip(_tensors(self.module), _tensors(model), strict=True))
+        follows = [bool(self.n_averaged) and ours.is_floating_point() for ours, _ in pairs]
+        if any(follows):
+            averaged, current = zip(*compress(pairs, follows), strict=True)
+            torch._foreach_lerp_(averaged, current, 1 - self.decay)
+        if not all(follows):
+            averaged, current = zip(*compress(pairs, map(not_, follows)), strict=True)
+            torch._foreach_copy_(averaged, current)
+        self.n_averaged += 1
+
+
+def _tensors(model: nn.Module) -> chain[torch.Tensor]:
+    return chain(model.parameters(), model.buffers())

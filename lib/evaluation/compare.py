@@ -8,7 +8,7 @@ from pathlib import Path, PurePath
 import numpy as np
 import torch
 
-from lib.data.evaluation_set import EvaluationSet
+from lib.data.evaluation_set import EvaluationSet, spread
 from lib.data.prompt_banks import renamed
 from lib.errors import InputError
 from lib.evaluation.charts import plot_intervals, plot_training
@@ -27,7 +27,6 @@ from lib.evaluation.report import OpenImage, Outcome, Picture, Rows, data_facts,
 from lib.evaluation.retrieval_answers import SHOWN, Gallery, Matched, match, text_query
 from lib.evaluation.retrieval_ranks import keep_readable, retrieval_ranks
 from lib.evaluation.subject import Model, Subject, check_there
-from lib.evaluation.subset import spread
 from lib.evaluation.tasks import Compare
 
 INNER_FOLDERS = ("export", "checkpoints")  # of a run: they name no model

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lib.data.evaluation_set import EvaluationSet
+from lib.data.evaluation_set import EvaluationSet, spread
 from lib.errors import InputError
 from lib.evaluation.charts import plot_candidates, plot_margins, plot_recall, plot_similarities
 from lib.evaluation.image_sheets import plot_image_queries, plot_text_queries
@@ -31,7 +31,6 @@ from lib.evaluation.retrieval_ranks import (
     summarize_both,
 )
 from lib.evaluation.subject import Subject
-from lib.evaluation.subset import spread
 from lib.evaluation.tasks import Retrieval
 
 EXAMPLES = 5  # of a direction that succeed, and as many that fail

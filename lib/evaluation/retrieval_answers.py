@@ -10,10 +10,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lib.data.evaluation_set import EvaluationSet
+from lib.data.evaluation_set import EvaluationSet, spread
 from lib.evaluation.report import OpenImage
 from lib.evaluation.retrieval_ranks import keep_readable
-from lib.evaluation.subset import spread
 
 SHOWN = 5  # answers of a query
 LOOKED_AT = 60  # candidates among which copies of an image are skipped

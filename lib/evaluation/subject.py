@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lib.backends import Precision, auto_workers, choose_precision
 from lib.data.durable import Damaged, fingerprint, load_checked, save_checked
-from lib.data.evaluation_set import EvaluationSet
+from lib.data.evaluation_set import EvaluationSet, limited
 from lib.data.fetcher import default_fetcher
 from lib.data.fields import Columns
 from lib.data.pipeline import ImagePipeline
@@ -26,7 +26,6 @@ from lib.errors import InputError, on_rank_0
 from lib.evaluation.embed import Embedded, embed_images, embed_texts
 from lib.evaluation.origin import trained_on
 from lib.evaluation.report import data_facts
-from lib.evaluation.subset import limited
 from lib.evaluation.tasks import CommonFlags
 from lib.files import without_secrets
 from lib.runs.checkpoint import BEST, newest_whole

@@ -6,6 +6,7 @@ from functools import partial
 import numpy as np
 import torch
 
+from lib.data.evaluation_set import spread
 from lib.data.prompt_banks import renamed
 from lib.evaluation.calibration import Reliability, calibrate, calibration_table
 from lib.evaluation.charts import plot_prompts, plot_reliability
@@ -16,7 +17,6 @@ from lib.evaluation.prompt_study import PromptStudy, study_prompts
 from lib.evaluation.report import OpenImage, Outcome, Picture, Rows, decimals, skipped_table, words
 from lib.evaluation.splits import Labelled, folds, readable
 from lib.evaluation.subject import Subject
-from lib.evaluation.subset import spread
 from lib.evaluation.tasks import Zeroshot
 
 PREDICTIONS = 12  # correct ones and wrong ones each

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 
 from lib.backends import Backend
 from lib.backends.device import device_faults_reported
-from lib.backends.optim import build_schedule
+from lib.backends.optim import WeightAverage, build_schedule
 from lib.config import TrainConfig, flag
 from lib.data import Prepare, Source, TrainingData
 from lib.distributed import decided_by_rank_0
@@ -35,7 +35,6 @@ from lib.setup.model import make_optimizer, make_towers
 from lib.setup.plan import make_plan, shares_texts
 from lib.setup.run import Data, Model, Run, Step, settings_of_the_weights
 from lib.towers import Family
-from lib.towers.averaging import WeightAverage
 
 
 def make_run(config: TrainConfig, family: Family, backend: Backend, folder: Path) -> Run:

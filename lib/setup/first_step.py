@@ -1,7 +1,10 @@
 """Before the first update: start the bias where the data wants it, and verify the gradients if asked."""
 
+import math
+from functools import partial
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lib.data import Chunk, StepChunks
 from lib.distributed import gather_rows
@@ -9,10 +12,12 @@ from lib.gradcache.step import Chunks, gather_ids
 from lib.gradcache.verify import verify_gradients
 from lib.losses import Pairs
 from lib.losses.objective import Objective
-from lib.losses.positives import Ids
-from lib.losses.start_bias import bias_from_counts, solved_bias
+from lib.losses.positives import Ids, SameText, count_positives
+from lib.losses.sigmoid import PosWeight, positive_weight, sigmoid
 from lib.runs.reporter import Reporter
 from lib.setup.run import Run
+
+SOLVED_ON = 2048  # pairs that the solved bias is taken from: more would not move it
 
 
 def prepare_first_step(run: Run, objective: Objective, chunks: StepChunks, report: Reporter) -> Chunks:
@@ -35,7 +40,12 @@ def prepare_first_step(run: Run, objective: Objective, chunks: StepChunks, repor
 
 @torch.no_grad()
 def _start_bias(run: Run, chunks: list[Chunk]) -> float:
-    """From the counts for towers that start fresh; solved on embeddings for a softmax-trained CLIP."""
+    """From the counts for towers that start fresh; solved on embeddings for a softmax-trained CLIP.
+
+    Without it the first steps only find the bias. At the start nearly all pairs are negatives; a bias of -ln(negatives
+    per positive) makes the expected loss of both kinds equal (Zhai et al., 2023, section 3.2, whose -10 belongs to a
+    batch of about 22,000).
+    """
     cache, config = run.step.cache, run.config
     chunks = chunks[:1] if run.model.pretrained else chunks
     ids = gather_ids([Ids.of(chunk) for chunk in chunks], cache.device)
@@ -46,3 +56,35 @@ def _start_bias(run: Run, chunks: list[Chunk]) -> float:
     output = cache.towers(**chunks[0].to(cache.device).inputs)
     images, texts = gather_rows(output.image_embeds), gather_rows(output.text_embeds)
     return solved_bias(Pairs(images, texts, *ids), output.logit_scale, config.pos_weight, run.same_text)
+
+
+def bias_from_counts(ids: Ids, remembered: int, pos_weight: PosWeight = 1.0, same_text: SameText = "negative") -> float:
+    """-ln(negatives per weighted positive) for N fresh pairs of these ids and Q remembered ones of the same kind.
+
+    ids: (N,) each. Every row meets N fresh texts, Q remembered texts, and with its text Q remembered images.
+    """
+    positives, candidates = (count.item() for count in count_positives(ids, same_text))
+    size = len(ids.group)
+    # Of its N - 1 others, each pair has so many as positives and as negatives; the remembered are met alike.
+    more = (size - 1 + 2 * remembered) / (size * max(size - 1, 1))
+    negatives, positives = more * (candidates - positives), 1 + more * (positives - size)
+    weight = float(positive_weight(pos_weight, ids, same_text))
+    return -math.log(max(negatives, 1.0) / (positives * weight))
+
+
+def solved_bias(
+    pairs: Pairs, logit_scale: Tensor, pos_weight: PosWeight = 1.0, same_text: SameText = "negative"
+) -> float:
+    """The bias at which the sigmoid loss of these pairs is least, at this scale: a softmax-trained model's start."""
+    rows = slice(0, min(len(pairs), SOLVED_ON))
+    some = Pairs(pairs.image_embeds[rows], pairs.text_embeds[rows], *pairs.ids.rows(rows))
+    slope = partial(sigmoid, some, None, logit_scale, rows=rows, pos_weight=pos_weight, same_text=same_text)
+    low, high = -2 * float(logit_scale) - 20, 2 * float(logit_scale) + 20
+    for _ in range(40):  # the loss is convex in the bias: halve the bracket of its derivative's zero
+        middle = (low + high) / 2
+        bias = torch.tensor(middle, device=logit_scale.device)
+        if slope(logit_bias=bias).logit_bias > 0:
+            high = middle
+        else:
+            low = middle
+    return (low + high) / 2

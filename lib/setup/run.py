@@ -8,7 +8,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from lib.backends import Backend
-from lib.backends.optim import move_schedule, scheduled_scale
+from lib.backends.optim import WeightAverage, move_schedule, scheduled_scale
 from lib.config import TrainConfig
 from lib.data import EvaluationSet, Prepare, Source, TrainingData
 from lib.files import json_without_secrets
@@ -22,7 +22,6 @@ from lib.runs.progress import Progress
 from lib.setup.data import Loading, TextLengths
 from lib.setup.plan import BatchPlan
 from lib.towers import TwoTowers
-from lib.towers.averaging import WeightAverage
 from lib.towers.lora import merged_weights
 from lib.towers.processing import Processing
 
