@@ -5,8 +5,9 @@ to the loss and gradients of the whole batch, so the losses know nothing of rank
 Letters: N fresh pairs of the global batch, B rows of it, Q remembered pairs, P negative texts, D embedding dimension.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, NamedTuple
 
 import torch
@@ -105,26 +106,33 @@ class Logits:
             of_images = Block("image", images, old_texts, own, remembered.ids, self.d_images, None, every)
             of_texts = Block("text", texts, old_images, fresh.ids, remembered.ids, self.d_texts, None, rows)
             self.blocks += [of_images, of_texts]
-        tables = [ids_in_common(b.ids.rows(b.rows), b.other_ids, self.compared(b), self.side) for b in self.blocks]
-        # All blocks at once, as the host waits for the device here.
-        self.in_common = torch.cat(tables, 2).cpu().split([table.shape[2] for table in tables], 2)
-        # The same memory for every tile: fresh memory would cost more than the arithmetic in it.
-        largest = max(min(self.side, len(b.anchors)) * min(self.side, len(b.others)) for b in self.blocks)
-        self.buffers = images.new_empty(2, largest)
 
     def compared(self, block: Block) -> tuple[bool, bool, bool]:
         """Group, sample and text of two pairs matter in this block, or do not."""
         return True, block.d_others is None, self.same_text != "negative"
 
+    @cached_property
+    def _in_common(self) -> Sequence[Tensor]:
+        """For each block (3, R, C) bool on the host: the tiles' anchors and others share a group, a sample, a text."""
+        tables = [ids_in_common(b.ids.rows(b.rows), b.other_ids, self.compared(b), self.side) for b in self.blocks]
+        # All blocks at once, as the host waits for the device here.
+        return torch.cat(tables, 2).cpu().split([table.shape[2] for table in tables], 2)
+
+    @cached_property
+    def _buffers(self) -> Tensor:
+        """Two tiles, the same memory for all: fresh memory would cost more than the arithmetic in it."""
+        largest = max(min(self.side, len(b.anchors)) * min(self.side, len(b.others)) for b in self.blocks)
+        return self.d_images.new_empty(2, largest)
+
     def tiles(self) -> Iterator[Tile]:
         """Every tile of every block."""
-        for block, in_common in zip(self.blocks, self.in_common, strict=True):
+        for block, in_common in zip(self.blocks, self._in_common, strict=True):
             for i, r in enumerate(_slices(block.rows, self.side)):
                 anchors = block.anchors[r]
                 self._scaled, self._dots = anchors * self.scale, torch.zeros_like(anchors)
                 for j, c in enumerate(_slices(slice(0, len(block.others)), self.side)):
                     others = block.others[c]
-                    logits, spare = (x[: len(anchors) * len(others)].view(len(anchors), -1) for x in self.buffers)
+                    logits, spare = (x[: len(anchors) * len(others)].view(len(anchors), -1) for x in self._buffers)
                     if self.bias is None:
                         torch.mm(self._scaled, others.T, out=logits)
                     else:  # the product adds it at once; after the product it would be another pass over the tile
