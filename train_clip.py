@@ -8,7 +8,7 @@ from lib.config import TrainConfig, parse_config
 from lib.errors import one_line_errors
 
 # The published protocol: 4k fresh and 4k remembered pairs; scale clamped at 100, decay 0.2 (Radford et al., 2021).
-DEFAULTS = TrainConfig(effective_batch=4096, xbm_size=4096, beta2=0.98, weight_decay=0.2, scale_max=100.0)
+DEFAULTS = TrainConfig(beta2=0.98, weight_decay=0.2, scale_max=100.0)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

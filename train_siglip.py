@@ -7,7 +7,7 @@ from lib.config import TrainConfig, parse_config
 from lib.errors import one_line_errors
 
 # The published protocol: 32k fresh and 32k remembered pairs, beta2 of 0.95 (Zhai et al., 2023, section 4).
-DEFAULTS = TrainConfig(effective_batch=32768, xbm_size=32768, beta2=0.95)
+DEFAULTS = TrainConfig(beta2=0.95)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

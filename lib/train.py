@@ -47,7 +47,7 @@ def train(config: TrainConfig, objective: Objective) -> None:
         Watchdog(),
         machine_errors_reported(partial(resume_hint, folder)),
     ):
-        _train(make_run(config, objective.family, backend, folder), objective)
+        _train(make_run(config, objective, backend, folder), objective)
 
 
 def _train(run: Run, objective: Objective) -> None:

@@ -84,7 +84,7 @@ def test_the_scripts_differ_in_their_defaults_alone(capsys, monkeypatch):
     differing = {
         name for group in clip for name, text in flags_of(clip[group]).items() if text != flags_of(siglip[group])[name]
     }
-    assert differing == {"--effective-batch", "--xbm-size", "--beta2", "--weight-decay", "--scale-max"}
+    assert differing == {"--beta2", "--weight-decay", "--scale-max"}
 
 
 def test_what_is_counted_or_measured_says_in_what(capsys, monkeypatch):

@@ -96,17 +96,18 @@ class MostUsed:
     With --text-tower it replaces --model."""
     text_tower: str | None = None
     """A transformers text encoder (folder or hub id), or CLIP#text, that half with its projection."""
-    freeze: tuple[str, ...] = ()
-    """Parts that do not train: image, text, image.trunk, image.head, text.trunk, text.head, scale, bias,
-    image.last:N or text.last:N (a trunk's last N blocks), or re:PATTERN over the names of parameters."""
-    effective_batch: int = 4096
-    """N: pairs in one optimizer step over all ranks, all with exact gradient."""
-    xbm_size: int = 4096
-    """Q: remembered pairs of past steps, extra negatives for every anchor; 0: none."""
-    epochs: float = 30.0
-    """Passes over the data, unless --steps is given."""
-    lr: float = 1e-3
-    """Peak learning rate. The default suits training from scratch; about 1e-5 fine-tunes a pretrained model."""
+    freeze: tuple[str, ...] = ("auto",)
+    """Parts that do not train: image, text, image.trunk, image.head, text.trunk, text.head, scale, bias, batchnorm,
+    image.last:N or text.last:N (a trunk's last N blocks), or re:PATTERN over the names of parameters; none: all train.
+    auto: as suits model, data and device; the start-up plan names the parts."""
+    effective_batch: int | Literal["auto"] = "auto"
+    """N: pairs in one optimizer step over all ranks, all with exact gradient. auto: as suits the number of pairs."""
+    xbm_size: int | Literal["auto"] = "auto"
+    """Q: remembered pairs of past steps, extra negatives for every anchor; 0: none. auto: as suits the batch."""
+    epochs: float | Literal["auto"] = "auto"
+    """Passes over the data, unless --steps is given. auto: as suits the number of pairs."""
+    lr: float | Literal["auto"] = "auto"
+    """Peak learning rate. auto: 1e-5 for pretrained image-text models, 1e-3 for heads and from scratch."""
     output_dir: Path | None = None
     """Folder of the run; None: the next free runs/clip, runs/siglip, runs/siglip-2, ..."""
     resume: str = "none"
@@ -161,9 +162,10 @@ class Images:
     resize: Literal["auto", "crop", "pad", "squash"] = "auto"
     """How images become square; auto: as the model's own image processor does it, interpolation included, or an error;
     crop, pad, squash: to --image-size or the model's size at once, bicubic."""
-    augment: Literal["none", "crop", "light", "jitter", "strong"] = "none"
+    augment: Literal["auto", "none", "crop", "light", "jitter", "strong"] = "auto"
     """Image augmentation; crop: a mild random crop, light: with a horizontal flip, jitter: colour, strong: light and
-    jitter with rotation and RandAugment. Where left and right have a meaning, as in text, use crop."""
+    jitter with rotation and RandAugment. Where left and right have a meaning, as in text, use crop. auto: none where
+    the image trunk is frozen, because its outputs can then be stored; else light."""
 
 
 @dataclass(frozen=True)
@@ -187,6 +189,9 @@ class FineTuning:
 
     unfreeze: tuple[str, ...] = ()
     """Parts of --freeze that train after all, named in the same way: --freeze image.trunk --unfreeze image.last:1."""
+    head_epochs: float | Literal["auto"] = "auto"
+    """Passes over the data that train new heads alone, on stored outputs of the pretrained trunks, before the first
+    step; then the trunks start from gradients that mean something (LP-FT). 0: none. auto: where both train."""
     lora: int = 0
     """Rank of low-rank adapters in every attention layer that --freeze leaves; 0: none.
     They train in the place of the trunks' own weights, and are merged into the exported model."""
@@ -213,8 +218,9 @@ class Batch:
 class Loss:
     """Positives, negatives and the logit scale."""
 
-    positives: Literal["group", "pair"] = "group"
-    """group: all pairs of a class or image are positives of each other; pair: only the diagonal, as in the papers."""
+    positives: Literal["auto", "group", "pair"] = "auto"
+    """group: all pairs of a class or image are positives of each other; pair: only the diagonal, as in the papers.
+    auto: group."""
     same_text: Literal["auto", "exclude", "positive", "negative"] = "auto"
     """Pairs of equal text and different group: left out for each other, positives, or negatives.
     auto: exclude for captions; negative for class prompts, whose equal texts are of one class."""
@@ -244,11 +250,11 @@ class Optimizer:
     """AdamW, Adam (weight decay is a part of the gradient), or plain SGD."""
     trunk_lr: tuple[float, float] | None = None
     """Peak learning rates of the image trunk and of the text trunk; None: --lr."""
-    head_lr: float | None = None
-    """Peak learning rate of both heads; None: --lr."""
-    layer_decay: float = 1.0
+    head_lr: float | Literal["auto"] = "auto"
+    """Peak learning rate of both heads. auto: 1e-3 for new heads on pretrained encoders, else --lr."""
+    layer_decay: float | Literal["auto"] = "auto"
     """Factor on a trunk's learning rate from each block to the one below; 1: none.
-    The last block has it once, the embeddings most often."""
+    The last block has it once, the embeddings most often. auto: less than 1 for pretrained image-text models."""
     warmup_steps: int | Literal["auto"] = "auto"
     """Steps of linear warm-up; auto: a tenth of all steps."""
     schedule: Literal["cosine", "constant", "linear"] = "cosine"

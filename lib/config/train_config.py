@@ -71,22 +71,25 @@ class TrainConfig(Run, Evaluation, Optimizer, Loss, Batch, FineTuning, Model, Im
             if getattr(self, name) == ""
         ]
         found += self.not_negative("lora")
-        if self.unfreeze and not self.freeze:
-            found.append(f"--unfreeze {' '.join(self.unfreeze)} needs --freeze: without it, everything trains")
+        for word in ("auto", "none"):
+            if word in self.freeze and len(self.freeze) > 1:
+                found.append(f"--freeze {self.shown('freeze')}: {word} stands alone; leave it or the others out")
+        if self.unfreeze and self.freeze in ((), ("auto",), ("none",)):
+            found.append(f"--unfreeze {' '.join(self.unfreeze)} needs --freeze, to whose parts it makes exceptions")
         return found
 
     def _faults_of_batch(self, world_size: int) -> list[str]:
         found = self.at_least_one("effective_batch", "chunk_size")
         found += self.not_negative("keep_graphs", "xbm_size", "xbm_start")
-        if self.effective_batch == 1 and not self.xbm_size:
+        if self.effective_batch == 1 and self.xbm_size in (0, "auto"):
             found.append("--effective-batch 1 without memory has no negatives; use at least 2")
-        if self.effective_batch >= 1 and self.effective_batch % world_size:
+        if isinstance(self.effective_batch, int) and self.effective_batch >= 1 and self.effective_batch % world_size:
             nearest = max(1, round(self.effective_batch / world_size)) * world_size
             found.append(
                 f"--effective-batch {self.effective_batch} is not divisible by {world_size} ranks; "
                 f"the nearest that is: {nearest}"
             )
-        if self.xbm_gradients == "anchors" and not self.xbm_size:
+        if self.xbm_gradients == "anchors" and self.xbm_size == 0:
             found.append("--xbm-gradients anchors has no meaning without a memory; leave it out, or give --xbm-size")
         found += self.fractions("label_smoothing", whole=False)
         found += self.above_zero("pos_weight") + self.not_negative("scale_max")
@@ -96,11 +99,12 @@ class TrainConfig(Run, Evaluation, Optimizer, Loss, Batch, FineTuning, Model, Im
 
     def _faults_of_optimization(self) -> list[str]:
         found = self.at_least_one("steps") + self.above_zero("epochs", "lr", "head_lr")
+        found += self.not_negative("head_epochs")
         if self.trunk_lr and min(self.trunk_lr) <= 0:
             found.append(f"--trunk-lr {self.shown('trunk_lr')} must be greater than 0")
         found += self.not_negative("warmup_steps", "weight_decay", "grad_clip")
         found += self.fractions("beta2", "ema", whole=False)
-        if not 0 < self.layer_decay <= 1:
+        if self.layer_decay != "auto" and not 0 < self.layer_decay <= 1:
             found.append(f"--layer-decay {self.layer_decay} must be a fraction greater than 0, up to 1")
         if not 0 <= self.seed <= LARGEST_SEED:
             found.append(f"--seed {self.seed} must be from 0 to {LARGEST_SEED}")

@@ -40,6 +40,7 @@ def announce(run: Run, report: Reporter) -> dict[str, int]:
         f"{towers.image_size} px",
         *_rate_lines(run),
         f"data       {run.data.source.description}",
+        *(f"{'chosen' if number == 0 else '':<11}{choice}" for number, choice in enumerate(run.choices)),
         *_text_lines(run),
         *_validation_lines(run),
         *_stored_lines(run.data.prepare),

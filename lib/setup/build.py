@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -10,12 +11,13 @@ from accelerate import Accelerator
 from lib.backends import Backend
 from lib.backends.device import device_faults_reported
 from lib.backends.optim import WeightAverage, build_schedule
-from lib.config import TrainConfig, flag
+from lib.config import FITTED, FittedConfig, TrainConfig, flag
 from lib.data import Prepare, Source, TrainingData
 from lib.distributed import decided_by_rank_0
 from lib.errors import InputError
 from lib.gradcache.prefetch import Inputs
 from lib.gradcache.step import GradCache, Recompute
+from lib.losses.objective import Objective
 from lib.losses.xbm import CrossBatchMemory, MemorySwitch
 from lib.runs import checkpoint
 from lib.runs.checkpoint import TrainingState
@@ -30,33 +32,42 @@ from lib.setup.data import (
     open_data,
     sample_inputs,
     steps_of_epochs,
+    workers_asked,
 )
-from lib.setup.model import make_optimizer, make_towers
+from lib.setup.head_start import fit_heads
+from lib.setup.model import choose_what_trains, make_optimizer, make_towers
 from lib.setup.plan import make_plan, shares_texts
-from lib.setup.run import Data, Model, Run, Step, settings_of_the_weights
-from lib.towers import Family
+from lib.setup.recipe import Facts, fitted, start_of
+from lib.setup.run import Data, Model, Run, Step, same_text, settings_of_the_weights
+from lib.setup.tower_outputs import FrozenTrunks
 
 
-def make_run(config: TrainConfig, family: Family, backend: Backend, folder: Path) -> Run:
+def make_run(asked: TrainConfig, objective: Objective, backend: Backend, folder: Path) -> Run:
     """Build everything that the settings ask for in the run's folder, or raise InputError before the first batch."""
-    accelerator, device = backend.accelerator, backend.accelerator.device
-    _check_backend(config, backend)
-    resume_from, warnings = decided_by_rank_0(lambda: checkpoint.find_resume(config.resume, folder / "checkpoints"))
+    accelerator, device, family = backend.accelerator, backend.accelerator.device, objective.family
+    _check_backend(asked, backend)
+    resume_from, warnings = decided_by_rank_0(lambda: checkpoint.find_resume(asked.resume, folder / "checkpoints"))
     state = _load_state(resume_from, accelerator)
     if state:
-        _check_same_run(config, family, state.progress)
+        asked = as_in_the_checkpoint(asked, state.progress)
+        _check_same_run(asked, family, state.progress)
     with device_faults_reported(None):
         # Data
-        fetcher = make_fetcher(config)
-        source, validation = open_data(config, fetcher, folder)
+        fetcher = make_fetcher(asked)
+        source, validation = open_data(asked, fetcher, folder)
         # Model
-        torch.manual_seed(config.seed)
-        towers, processing, pretrained = make_towers(config, family, source, resume_from, state)
+        torch.manual_seed(asked.seed)
+        towers, processing = make_towers(asked, family, source, resume_from)
+        config, choices = fitted(asked, family, lambda: Facts.of(asked, source, towers, device))
+        choose_what_trains(config, towers, state)
         towers.to(device).train()
-        torch.manual_seed(config.seed + 1 + accelerator.process_index)  # ranks draw their own dropout masks
         # Data as this model reads it
         negatives = negative_texts(config, source)
-        prepare = make_prepare(config, towers, processing, source, negatives, fetcher.cache, backend.precision)
+        trunks = FrozenTrunks(towers, processing, fetcher.cache, backend.precision, workers_asked(config, device))
+        prepare = make_prepare(config, processing, source, negatives, trunks)
+        if config.head_epochs and not state:
+            fit_heads(config, objective, towers, source, same_text(config, source), trunks, prepare)
+        torch.manual_seed(config.seed + 1 + accelerator.process_index)  # ranks draw their own dropout masks
         # Plan, made while every rank still has all weights
         inputs = sample_inputs(source, prepare, device)
         share_texts = shares_texts(backend, towers, inputs)
@@ -102,10 +113,11 @@ def make_run(config: TrainConfig, family: Family, backend: Backend, folder: Path
             family,
             backend,
             folder,
-            Model(towers, processing, pretrained, optimizer, schedule, average, evaluated),
+            Model(towers, processing, start_of(config) == "pretrained", optimizer, schedule, average, evaluated),
             Data(source, validation, prepare, loading, training, text_lengths),
             Step(cache, plan, memory, MemorySwitch(config.xbm_start, warmup)),
             Progress(steps, config.patience),
+            choices,
             warnings,
         )
         if state:
@@ -113,7 +125,7 @@ def make_run(config: TrainConfig, family: Family, backend: Backend, folder: Path
         return run
 
 
-def _steps_and_warmup(config: TrainConfig, source: Source) -> tuple[int, int]:
+def _steps_and_warmup(config: FittedConfig, source: Source) -> tuple[int, int]:
     """Optimizer steps of the run, and how many of them warm up."""
     steps = config.steps or steps_of_epochs(config, source)
     warmup = steps // 10 if config.warmup_steps == "auto" else config.warmup_steps
@@ -171,6 +183,17 @@ def _check_same_run(config: TrainConfig, family: str, progress: dict) -> None:
                 f"{flag(name)} {value} is not that of the checkpoint ({saved[name]}); resume with the same, or start "
                 "anew from its weights with --model CHECKPOINT_FOLDER"
             )
+
+
+def as_in_the_checkpoint(config: TrainConfig, progress: dict) -> TrainConfig:
+    """The settings with the values that a checkpoint chose for what is still auto.
+
+    Checkpoints of earlier versions chose nothing, and had the defaults of the digits.
+    """
+    saved = vars(FittedConfig()) | _saved_settings(progress) | progress.get("fitted", {})
+    auto = [name for name in FITTED if getattr(config, name) in ("auto", ("auto",))]
+    values: dict[str, Any] = {name: tuple(saved[name]) if name == "freeze" else saved[name] for name in auto}
+    return replace(config, **values)
 
 
 def _saved_settings(progress: dict) -> dict:

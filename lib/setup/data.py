@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lib.backends import Precision, auto_workers
+from lib.backends import auto_workers
 from lib.backends.device import free_memory, total_memory
-from lib.config import TrainConfig
+from lib.config import FittedConfig, TrainConfig
 from lib.config.arguments import LARGEST
 from lib.data import EvaluationSet, ImagePipeline, IndexedSource, Prepare, Source, open_sources
 from lib.data.batch import Tokenize, padded_to
@@ -32,7 +32,6 @@ from lib.gradcache.prefetch import Inputs
 from lib.runs.checkpoint import TrainingState
 from lib.setup.plan import BatchPlan, gigabytes
 from lib.setup.tower_outputs import FrozenTrunks
-from lib.towers import TwoTowers
 from lib.towers.processing import Processing
 
 LONG_TEXTS = 64
@@ -96,18 +95,11 @@ def negative_texts(config: TrainConfig, source: Source) -> tuple[str, ...]:
 
 
 def make_prepare(
-    config: TrainConfig,
-    towers: TwoTowers,
-    processing: Processing,
-    source: Source,
-    more_texts: Sequence[str],
-    cache: Path,
-    precision: Precision,
+    config: FittedConfig, processing: Processing, source: Source, more_texts: Sequence[str], trunks: FrozenTrunks
 ) -> Prepare:
     """The preparation of every pair; frozen trunks run here, once, where their outputs are to be stored."""
     prepare = Prepare(ImagePipeline(processing.image_size, processing.resize, config.augment), processing.tokenize)
     if config.store_outputs == "auto" and _reads_again(config, source):
-        trunks = FrozenTrunks(towers, processing, cache, precision, _workers_asked(config, precision.device))
         prepare = trunks.store(prepare, source, more_texts)
     if config.compile:
         usual = longest_text(source, prepare)[0].shape[1]
@@ -115,7 +107,7 @@ def make_prepare(
     return prepare
 
 
-def _reads_again(config: TrainConfig, source: Source) -> bool:
+def _reads_again(config: FittedConfig, source: Source) -> bool:
     """True where the run reads its pairs more than once and they are few enough to store."""
     shards = [shard for part in parts_of(source) if isinstance(part, ShardSource) for shard in part.shards]
     if any(map(is_away, shards)):
@@ -156,7 +148,7 @@ class Loading:
     ) -> "Loading":
         """As --workers asks, or as suits the machine; all ranks call it."""
         stored = prepare.image_outputs is not None  # nothing to decode
-        asked, wanted = 0 if config.workers == "auto" and stored else _workers_asked(config, device), LARGEST_PART
+        asked, wanted = 0 if config.workers == "auto" and stored else workers_asked(config, device), LARGEST_PART
         if state and config.workers in ("auto", state.progress["workers"]):
             # A stream of shards resumes exactly only with the same numbers.
             asked, wanted = state.progress["workers"], state.progress.get("part_size", LARGEST_PART)
@@ -193,7 +185,8 @@ def chunks_ahead(plan: BatchPlan, workers: int) -> int:
     return min(gather_objects(max(1, min(plan.chunks, fit))))
 
 
-def _workers_asked(config: TrainConfig, device: torch.device) -> int:
+def workers_asked(config: TrainConfig, device: torch.device) -> int:
+    """Data workers of --workers, or as suits machine and data."""
     if config.workers != "auto":
         return config.workers
     # The digits take a tenth of a millisecond each: next to the towers of a CPU that is nothing, but an accelerator
@@ -256,7 +249,7 @@ def _texts_at_hand(source: Source, parts: int) -> list[str]:
     return replace(source, shards=shards, names=names).sample_texts(LOOKED_AT_IN_SHARDS // parts)
 
 
-def steps_of_epochs(config: TrainConfig, source: Source) -> int:
+def steps_of_epochs(config: FittedConfig, source: Source) -> int:
     """Optimizer steps in --epochs; counts the pairs of local shards, and raises InputError for remote ones."""
     steps = config.epochs * count_pairs(source) / config.effective_batch
     if steps > LARGEST:

@@ -6,7 +6,7 @@ from pathlib import Path
 from torch.optim import Optimizer
 
 from lib.backends.optim import Rates, build_optimizer
-from lib.config import TrainConfig
+from lib.config import FittedConfig, TrainConfig
 from lib.data import Source
 from lib.data.pipeline import Resize
 from lib.errors import InputError
@@ -20,13 +20,18 @@ from lib.towers.trunk_options import checkpoint_activations
 
 
 def make_towers(
-    config: TrainConfig, family: Family, source: Source, resume_from: Path | None, state: TrainingState | None
-) -> tuple[TwoTowers, Processing, bool]:
-    """The towers with their trainable parts, their processing of inputs, and True if they are pretrained."""
+    config: TrainConfig, family: Family, source: Source, resume_from: Path | None
+) -> tuple[TwoTowers, Processing]:
+    """The towers, in which everything trains yet, and their processing of inputs."""
     towers, processing = _load(config, family, source, resume_from)
     if config.resize != "auto":
         own_form = Resize(config.resize, channels=processing.resize.channels)
         processing = replace(processing, resize=own_form)
+    return towers, processing
+
+
+def choose_what_trains(config: FittedConfig, towers: TwoTowers, state: TrainingState | None) -> None:
+    """Freeze parts, add adapters, and load the weights of a checkpoint whose names only then fit."""
     scheduled = ("scale",) if config.scale_schedule else ()
     set_trainable(towers, (*config.freeze, *scheduled), config.unfreeze)
     if config.lora:
@@ -37,11 +42,9 @@ def make_towers(
         checkpoint_activations(towers)
     if state and state.weights:
         towers.load_state_dict(state.weights)
-    pretrained = config.image_tower is None and config.model not in (*PRESETS, *SIZES)
-    return towers, processing, pretrained
 
 
-def make_optimizer(config: TrainConfig, towers: TwoTowers, fused: bool) -> Optimizer:
+def make_optimizer(config: FittedConfig, towers: TwoTowers, fused: bool) -> Optimizer:
     """The optimizer over what trains, with a rate for each part and block; see `build_optimizer` for fused."""
     image_lr, text_lr = config.trunk_lr or (None, None)
     rates = Rates(config.lr, image_lr, text_lr, config.head_lr, config.layer_decay)

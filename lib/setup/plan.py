@@ -14,7 +14,7 @@ import torch
 
 from lib.backends import Backend
 from lib.backends.device import device_faults_reported, free_memory, total_memory
-from lib.config import TrainConfig
+from lib.config import FittedConfig
 from lib.distributed import gather_objects, local_ranks
 from lib.errors import InputError
 from lib.gradcache.distinct_texts import TEXT_INPUTS, same_every_time
@@ -115,7 +115,7 @@ class BatchPlan:
 
 
 def make_plan(
-    config: TrainConfig, backend: Backend, towers: TwoTowers, inputs: Inputs, image_bytes: int, resumed: dict | None
+    config: FittedConfig, backend: Backend, towers: TwoTowers, inputs: Inputs, image_bytes: int, resumed: dict | None
 ) -> BatchPlan:
     """Choose chunk size and kept graphs, the same on all ranks; with --compile the trunks are compiled here.
 
@@ -182,7 +182,7 @@ def shares_texts(backend: Backend, towers: TwoTowers, inputs: Inputs) -> bool:
 
 
 def _estimated_chunk(
-    config: TrainConfig, backend: Backend, towers: TwoTowers, inputs: Inputs, asked: int | str, per_rank: int
+    config: FittedConfig, backend: Backend, towers: TwoTowers, inputs: Inputs, asked: int | str, per_rank: int
 ) -> tuple[int, ChunkMemory]:
     """The chunk size on a CPU and the estimated memory of such a chunk."""
     with backend.autocast():
@@ -196,7 +196,7 @@ def _estimated_chunk(
 
 
 def _measured_chunk(
-    config: TrainConfig,
+    config: FittedConfig,
     backend: Backend,
     towers: TwoTowers,
     inputs: Inputs,

@@ -9,7 +9,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from lib.backends import Backend
 from lib.backends.optim import WeightAverage, move_schedule, scheduled_scale
-from lib.config import TrainConfig
+from lib.config import FITTED, FittedConfig, TrainConfig
 from lib.data import EvaluationSet, Prepare, Source, TrainingData
 from lib.files import json_without_secrets
 from lib.gradcache.random_state import RandomState, Statistics, batch_norm_statistics, restore_statistics
@@ -70,7 +70,7 @@ class Step:
 class Run:
     """Everything that the training loop works with."""
 
-    config: TrainConfig
+    config: FittedConfig
     family: str
     """clip or siglip, after the loss"""
     backend: Backend
@@ -79,6 +79,8 @@ class Run:
     data: Data
     step: Step
     progress: Progress
+    choices: list[str]
+    """settings that were chosen for this data, each with its reason"""
     warnings: list[str]
     """about damaged checkpoints that were passed over"""
 
@@ -98,10 +100,8 @@ class Run:
 
     @property
     def same_text(self) -> SameText:
-        """How equal texts of different groups count; auto leaves class prompts alone, which are of one group."""
-        if self.config.same_text != "auto":
-            return self.config.same_text
-        return "negative" if self.data.source.templates else "exclude"
+        """How equal texts of different groups count."""
+        return same_text(self.config, self.data.source)
 
     def set_scheduled_scale(self, step: int) -> None:
         """Set the scale of this step where --scale-schedule replaces learning it."""
@@ -130,6 +130,7 @@ class Run:
                 "chunk_size": batch.plan.chunk_size,
                 "keep_graphs": batch.plan.keep_graphs,
                 "settings": settings_of_the_weights(self.config),
+                "fitted": {name: getattr(self.config, name) for name in FITTED},
                 "steps": progress.steps,
                 "best": progress.best,
                 "stale": progress.stale,
@@ -194,6 +195,13 @@ class Run:
         # Last, as building the rest may have drawn from the generators; None at another number of ranks.
         if random := state.rank["random"]:
             RandomState(random["cpu"], random["accelerator"], self.accelerator.device).restore()
+
+
+def same_text(config: TrainConfig, source: Source) -> SameText:
+    """How equal texts of different groups count; auto leaves class prompts alone, which are of one group."""
+    if config.same_text != "auto":
+        return config.same_text
+    return "negative" if source.templates else "exclude"
 
 
 def settings_of_the_weights(config: TrainConfig) -> dict:

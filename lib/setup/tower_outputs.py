@@ -57,15 +57,19 @@ class FrozenTrunks:
     """Processes that decode images."""
     batch_size: int = 256
 
-    def store(self, prepare: Prepare, source: Source, more_texts: Sequence[str] = ()) -> Prepare:
+    def store(
+        self, prepare: Prepare, source: Source, more_texts: Sequence[str] = (), also_training: bool = False
+    ) -> Prepare:
         """The same Prepare with stored outputs of every frozen trunk whose inputs are not random.
 
         Augmented images are random. In a mixture of sources one name may belong to different images, so none of their
-        outputs are stored. more_texts: texts that are encoded besides the source's.
+        outputs are stored. more_texts: texts that are encoded besides the source's. also_training: the present outputs
+        of trunks that will train, too.
         """
-        if self.towers.image_trunk_frozen and prepare.images.augment == "none" and len(parts_of(source)) == 1:
+        frozen = also_training or self.towers.image_trunk_frozen
+        if frozen and prepare.images.augment == "none" and len(parts_of(source)) == 1:
             prepare = replace(prepare, image_outputs=self._images(source, prepare))
-        if self.towers.text_trunk_frozen:
+        if also_training or self.towers.text_trunk_frozen:
             prepare = replace(prepare, text_outputs=self._texts({*source.sample_texts(sys.maxsize), *more_texts}))
         return prepare
 

@@ -8,11 +8,12 @@ import re
 from collections.abc import Sequence
 
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from lib.errors import InputError, raised_as
 from lib.towers import TwoTowers
 
-PARTS = ("image", "image.trunk", "image.head", "text", "text.trunk", "text.head", "scale", "bias")
+PARTS = ("image", "image.trunk", "image.head", "text", "text.trunk", "text.head", "scale", "bias", "batchnorm")
 PATTERN = "re:"
 _LAST = re.compile(r"(image|text)\.last:(\d+)")
 _ALL_NAMES = (*PARTS, "image.last:N", "text.last:N")
@@ -57,11 +58,19 @@ def _parameters_of(towers: TwoTowers, asked: str) -> list[str]:
         return ["logit_scale"]
     if name == "bias":
         return ["logit_bias"] if towers.use_bias else []
+    if name == "batchnorm":
+        return batch_norms(towers)
     found = [f"{name}.{own}" for own, _ in towers.get_submodule(name).named_parameters()]
     if not found:
         tower = name.split(".")[0]
         raise InputError(f"{asked}: this model's {tower} tower has no head; use {asked.split(' ')[0]} {tower}")
     return found
+
+
+def batch_norms(towers: TwoTowers) -> list[str]:
+    """Names of the parameters of all batch norms; those without any stay in training mode whatever is frozen."""
+    norms = [(name, module) for name, module in towers.named_modules() if isinstance(module, _BatchNorm)]
+    return [f"{name}.{own}" for name, module in norms for own, _ in module.named_parameters()]
 
 
 def _matching(towers: TwoTowers, asked: str, pattern: str) -> list[str]:
