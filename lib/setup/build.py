@@ -18,6 +18,7 @@ from lib.gradcache.prefetch import Inputs
 from lib.gradcache.step import GradCache, Recompute
 from lib.losses.xbm import CrossBatchMemory, MemorySwitch
 from lib.runs import checkpoint
+from lib.runs.blend import copy_initial
 from lib.runs.checkpoint import TrainingState
 from lib.runs.progress import Progress
 from lib.setup.data import (
@@ -42,6 +43,8 @@ def make_run(config: TrainConfig, family: Family, backend: Backend, folder: Path
     accelerator, device = backend.accelerator, backend.accelerator.device
     _check_backend(config, backend)
     resume_from, warnings = decided_by_rank_0(lambda: checkpoint.find_resume(config.resume, folder / "checkpoints"))
+    if resume_from and accelerator.is_main_process:
+        copy_initial(resume_from, folder)
     state = _load_state(resume_from, accelerator)
     if state:
         _check_same_run(config, family, state.progress)

@@ -37,8 +37,12 @@ def make_towers(
         checkpoint_activations(towers)
     if state and state.weights:
         towers.load_state_dict(state.weights)
-    pretrained = config.image_tower is None and config.model not in (*PRESETS, *SIZES)
-    return towers, processing, pretrained
+    return towers, processing, config.image_tower is None and not is_preset(config)
+
+
+def is_preset(config: TrainConfig) -> bool:
+    """All weights start from random numbers."""
+    return config.image_tower is None and config.model in (*PRESETS, *SIZES)
 
 
 def make_optimizer(config: TrainConfig, towers: TwoTowers, fused: bool) -> Optimizer:
@@ -54,8 +58,7 @@ def _load(
 ) -> tuple[TwoTowers, Processing]:
     if resume_from:
         return TwoTowers.from_pretrained(resume_from), Processing.from_pretrained(resume_from)
-    fresh = config.image_tower is None and config.model in (*PRESETS, *SIZES)
-    adapters_only = config.lora and not fresh and not (config.image_tower and "mlp" in config.projection)
+    adapters_only = config.lora and not is_preset(config) and not (config.image_tower and "mlp" in config.projection)
     return load_towers(
         family=family,
         model=None if config.image_tower else config.model,
