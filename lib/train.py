@@ -85,6 +85,8 @@ def _loop(
             data.read_first()
             chunks = prepare_first_step(run, objective, data, report)
         run.set_scheduled_scale(step)
+        if step == 1:
+            run.save_initial()  # after everything that changes weights before the first step
         remembered = memory.pairs() if run.step.switch.on else None
         try:
             with run.backend.gradients_of_a_step():

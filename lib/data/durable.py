@@ -39,7 +39,7 @@ def save_checked(tensors: Mapping[str, Tensor], file: Path, metadata: Mapping[st
     """Write a safetensors file that `load_checked` can verify, whole or not at all."""
     unfinished = file.with_name(f".{file.name}.{os.getpid()}.unfinished")
     try:
-        save_tensors(tensors, unfinished, {**(metadata or {}), _DIGEST: _digest(tensors)})
+        save_tensors(tensors, unfinished, {**(metadata or {}), _DIGEST: digest_of(tensors)})
         # Flushed before the rename, which is atomic: under its final name the file is whole, even after a power cut.
         flush(unfinished)
         unfinished.replace(file)
@@ -55,7 +55,7 @@ def load_checked(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     ):
         metadata = stored.metadata() or {}
         tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - no dictionary
-    if metadata.pop(_DIGEST, None) != _digest(tensors):
+    if metadata.pop(_DIGEST, None) != digest_of(tensors):
         raise Damaged(f"{file}: holds other bytes than were written")
     return tensors, metadata
 
@@ -131,7 +131,8 @@ def _hash(file: Path) -> str:
         return hashlib.file_digest(content, lambda: blake2b(digest_size=16)).hexdigest()
 
 
-def _digest(tensors: Mapping[str, Tensor]) -> str:
+def digest_of(tensors: Mapping[str, Tensor]) -> str:
+    """A hash of contiguous tensors on the CPU with their names, dtypes and shapes."""
     digest = blake2b(digest_size=16)
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

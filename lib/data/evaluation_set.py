@@ -84,21 +84,26 @@ def limited(evaluation_set: EvaluationSet, limit: int | None) -> EvaluationSet:
     count = len(evaluation_set)
     if limit is None or limit >= count:
         return evaluation_set
-    rows = np.array(spread(range(count), limit))
-    subset = replace(
+    name = f"{evaluation_set.name}, {limit} of {count} images"
+    return subset(evaluation_set, np.array(spread(range(count), limit)), name)
+
+
+def subset(evaluation_set: EvaluationSet, rows: np.ndarray, name: str) -> EvaluationSet:
+    """Some of the images, by ascending number, with their captions."""
+    chosen = replace(
         evaluation_set,
-        name=f"{evaluation_set.name}, {limit} of {count} images",
+        name=name,
         images=_Chosen([evaluation_set.image_keys[row] for row in rows], evaluation_set.images, rows),
         group=evaluation_set.group[rows],
     )
     if evaluation_set.labels is not None:
-        subset = replace(subset, labels=evaluation_set.labels[rows])
+        chosen = replace(chosen, labels=evaluation_set.labels[rows])
     if evaluation_set.captions is not None:
         captions, image = evaluation_set.captioning
         kept = np.flatnonzero(np.isin(image, rows))
         caption_image = np.searchsorted(rows, image[kept])
-        subset = replace(subset, captions=[captions[row] for row in kept], caption_image=caption_image)
-    return subset
+        chosen = replace(chosen, captions=[captions[row] for row in kept], caption_image=caption_image)
+    return chosen
 
 
 @dataclass(frozen=True)

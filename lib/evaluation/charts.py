@@ -384,6 +384,22 @@ def plot_intervals(figures: Mapping[str, Mapping[str, Interval]], path: Path) ->
     save(figure, path, "95% intervals")
 
 
+def plot_blends(points: Mapping[str, tuple[float, float]], best: str, axes_labels: Sequence[str], path: Path) -> None:
+    """A point for each blend by its label, (other data, user's data), joined in their order; the best one is marked."""
+    figure = Figure(figsize=(6.4, 5), layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot(*zip(*points.values(), strict=True), "o-", color=RIGHT)
+    axes.plot(*points[best], "o", color=WRONG, markersize=10, label=f"best on validation images: {best}")
+    for point in set(points.values()):
+        label = ", ".join(name for name, each in points.items() if each == point)
+        axes.annotate(label, point, (0, 8), textcoords="offset points", ha="center", fontsize=9)
+    axes.set(xlabel=wrapped(axes_labels[0], 60), ylabel=wrapped(axes_labels[1], 50))
+    axes.margins(0.12)
+    axes.grid(alpha=0.3)
+    axes.set_title("Blends, by their share of trained weights", fontsize=12)
+    save(figure, path, legend_columns=1)
+
+
 def plot_training(trainings: Mapping[str, Training], path: Path) -> None:
     """Training loss against epoch, losses of different kinds in separate panels, and the time of an epoch."""
     highest = [max(training.losses) for training in trainings.values()]

@@ -40,19 +40,24 @@ def compare(options: Compare, device: torch.device) -> Outcome | None:
     for model in options.models:
         check_there(model, "--models")  # before the first model works: the last one's fault must not come late
     first = Subject.open(options.models[0], options, device, needs="either", prompts=options.prompts)
-    data = first.data
-    if data.classes is None and options.class_names:
-        raise InputError(f"--class-names {options.class_names}: {data.name} has captions and no classes")
-    if data.classes is None and data.captions is None:
-        raise InputError(f"{data.name} has neither classes nor captions to compare models by")
-    if data.classes is not None and options.class_names:
-        data = replace(data, classes=renamed(data.classes, options.class_names))
+    data = comparable(first.data, options.class_names)
     measure = _compare_classifiers if data.classes is not None else _compare_retrieval
     outcome = measure(names, data, _subjects(first, options.models), options.resamples, options.run.seed)
     of_models = dict(zip(names, options.models, strict=True))
     warnings = {f"warning {name}": trained_on(model, options.data, first.split) for name, model in of_models.items()}
     warned = {name: warning for name, warning in warnings.items() if warning}
     return outcome and _with_trainings(replace(outcome, facts=outcome.facts | warned), of_models)
+
+
+def comparable(data: EvaluationSet, class_names: Path | None) -> EvaluationSet:
+    """The data with the names of its classes from the file; InputError if there is nothing to compare models by."""
+    if data.classes is None and class_names:
+        raise InputError(f"--class-names {class_names}: {data.name} has captions and no classes")
+    if data.classes is None and data.captions is None:
+        raise InputError(f"{data.name} has neither classes nor captions to compare models by")
+    if data.classes is not None and class_names:
+        return replace(data, classes=renamed(data.classes, class_names))
+    return data
 
 
 def short_names(models: tuple[str, ...]) -> tuple[str, ...]:

@@ -46,15 +46,19 @@ class Fold(NamedTuple):
 def folds(test: Labelled[Tensor], validation: Labelled[Tensor] | None, seed: int) -> list[Fold]:
     """One fold with validation images; without, two, in which each half of the test images chooses for the other.
 
-    The halves, drawn by the seed, have equally many images of every class. Together the folds measure every test
-    image once, and never with a choice made on it.
+    Together the folds measure every test image once, and never with a choice made on it.
     """
     if validation is not None:
         return [Fold(validation, np.arange(len(test.labels)))]
-    shuffled = np.random.default_rng(seed).permutation(len(test.labels))
-    by_class = shuffled[np.argsort(test.labels[shuffled], kind="stable")]
-    even, odd = np.sort(by_class[::2]), np.sort(by_class[1::2])
+    even, odd = halves(test.labels, seed)
     return [Fold(test.take(even), odd), Fold(test.take(odd), even)]
+
+
+def halves(labels: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Row numbers of two halves of labels (n,), drawn by the seed, with equally many of every class; ascending."""
+    shuffled = np.random.default_rng(seed).permutation(len(labels))
+    by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
+    return np.sort(by_class[::2]), np.sort(by_class[1::2])
 
 
 @dataclass(frozen=True)

@@ -134,12 +134,12 @@ class Subject:
 
     @classmethod
     def open(
-        cls, model: str, options: CommonFlags, device: torch.device, *, needs: Needs, prompts: str | None = None
+        cls, model: str | Model, options: CommonFlags, device: torch.device, *, needs: Needs, prompts: str | None = None
     ) -> "Subject":
         """Open the data, then load the model; InputError if either cannot be used or the data is of the wrong kind.
 
-        needs: what the data must have besides images; either: classes or captions. prompts: bank or file of
-        templates, None for the data's own.
+        model: its name, or one that is loaded already. needs: what the data must have besides images; either: classes
+        or captions. prompts: bank or file of templates, None for the data's own.
         """
         fetcher = default_fetcher()
         fetcher = replace(fetcher, cache=options.run.cache_dir or fetcher.cache, allow_pipe=options.data.allow_pipe)
@@ -160,7 +160,7 @@ class Subject:
         if needs == "captions" and data.captions is None:
             raise InputError(f"{data.name} has classes and no captions: run `evaluate.py zeroshot` on it instead")
         stored = StoredEmbeddings(fetcher.cache / "embeddings")
-        loaded = Model.load(model, choose_precision(options.run.precision, device))
+        loaded = Model.load(model, choose_precision(options.run.precision, device)) if isinstance(model, str) else model
         subject = cls(model=loaded, data=data, split=split, every_split=every_split, options=options, stored=stored)
         if on_rank_0() and (warning := subject.warning):
             print(f"warning: {warning}", file=sys.stderr)

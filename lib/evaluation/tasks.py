@@ -197,7 +197,8 @@ class Compare(CommonFlags):
     """Two or more models on the same images: zero-shot if the data has classes, else retrieval."""
 
     models: Annotated[tuple[str, ...], tyro.conf.arg(aliases=["--model"])]
-    """Two or more, each a run, checkpoint or export folder, or a hub id; the others are compared with the first."""
+    """Two or more, each a run, checkpoint or export folder, or a hub id; the others are compared with the first. With
+    --blend one run."""
     names: tuple[str, ...] = ()
     """Names of the models in the report; default: their folders."""
     prompts: str | None = None
@@ -206,9 +207,26 @@ class Compare(CommonFlags):
     """YAML file with names to use instead of the data's: a list in its order, or a mapping "data's name: name"."""
     resamples: int = 1000
     """Bootstrap samples for the intervals."""
+    blend: tuple[float, ...] = ()
+    """Compare blends of one run instead: (1 - a) * initial + a * trained weights for each a of 0 0.25 0.5 0.75 1."""
+    also: str | None = None
+    """With --blend: other data, to see what fine-tuning forgets; its own test split, else val, else all images."""
 
     def faults(self) -> list[str]:
-        faults = super().faults()
+        return super().faults() + (self._faults_of_blends() if self.blend or self.also else self._faults_of_models())
+
+    def _faults_of_blends(self) -> list[str]:
+        faults = [f"--blend {a:g} must be between 0 (initial weights) and 1" for a in self.blend if not 0 <= a <= 1]
+        if len(set(self.blend)) < max(2, len(self.blend)):
+            faults.append("--blend needs two or more different numbers, as in --blend 0 0.25 0.5 0.75 1")
+        if not self.also:
+            faults.append("--blend needs other data to measure forgetting on: add --also OTHER_DATA")
+        if len(self.models) != 1 or self.names:
+            faults.append(f"--models {' '.join(self.models)}: with --blend name one run, and no --names")
+        return faults
+
+    def _faults_of_models(self) -> list[str]:
+        faults = []
         different = {Path(model).resolve() for model in self.models}
         if len(different) < 2 or len(different) < len(self.models):
             faults.append(f"--models {' '.join(self.models)}: name two or more different ones, as in --models A B")
@@ -220,8 +238,9 @@ class Compare(CommonFlags):
 
     def measure(self, device: "torch.device") -> "Outcome | None":
         from lib.evaluation.compare import compare
+        from lib.evaluation.compare_blends import compare_blends
 
-        return compare(self, device)
+        return compare_blends(self, device) if self.blend else compare(self, device)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,7 @@ The folder is loaded again and its logits are compared with the model's before i
 """
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -25,6 +26,7 @@ from lib.export.hugging_face import HUGGING_FACE
 from lib.export.onnx import ONNX
 from lib.export.open_clip import OPEN_CLIP
 from lib.export.sentence_transformers import SENTENCE_TRANSFORMERS
+from lib.runs.blend import Part, blended, check_same_start, load_initial, mixed
 from lib.runs.checkpoint import BEST, MANIFEST, is_whole, newest_whole
 from lib.towers import TwoTowers
 from lib.towers.processing import Processing
@@ -50,8 +52,14 @@ class ExportConfig:
     checkpoint: str = "best"
     """best (the last, where nothing was evaluated), last, step_000100, or the path of a model folder. Where the run
     kept no checkpoint, best and last are RUN/export."""
+    blend: float | None = None
+    """Share a of the trained weights: exports (1 - a) * initial + a * trained weights (WiSE-FT), for a run that started
+    from pretrained weights."""
+    soup: tuple[Path, ...] = ()
+    """Other runs that started from the same weights: exports the mean of their trained weights and those of RUN."""
     output: Path | None = None
-    """New folder, or that of an older export; default: RUN/export, with the format's and the checkpoint's name."""
+    """New folder, or that of an older export; default: RUN/export, with the format's and the checkpoint's name, and
+    with the blend and soup."""
     push_to_hub: str | None = None
     """OWNER/NAME of a repository of the Hugging Face hub, to upload the folder to."""
     private: bool = False
@@ -61,6 +69,7 @@ class ExportConfig:
         """Raise InputError for flags that cannot work, before anything is loaded."""
         if not self.run.is_dir():
             raise InputError(f"RUN {self.run} is no folder; give the --output-dir of a training run")
+        self._check_mixture()
         if self.private and not self.push_to_hub:
             raise InputError("--private is about --push-to-hub; give both")
         if self.push_to_hub:
@@ -69,13 +78,33 @@ class ExportConfig:
         if folder.exists() and not is_export(folder) and (not folder.is_dir() or any(folder.iterdir())):
             raise InputError(f"--output {folder} holds something that is no export; name another folder")
 
+    def _check_mixture(self) -> None:
+        """Raise InputError for faults of --blend and --soup."""
+        if self.blend is not None and not 0 <= self.blend <= 1:
+            raise InputError(f"--blend {self.blend:g} must be between 0 (initial weights) and 1 (trained weights)")
+        for run in self.soup:
+            if not run.is_dir():
+                raise InputError(f"--soup {run} is no folder; give the --output-dir of a training run")
+        runs = (self.run, *self.soup)
+        if len({run.resolve() for run in runs}) < len(runs):
+            raise InputError(f"--soup {' '.join(map(str, self.soup))}: name each run once, and RUN not again")
+        if self.soup and not re.fullmatch(rf"{BEST}|last|step_\d+", self.checkpoint):
+            raise InputError(
+                f"--checkpoint {self.checkpoint}: with --soup choose best, last or step_000100 of all runs"
+            )
+        mixture = self.blend is not None or self.soup
+        if mixture and self.folder.resolve() == (self.run / "export").resolve():
+            raise InputError(f"--output {self.output} is the trained model of the run; name another folder")
+
     @property
     def folder(self) -> Path:
         """Where the export goes."""
         if self.output is not None:
             return self.output.resolve()
         name = "export" if self.format == "hf" else f"export_{self.format}"
-        return self.run / (name if self.checkpoint == "best" else f"{name}_{Path(self.checkpoint).resolve().name}")
+        name += "" if self.checkpoint == "best" else f"_{Path(self.checkpoint).resolve().name}"
+        name += "_soup" if self.soup else ""
+        return self.run / (name if self.blend is None else f"{name}_blend_{self.blend:g}")
 
     @property
     def form(self) -> Format:
@@ -101,7 +130,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     form, folder = config.form, config.folder
     name, on_hub = config.push_to_hub or folder.name, config.push_to_hub is not None
     step = _step_of(config.run, checkpoint)
-    card = model_card(config.run, step, towers, processing, form, name, on_hub)
+    mixture = _mix(config, towers)
+    card = model_card(config.run, step, towers, processing, form, name, on_hub, mixture)
     with raised_as(
         lambda fault: InputError(f"--output {folder} cannot be written ({fault}); name another folder"), OSError
     ):
@@ -110,6 +140,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"exported {checkpoint} to {folder}: largest logit difference {difference:.1e}")
     if config.push_to_hub:
         print(f"pushed to {_push(folder, config.push_to_hub, config.private)}")
+
+
+def _mix(config: ExportConfig, towers: TwoTowers) -> str:
+    """Put the weights of the soup and the blend into the towers, where asked; returns sentences for the model card."""
+    weights, said = dict(towers.state_dict()), []
+    if config.soup:
+        runs = (config.run, *config.soup)
+        check_same_start(runs)
+        folders = (_find_checkpoint(run, config.checkpoint) for run in runs)
+        models = (Part(str(each), 1 / len(runs), TwoTowers.from_pretrained(each).state_dict()) for each in folders)
+        weights = mixed(models)
+        said.append(f"The trained weights are the mean of {len(runs)} runs (model soup, arXiv:2203.05482).")
+    if config.blend is not None:
+        weights = blended(load_initial(config.run).weights, weights, config.blend, config.run)
+        said.append(
+            f"Blended: {1 - config.blend:g} x initial weights + {config.blend:g} x trained weights (WiSE-FT, "
+            "arXiv:2109.01903)."
+        )
+    towers.load_state_dict(weights)
+    return " ".join(said)
 
 
 def _find_checkpoint(run: Path, name: str) -> Path:

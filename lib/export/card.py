@@ -30,11 +30,13 @@ def model_card(
     form: Format,
     name: str,
     on_hub: bool = False,
+    mixture: str = "",
 ) -> str:
     """The card's text; parts without facts in the run's folder are left out.
 
     step: of the checkpoint; None for a model that is no checkpoint of the run, which the run's files do not describe.
     name: of the export: its folder's, or that of a repository of the hub.
+    mixture: sentences about a blend or a soup, to which the run's evaluations do not apply.
     No folder of this machine is named: the card is made to be published.
     """
     config, summary = (_read(run / CONFIG), read_summary(run)) if step is not None else ({}, {})
@@ -50,8 +52,9 @@ def model_card(
     title = name if on_hub else run.resolve().name
     parts = [
         f"---\n{data.to_yaml()}\n---\n\n# {title}\n\n{_what(towers, processing, step)}",
+        mixture,
         _training(config, summary),
-        _evaluation(read_metrics(run), summary.get("best", {}), step) if step is not None else "",
+        _evaluation(read_metrics(run), summary.get("best", {}), step) if step is not None and not mixture else "",
         f"## Use\n\n```python\n{usage}\n```\n\nLoaded again from these files, it gave the trained model's logits to "
         "within 1e-4; the number is in `export.json`, with the scale and the bias of the logits.",
         "## Licence\n\nNot chosen yet: name one here and as `license:` at the top of this file. The licences of the "

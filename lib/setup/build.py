@@ -20,6 +20,7 @@ from lib.gradcache.step import GradCache, Recompute
 from lib.losses.objective import Objective
 from lib.losses.xbm import CrossBatchMemory, MemorySwitch
 from lib.runs import checkpoint
+from lib.runs.blend import copy_initial
 from lib.runs.checkpoint import TrainingState
 from lib.runs.progress import Progress
 from lib.setup.data import (
@@ -47,6 +48,8 @@ def make_run(asked: TrainConfig, objective: Objective, backend: Backend, folder:
     accelerator, device, family = backend.accelerator, backend.accelerator.device, objective.family
     _check_backend(asked, backend)
     resume_from, warnings = decided_by_rank_0(lambda: checkpoint.find_resume(asked.resume, folder / "checkpoints"))
+    if resume_from and accelerator.is_main_process:
+        copy_initial(resume_from, folder)
     state = _load_state(resume_from, accelerator)
     if state:
         asked = as_in_the_checkpoint(asked, state.progress)

@@ -44,6 +44,11 @@ def choose_what_trains(config: FittedConfig, towers: TwoTowers, state: TrainingS
         towers.load_state_dict(state.weights)
 
 
+def is_preset(config: TrainConfig) -> bool:
+    """All weights start from random numbers."""
+    return config.image_tower is None and config.model in (*PRESETS, *SIZES)
+
+
 def make_optimizer(config: FittedConfig, towers: TwoTowers, fused: bool) -> Optimizer:
     """The optimizer over what trains, with a rate for each part and block; see `build_optimizer` for fused."""
     image_lr, text_lr = config.trunk_lr or (None, None)
@@ -57,8 +62,7 @@ def _load(
 ) -> tuple[TwoTowers, Processing]:
     if resume_from:
         return TwoTowers.from_pretrained(resume_from), Processing.from_pretrained(resume_from)
-    fresh = config.image_tower is None and config.model in (*PRESETS, *SIZES)
-    adapters_only = config.lora and not fresh and not (config.image_tower and "mlp" in config.projection)
+    adapters_only = config.lora and not is_preset(config) and not (config.image_tower and "mlp" in config.projection)
     return load_towers(
         family=family,
         model=None if config.image_tower else config.model,

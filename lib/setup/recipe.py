@@ -17,8 +17,8 @@ from lib.data import Source
 from lib.data.pairs import parts_of
 from lib.data.shard_source import ShardSource, count_pairs
 from lib.distributed import rank_and_world_size
-from lib.towers import PRESETS, Family, TwoTowers
-from lib.towers.load import SIZES
+from lib.setup.model import is_preset
+from lib.towers import Family, TwoTowers
 from lib.towers.trainable import batch_norms, blocks
 
 PROTOCOL: dict[Family, int] = {"clip": 4096, "siglip": 32768}
@@ -75,7 +75,7 @@ class Facts:
 def start_of(config: TrainConfig) -> Start:
     """What of the model is pretrained."""
     if config.image_tower is None:
-        return "scratch" if config.model in (*PRESETS, *SIZES) else "pretrained"
+        return "scratch" if is_preset(config) else "pretrained"
     if config.image_tower.endswith(":random"):
         return "scratch"
     halves = config.image_tower.endswith("#image") and (config.text_tower or "").endswith("#text")

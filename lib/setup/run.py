@@ -17,9 +17,11 @@ from lib.gradcache.step import GradCache, StepResult
 from lib.losses.positives import SameText
 from lib.losses.xbm import CrossBatchMemory, MemorySwitch
 from lib.runs import checkpoint
+from lib.runs.blend import INITIAL, save_initial
 from lib.runs.checkpoint import TrainingState
 from lib.runs.progress import Progress
 from lib.setup.data import Loading, TextLengths
+from lib.setup.model import is_preset
 from lib.setup.plan import BatchPlan
 from lib.towers import TwoTowers
 from lib.towers.lora import merged_weights
@@ -114,6 +116,17 @@ class Run:
         """`model.evaluated` with all of its weights, on the main process at least; all ranks call it."""
         model = self.model
         return model.evaluated if model.evaluated is not model.towers else self.backend.whole_towers()
+
+    def save_initial(self) -> None:
+        """Store the weights as they are for later blends, unless they are a preset's random ones; all ranks call it."""
+        config = self.config
+        if is_preset(config):
+            (self.folder / INITIAL).unlink(missing_ok=True)  # of another run, which ended before its first step
+            return
+        whole = self.backend.whole_towers()
+        if whole is not None and self.accelerator.is_main_process:
+            source = f"{config.image_tower} and {config.text_tower}" if config.image_tower else config.model
+            save_initial(self.folder, merged_weights(whole), source)
 
     def save(self, step: int) -> Path:
         """Write the checkpoint of a finished step, and prune old ones."""
