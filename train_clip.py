@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 from lib.config import TrainConfig, parse_config
 from lib.errors import one_line_errors
@@ -20,9 +19,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from lib.losses.objective import Objective, dense_infonce
     from lib.train import train
 
-    options: dict[str, Any] = {"label_smoothing": config.label_smoothing, "through": config.xbm_gradients}
-    loss = partial(infonce, **options, merge_logsumexp=logsumexp_over_ranks)
-    train(config, Objective("clip", loss, partial(dense_infonce, **options)))
+    smoothing = config.label_smoothing
+    loss = partial(infonce, label_smoothing=smoothing, merge_logsumexp=logsumexp_over_ranks)
+    train(config, Objective("clip", loss, partial(dense_infonce, label_smoothing=smoothing)))
 
 
 if __name__ == "__main__":

@@ -12,8 +12,7 @@ DEFAULTS = TrainConfig(beta2=0.95)
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train as the command line (or `arguments`) says."""
-    of_clip = dict.fromkeys(("label_smoothing", "xbm_gradients"), "train_clip.py")
-    config = parse_config(DEFAULTS, __doc__, arguments, of_another_script=of_clip)
+    config = parse_config(DEFAULTS, __doc__, arguments, of_another_script={"label_smoothing": "train_clip.py"})
     # Only now: torch and transformers take seconds, and neither --help nor a wrong flag should wait for them.
     from lib.losses import sigmoid
     from lib.losses.objective import Objective, dense_sigmoid

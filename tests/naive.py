@@ -1,10 +1,13 @@
 """Naive twins of the losses: every pair written out, with plain autograd; slow and easy to verify."""
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lib.losses import Pairs
+from lib.losses.xbm import ENOUGH
 
 
 def random_pairs(
@@ -28,17 +31,19 @@ def naive_sigmoid(
     pos_weight: float | str = 1.0,
     same_text: str = "negative",
 ) -> Tensor:
-    """A double loop over all pairs."""
+    """A double loop over all pairs; with a memory each pair but a row's own counts (N - 1) / (N - 1 + Q)."""
+    count, remembered = len(fresh), as_fresh(remembered, fresh)
     if pos_weight == "balanced":
-        kinds = [fresh_kind(fresh, i, j, same_text) for i in range(len(fresh)) for j in range(len(fresh))]
+        kinds = [fresh_kind(fresh, i, j, same_text) for i in range(count) for j in range(count)]
         pos_weight = kinds.count(False) / kinds.count(True)
+    others = (count - 1) / (count - 1 + len(remembered)) if remembered else 1.0
     total = torch.zeros((), dtype=fresh.image_embeds.dtype)
-    for i in range(len(fresh)):
-        for j in range(len(fresh)):
+    for i in range(count):
+        for j in range(count):
             positive = fresh_kind(fresh, i, j, same_text)
             if positive is not None:
                 logit = fresh.image_embeds[i] @ fresh.text_embeds[j] * scale + bias
-                total = total + _sigmoid_term(logit, positive, pos_weight)
+                total = total + (1.0 if i == j else others) * _sigmoid_term(logit, positive, pos_weight)
         for text in fresh.negative_texts if fresh.negative_texts is not None else ():
             total = total + _sigmoid_term(fresh.image_embeds[i] @ text * scale + bias, False, pos_weight)
         for j in range(len(remembered) if remembered else 0):
@@ -49,8 +54,9 @@ def naive_sigmoid(
                 (fresh.image_embeds[i], remembered.text_embeds[j]),
                 (fresh.text_embeds[i], remembered.image_embeds[j]),
             ):
-                total = total + _sigmoid_term(anchor @ other * scale + bias, positive, pos_weight)
-    return total / len(fresh)
+                logit = twice_the_slope(anchor) @ other * scale + bias
+                total = total + others / 2 * _sigmoid_term(logit, positive, pos_weight)
+    return total / count
 
 
 def naive_infonce(
@@ -61,39 +67,61 @@ def naive_infonce(
     *,
     label_smoothing: float = 0.0,
     same_text: str = "negative",
-    through: str = "both",
 ) -> Tensor:
-    """One cross-entropy with a probability target per anchor."""
-    through_both = through == "both" or remembered is None
-    total = torch.zeros((), dtype=fresh.image_embeds.dtype)
+    """One cross-entropy with a probability target per anchor, and the slopes of the remembered anchors."""
+    total, remembered = torch.zeros((), dtype=fresh.image_embeds.dtype), as_fresh(remembered, fresh)
     negatives = list(fresh.negative_texts) if fresh.negative_texts is not None else []
     for anchors, others, old, more in (
         (fresh.image_embeds, fresh.text_embeds, remembered.text_embeds if remembered else None, negatives),
         (fresh.text_embeds, fresh.image_embeds, remembered.image_embeds if remembered else None, []),
     ):
         for i in range(len(fresh)):
-            candidates, positives = [], []
-            anchor = (
-                anchors[i] if through_both else 2 * anchors[i] - anchors[i].detach()
-            )  # the same, with twice the slope
+            candidates, positives, of_memory = [], [], []
             for j in range(len(fresh)):
                 positive = fresh_kind(fresh, i, j, same_text)
                 if positive is not None:
-                    candidates.append(others[j] if through_both else others[j].detach())
+                    candidates.append(others[j])
                     positives.append(positive)
             for j in range(len(remembered) if remembered else 0):
                 positive = _remembered_kind(fresh, remembered, i, j, same_text)
                 if positive is not None:
+                    of_memory.append((j, len(candidates)))
                     candidates.append(old[j])
                     positives.append(positive)
             candidates += more
             positives += [False] * len(more)
             target = torch.tensor(positives, dtype=anchors.dtype)
-            logits = torch.stack(candidates) @ anchor * scale + bias
-            total = total + F.cross_entropy(
-                logits[None], (target / target.sum())[None], label_smoothing=label_smoothing
-            )
+            target = (1 - label_smoothing) * target / target.sum() + label_smoothing / len(target)
+            logits = torch.stack(candidates) @ anchors[i] * scale + bias
+            total = total + F.cross_entropy(logits[None], target[None])
+            for j, place in of_memory:  # the remembered pair as the anchor of this fresh one
+                is_text = anchors is fresh.image_embeds
+                normalizer = (remembered.text_normalizer if is_text else remembered.image_normalizer)[j]
+                met = len(fresh) + len(remembered) + (0 if is_text else len(negatives))
+                logit = logits[place] - bias
+                term = (logit - normalizer).exp() / met - target[place] * logit
+                total = total + term - term.detach()
     return total / (2 * len(fresh))
+
+
+def as_fresh(remembered: Pairs | None, fresh: Pairs) -> Pairs | None:
+    """The remembered embeddings, each dimension with the mean and deviation that it has in the fresh ones."""
+    if remembered is None or len(fresh) < ENOUGH:
+        return remembered
+    moved = {}
+    for name in ("image_embeds", "text_embeds"):
+        old, new = getattr(remembered, name), getattr(fresh, name).detach()
+        columns = [
+            (old[:, d] - old[:, d].mean()) / old[:, d].var(correction=0).sqrt() * new[:, d].var(correction=0).sqrt()
+            + new[:, d].mean()
+            for d in range(old.shape[1])
+        ]
+        moved[name] = torch.stack([row / row.norm() for row in torch.stack(columns, 1)])
+    return replace(remembered, **moved)
+
+
+def twice_the_slope(value: Tensor) -> Tensor:
+    return 2 * value - value.detach()
 
 
 def _sigmoid_term(logit: Tensor, positive: bool, pos_weight: float) -> Tensor:

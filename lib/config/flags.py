@@ -209,9 +209,6 @@ class Batch:
     """Keep the inputs of each block only and run it again in the backward pass: larger chunks fit, slower steps."""
     xbm_start: int | Literal["auto"] = "auto"
     """Step from which the memory is used; auto: after warm-up, once remembered embeddings have stopped drifting."""
-    xbm_gradients: Literal["both", "anchors"] = "both"
-    """InfoNCE only, while the memory is used. both: the loss's gradients, through anchors and candidates;
-    anchors: through the anchors alone, twice: better where the memory is much larger than the batch."""
 
 
 @dataclass(frozen=True)

@@ -89,8 +89,6 @@ class TrainConfig(Run, Evaluation, Optimizer, Loss, Batch, FineTuning, Model, Im
                 f"--effective-batch {self.effective_batch} is not divisible by {world_size} ranks; "
                 f"the nearest that is: {nearest}"
             )
-        if self.xbm_gradients == "anchors" and self.xbm_size == 0:
-            found.append("--xbm-gradients anchors has no meaning without a memory; leave it out, or give --xbm-size")
         found += self.fractions("label_smoothing", whole=False)
         found += self.above_zero("pos_weight") + self.not_negative("scale_max")
         if self.scale_schedule and min(self.scale_schedule) <= 0:

@@ -219,6 +219,9 @@ def loss_and_gradients(embedded: Embedded, loss: Loss, remembered: Pairs | None)
     if text_row is not None:  # the gradient of a shared text is the sum over its pairs
         d_texts = torch.zeros_like(own_texts).index_add_(0, text_row, d_texts.to(own_texts.dtype))
     _cache(embedded.forwards, share.image_embeds, d_texts, share.negative_texts)
+    if share.image_normalizer is not None:
+        normalizers = gather_rows(share.image_normalizer), share.text_normalizer
+        fresh = replace(fresh, image_normalizer=normalizers[0], text_normalizer=normalizers[1])
     return fresh, replace(share, loss=total, text_embeds=d_texts, logit_scale=d_scale, logit_bias=d_bias)
 
 

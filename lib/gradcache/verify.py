@@ -137,12 +137,15 @@ def _near_memory(cache: GradCache, chunks: Sequence[Chunk]) -> Pairs:
     texts = gather_rows(torch.cat([output.text_embeds for output in outputs])).float()
     ids = gather_ids([Ids.of(chunk) for chunk in chunks], cache.device)
     kind = torch.arange(len(images), device=cache.device) % 4
+    largest_logit = outputs[0].logit_scale.float().expand(len(images))
     return Pairs(
         F.normalize(images + images.roll(1, 0) / 2, dim=1),
         F.normalize(texts + texts.roll(1, 0) / 2, dim=1),
         torch.where(kind < 2, ids.group, ~ids.group),  # the complement of an id is no other pair's
         torch.where(kind < 1, ids.sample_id, ~ids.sample_id),
         torch.where(kind < 3, ids.text_id, ~ids.text_id),
+        image_normalizer=largest_logit,
+        text_normalizer=largest_logit,
     )
 
 

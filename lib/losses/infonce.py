@@ -2,16 +2,13 @@
 
 import math
 from collections.abc import Callable
-from typing import Literal
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from lib.losses.positives import Pairs, SameText
 from lib.losses.tiles import Logits, LossShare, Tile, wide_type
-
-Through = Literal["both", "anchors"]
-"""both: gradients of anchors and candidates; anchors: with a memory, stop those of candidates and double the others."""
 
 
 @torch.no_grad()
@@ -24,7 +21,6 @@ def infonce(
     *,
     label_smoothing: float = 0.0,
     same_text: SameText = "negative",
-    through: Through = "both",
     merge_logsumexp: Callable[[Tensor], Tensor] = lambda partial: partial,
     tile: int | None = None,
 ) -> LossShare:
@@ -36,8 +32,9 @@ def infonce(
     does not depend on `logit_bias`: its gradient is zero. `merge_logsumexp` turns log-sum-exps (K, N) of the text
     anchors over these rows into those over all rows (the identity where `rows` is the whole batch).
 
-    `through="anchors"` changes gradients, not the value: remembered embeddings only serve as candidates, so with "both"
-    a fresh candidate is attracted by its own anchor but repelled by the fresh anchors alone.
+    Remembered pairs are anchors too, in the gradients and not in the value: each attracts and repels the fresh
+    candidates as in its own softmax, whose normalizer it keeps. Without that, a fresh embedding is attracted by its own
+    anchor and repelled by the fresh anchors alone: the less, the larger the memory (ContAccum, Kim et al., 2024).
     """
     logits = Logits(fresh, remembered, logit_scale, None, rows, same_text, tile)
     images, texts = Softmax(logits.d_images, label_smoothing), Softmax(logits.d_texts, label_smoothing)
@@ -48,17 +45,34 @@ def infonce(
             texts.add(t, t.c, 0)
     logits.loss += images.finish(slice(None)) + texts.finish(rows, merge_logsumexp)
 
-    apart = through == "anchors" and remembered is not None
+    of_images, of_texts = log_candidates(fresh, remembered)
+    old = {} if remembered is None else old_normalizers(remembered, of_images, of_texts)
     for t in logits.tiles():
-        slope_of_texts = texts.slope(t, t.c, 0, out=t.spare) if t.block is logits.fresh else None
-        slope = anchors[t.block.tower].slope(t, t.r, 1, out=t.logits)
-        if slope_of_texts is not None and not apart:
-            slope, slope_of_texts = slope.add_(slope_of_texts), None
-        logits.add(t, slope, slope_of_texts)
-    if apart:
-        logits.d_images.mul_(2)
-        logits.d_texts.mul_(2)
-    return logits.share(norm=2 * len(fresh))
+        softmax = anchors[t.block.tower]
+        if t.block is logits.fresh:
+            others = texts.slope(t, t.c, 0, out=t.spare)
+        elif t.block.d_others is None:
+            others = softmax.slope_of_old(t, old[t.block.tower][t.c], out=t.spare)
+        else:
+            others = None
+        slope = softmax.slope(t, t.r, 1, out=t.logits)
+        logits.add(t, slope if others is None else slope.add_(others))
+    dtype, share = logits.scale.dtype, logits.share(norm=2 * len(fresh))
+    normalizers = (images.lse - of_images).to(dtype), (texts.lse - of_texts).to(dtype)
+    return replace(share, image_normalizer=normalizers[0], text_normalizer=normalizers[1])
+
+
+def log_candidates(fresh: Pairs, remembered: Pairs | None) -> tuple[float, float]:
+    """The logarithms of the numbers of candidates of an image and of a text; the excluded count too."""
+    count = len(fresh) + (0 if remembered is None else len(remembered))
+    negatives = 0 if fresh.negative_texts is None else fresh.negative_texts.shape[-2]
+    return math.log(count + negatives), math.log(count)
+
+
+def old_normalizers(remembered: Pairs, of_images: float, of_texts: float) -> dict[str, Tensor]:
+    """Log-sum-exps (Q,) of the remembered anchors over today's number of candidates, by the tower that they meet."""
+    assert remembered.image_normalizer is not None and remembered.text_normalizer is not None
+    return {"text": remembered.image_normalizer + of_images, "image": remembered.text_normalizer + of_texts}
 
 
 class Softmax:
@@ -104,7 +118,7 @@ class Softmax:
         # exponential of a learnt positive is about 1. None exceeds e^60.
         reference = torch.maximum(near, self.lse - 60).to(self.dtype)
         p0 = (reference - self.lse).exp()
-        columns = (self.lse, reference, p0, p0 - target, of_all)
+        columns = (self.lse, reference, p0, p0 - target, of_all, target)
         self.columns = torch.stack([column.to(self.dtype) for column in columns])
         losses = -target * self.positive_logits - of_all * self.candidate_logits
         losses[rows] += self.lse[rows]
@@ -112,11 +126,26 @@ class Softmax:
 
     def slope(self, t: Tile, of: slice, axis: int, out: Tensor) -> Tensor:
         """d cross-entropy / d logits: p - target."""
-        lse, reference, p0, p0_less_target, target_of_all = self.columns[:, of].unsqueeze(1 + axis)
+        lse, reference, p0, p0_less_target, target_of_all, _ = self.columns[:, of].unsqueeze(1 + axis)
         slope = _exp(torch.sub(t.logits, lse if t.positive is None else reference, out=out))
         if t.positive is not None:
             # p - target of a learnt positive is too small for a difference in float32: p0 (exp - 1) + (p0 - target)
             slope.sub_(t.positive).mul_(p0).addcmul_(t.positive, p0_less_target)
+        if self.smoothing:
+            slope.sub_(target_of_all)
+            if t.excluded is not None:
+                slope.masked_fill_(t.excluded, 0)
+        return slope
+
+    def slope_of_old(self, t: Tile, old_lse: Tensor, out: Tensor) -> Tensor:
+        """p - target of remembered anchors, which lie along the columns, for the fresh candidates in the rows.
+
+        old_lse: (columns,). Pairs of one group have the same positives, so a target is that of the fresh anchor.
+        """
+        *_, target_of_all, target = self.columns[:, t.r].unsqueeze(2)
+        slope = _exp(torch.sub(t.logits, old_lse.to(out.dtype), out=out))
+        if t.positive is not None:
+            slope.addcmul_(t.positive, target, value=-1)
         if self.smoothing:
             slope.sub_(target_of_all)
             if t.excluded is not None:

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lib.losses.infonce import Through
+from lib.losses.infonce import log_candidates, old_normalizers
 from lib.losses.positives import Pairs, SameText, masks
-from lib.losses.sigmoid import PosWeight, positive_weight
+from lib.losses.sigmoid import PosWeight, block_weights, positive_weight
 from lib.losses.tiles import Block, Logits, Loss, lowest
 from lib.towers import Family
 
@@ -60,11 +60,18 @@ def dense_sigmoid(
     same_text: SameText = "negative",
 ) -> Tensor:
     """The pairwise sigmoid loss with each block of logits as one tile."""
-    logits = Logits(fresh, remembered, logit_scale, logit_bias, slice(0, len(fresh)), same_text)
+    rows, weights = slice(0, len(fresh)), block_weights(fresh, remembered)
+    logits = Logits(fresh, remembered, logit_scale, logit_bias, rows, same_text, None, *weights)
     weight = positive_weight(pos_weight, fresh.ids, same_text).to(logits.scale)
-    blocks = (_as_one_tile(logits, block) for block in logits.blocks)
-    sums = (torch.where(positive, weight * _softplus(-S), _softplus(S)).sum() for S, positive, _ in blocks)
-    return sum(sums, start=torch.zeros_like(logit_scale)) / len(fresh)
+    total = torch.zeros_like(logit_scale)
+    for block in logits.blocks:
+        factors, anchors = block.weights, block.anchors
+        slope = factors.embeddings / factors.value  # 2 where the value counts half
+        anchors = slope * anchors - (slope - 1) * anchors.detach()
+        S, positive, _ = _as_one_tile(logits, block._replace(anchors=anchors))
+        total = total + factors.value * torch.where(positive, weight * _softplus(-S), _softplus(S)).sum()
+    own = logits.scale * (logits.fresh.anchors * logits.fresh.others).sum(1) + logit_bias
+    return (total + (1 - logits.fresh.weights.value) * weight * _softplus(-own).sum()) / len(fresh)
 
 
 def dense_infonce(
@@ -75,22 +82,25 @@ def dense_infonce(
     *,
     label_smoothing: float = 0.0,
     same_text: SameText = "negative",
-    through: Through = "both",
 ) -> Tensor:
-    """Symmetric InfoNCE with all logits at once; `through="anchors"` as in the tiled loss."""
+    """Symmetric InfoNCE with all logits at once."""
     logits = Logits(fresh, remembered, logit_scale, logit_bias, slice(0, len(fresh)), same_text)
     image, total = logits.fresh, torch.zeros_like(logit_scale)
     text = image._replace(tower="text", anchors=image.others, others=image.anchors)
     blocks = [image, text, *logits.blocks[1:]]
-    if through == "anchors" and remembered is not None:  # the same value, with another slope
-        blocks[:2] = (block._replace(others=block.others.detach()) for block in blocks[:2])
-        blocks = [block._replace(anchors=2 * block.anchors - block.anchors.detach()) for block in blocks]
+    old = {} if remembered is None else old_normalizers(remembered, *log_candidates(fresh, remembered))
     for tower in ("image", "text"):
-        of_tower = (_as_one_tile(logits, block) for block in blocks if block.tower == tower)
+        of_tower = [_as_one_tile(logits, block) for block in blocks if block.tower == tower]
         S, positive, excluded = (torch.cat(column, 1) for column in zip(*of_tower, strict=True))
         candidate = (~excluded).to(S)
         target = (1 - label_smoothing) * positive.to(S) / positive.sum(1, keepdim=True)
-        total = total + F.cross_entropy(S, target + label_smoothing * candidate / candidate.sum(1, keepdim=True)) / 2
+        target = target + label_smoothing * candidate / candidate.sum(1, keepdim=True)
+        total = total + F.cross_entropy(S, target) / 2
+        if old:  # slopes without a value: the remembered anchors' own softmax
+            met = slice(S.shape[1] - len(old[tower]), None)  # the last block
+            S, target = S[:, met] - logit_bias, target[:, met]
+            as_anchors = ((S - old[tower]).exp() - target * S).sum() / (2 * len(fresh))
+            total = total + as_anchors - as_anchors.detach()
     return total
 
 

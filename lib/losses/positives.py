@@ -39,7 +39,8 @@ class Ids(NamedTuple):
 class Pairs:
     """Embedded pairs: `image_embeds` and `text_embeds` (N, D), unit norm; `group`, `sample_id`, `text_id` (N,) int64.
 
-    `negative_texts` (P, D) belong to no pair; they are negatives of every image.
+    `negative_texts` (P, D) belong to no pair; they are negatives of every image. InfoNCE gives each pair its
+    normalizers (N,): the log of the mean exponential of the logits over all candidates of the image, and of the text.
     """
 
     image_embeds: Tensor
@@ -48,6 +49,8 @@ class Pairs:
     sample_id: Tensor
     text_id: Tensor
     negative_texts: Tensor | None = None
+    image_normalizer: Tensor | None = None
+    text_normalizer: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.group)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lib.losses.positives import Ids, Pairs, SameText, count_positives
-from lib.losses.tiles import Logits, LossShare, wide_sum, wide_type
+from lib.losses.tiles import Logits, LossShare, Weights, wide_sum, wide_type
 
 PosWeight = float | Literal["balanced"]
 """A number, or as many times as there are negatives for each positive among the fresh pairs."""
@@ -30,8 +30,13 @@ def sigmoid(
     texts, its text all remembered images. Positives share a group (`same_text`: see SameText); a remembered copy of the
     same sample is excluded. `pos_weight` multiplies the terms of positives; "balanced" gives fresh positives and fresh
     negatives the same weight.
+
+    A memory makes the mean over the other pairs more exact and leaves its weight alone: each of the N - 1 fresh and Q
+    remembered counts (N - 1) / (N - 1 + Q), so that value, bias and gradients do not jump when the memory is switched
+    on or grows. Each meets a row twice, by image and by text: in the value and for scale and bias it counts half.
     """
-    logits = Logits(fresh, remembered, logit_scale, logit_bias, rows, same_text, tile)
+    weights = block_weights(fresh, remembered)
+    logits = Logits(fresh, remembered, logit_scale, logit_bias, rows, same_text, tile, *weights)
     weight = positive_weight(pos_weight, fresh.ids, same_text).to(logits.scale)
     zero, one = torch.zeros_like(weight), torch.ones_like(weight)
     for t in logits.tiles():
@@ -42,12 +47,36 @@ def sigmoid(
         softplus = torch.logaddexp(against, zero, out=t.spare)
         if t.positive is not None and pos_weight != 1:
             softplus *= torch.addcmul(one, t.positive, weight - 1)
-        logits.loss += wide_sum(softplus)
+        logits.loss += t.block.weights.value * wide_sum(softplus)
         slope = against.sigmoid_()
         if t.positive is not None:  # times -weight for positives, else 1
             slope *= torch.addcmul(one, t.positive, -1 - weight, out=t.spare)
         logits.add(t, slope)
+    if remembered is not None:
+        _add_own_pairs(logits, rows, (1 - weights[0].value) * weight)
     return logits.share(norm=len(fresh))
+
+
+def block_weights(fresh: Pairs, remembered: Pairs | None) -> tuple[Weights, Weights]:
+    """Weights of the fresh and of the remembered block: see `sigmoid`."""
+    others = max(len(fresh) - 1, 1)
+    share = others / (others + (0 if remembered is None else len(remembered)))
+    return Weights(share, share), Weights(share, share / 2)
+
+
+def _add_own_pairs(logits: Logits, rows: slice, weight: Tensor) -> None:
+    """Add the terms of each row's own pair again, with this weight: together with the tiles' they count once."""
+    images, texts = logits.fresh.anchors, logits.fresh.others[rows]
+    assert logits.bias is not None
+    cosine = (images * texts).sum(1)
+    against = -(logits.scale * cosine + logits.bias)
+    slope = -weight * against.sigmoid()
+    logits.loss += (weight * torch.logaddexp(against, torch.zeros_like(against))).sum(dtype=logits.loss.dtype)
+    logits.d_scale += (slope * cosine).sum()
+    logits.d_bias += slope.sum()
+    towards = (slope * logits.scale)[:, None]
+    logits.d_images.addcmul_(towards, texts)
+    logits.d_texts[rows] += towards * images
 
 
 def positive_weight(pos_weight: PosWeight, ids: Ids, same_text: SameText) -> Tensor:

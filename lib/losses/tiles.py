@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lib.losses.positives import NOBODY, Ids, Pairs, SameText, ids_in_common, masks
+from lib.losses.xbm import aligned
 
 TILE = 1024  # rows and columns of a tile on a CPU: its buffers fit a core's share of the cache
 ACCELERATOR_TILE = 4096  # fewer and longer kernels: launching one costs as much as a small tile
@@ -33,6 +34,9 @@ class LossShare:
     logit_scale: Tensor
     logit_bias: Tensor
     negative_texts: Tensor | None = None
+    image_normalizer: Tensor | None = None
+    text_normalizer: Tensor | None = None
+    """(B,) and (N,): see Pairs; of InfoNCE alone, and no gradients"""
 
 
 Loss = Callable[..., LossShare]
@@ -53,6 +57,17 @@ class Block(NamedTuple):
     d_anchors: Tensor
     d_others: Tensor | None  # None: remembered, which take no gradients
     rows: slice  # the anchors that are visited
+    weights: "Weights"
+
+
+class Weights(NamedTuple):
+    """Factors of a block's terms: in the embeddings' gradients; in the value, and the gradients of scale and bias."""
+
+    embeddings: float = 1.0
+    value: float = 1.0
+
+
+FULL = Weights()
 
 
 class Tile(NamedTuple):
@@ -84,6 +99,8 @@ class Logits:
         rows: slice,
         same_text: SameText,
         tile: int | None = None,
+        of_fresh: Weights = FULL,
+        of_remembered: Weights = FULL,
     ) -> None:
         dtype = torch.promote_types(fresh.image_embeds.dtype, torch.float32)
         images, texts = fresh.image_embeds[rows].to(dtype), fresh.text_embeds.to(dtype)
@@ -92,19 +109,20 @@ class Logits:
         self.loss, self.d_scale, self.d_bias = torch.zeros(3, dtype=wide, device=scale.device)
         self.d_images, self.d_texts = torch.zeros_like(images), torch.zeros_like(texts)
         own, every = fresh.ids.rows(rows), slice(0, len(images))
-        self.fresh = Block("image", images, texts, own, fresh.ids, self.d_images, self.d_texts, every)
+        self.fresh = Block("image", images, texts, own, fresh.ids, self.d_images, self.d_texts, every, of_fresh)
         self.blocks, self.d_negatives = [self.fresh], None
         if fresh.negative_texts is not None:
             negatives = fresh.negative_texts.to(dtype)
             self.d_negatives = torch.zeros_like(negatives)
             nobody = Ids(*own.group.new_full((3, negatives.shape[-2]), NOBODY))
-            self.blocks.append(Block("image", images, negatives, own, nobody, self.d_images, self.d_negatives, every))
+            d_images, d_negatives = self.d_images, self.d_negatives
+            self.blocks.append(Block("image", images, negatives, own, nobody, d_images, d_negatives, every, FULL))
         if remembered is not None:
-            # The memory adds candidates to the anchors of both towers and no anchors: earlier weights embedded it, so
-            # there is nothing that gradients could flow to.
-            old_images, old_texts = remembered.image_embeds.to(dtype), remembered.text_embeds.to(dtype)
-            of_images = Block("image", images, old_texts, own, remembered.ids, self.d_images, None, every)
-            of_texts = Block("text", texts, old_images, fresh.ids, remembered.ids, self.d_texts, None, rows)
+            # Earlier weights embedded the memory: there is nothing that gradients could flow to.
+            old_images = aligned(remembered.image_embeds.to(dtype), fresh.image_embeds.to(dtype))
+            old_texts, ids = aligned(remembered.text_embeds.to(dtype), texts), remembered.ids
+            of_images = Block("image", images, old_texts, own, ids, self.d_images, None, every, of_remembered)
+            of_texts = Block("text", texts, old_images, fresh.ids, ids, self.d_texts, None, rows, of_remembered)
             self.blocks += [of_images, of_texts]
 
     def compared(self, block: Block) -> tuple[bool, bool, bool]:
@@ -144,24 +162,19 @@ class Logits:
                     # Bytes, as arithmetic with bool takes ten times as long.
                     positive = None if positive is None else positive.view(torch.uint8)
                     yield Tile(block, r, c, logits, spare, positive, excluded)
-                self.d_scale += wide_sum(self._dots * anchors)  # sum of slope * <anchor, other> over the row of tiles
-                block.d_anchors[r].addcmul_(self._dots, self.scale)
+                weights = block.weights
+                # sum of slope * <anchor, other> over the row of tiles
+                self.d_scale += weights.value * wide_sum(self._dots * anchors)
+                block.d_anchors[r].addcmul_(self._dots, self.scale, value=weights.embeddings)
 
-    def add(self, t: Tile, slope: Tensor, slope_of_others: Tensor | None = None) -> None:
-        """Accumulate the gradients of a part of the loss whose d loss / d logits is `slope`, of the tile's shape.
-
-        slope_of_others: of a further part, whose gradients reach the others alone, as those of `slope` the anchors.
-        """
-        block, others = t.block, t.block.others[t.c]
-        self._dots.addmm_(slope, others)
-        if slope_of_others is None and block.d_others is not None:
-            block.d_others[t.c].addmm_(slope.T, self._scaled)
-        elif slope_of_others is not None and block.d_others is not None:
-            dots = slope_of_others.T @ block.anchors[t.r]
-            block.d_others[t.c].addcmul_(dots, self.scale)
-            self.d_scale += wide_sum(dots.mul_(others))
+    def add(self, t: Tile, slope: Tensor) -> None:
+        """Accumulate the gradients of a part of the loss whose d loss / d logits is `slope`, of the tile's shape."""
+        block, weights = t.block, t.block.weights
+        self._dots.addmm_(slope, block.others[t.c])
+        if block.d_others is not None:
+            block.d_others[t.c].addmm_(slope.T, self._scaled, alpha=weights.embeddings)
         if self.bias is not None:
-            self.d_bias += wide_sum(slope)
+            self.d_bias += weights.value * wide_sum(slope)
 
     def share(self, norm: float) -> LossShare:
         """The loss and gradients accumulated so far, divided by `norm`."""

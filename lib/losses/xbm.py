@@ -7,9 +7,25 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from lib.losses.positives import NOBODY, Pairs
+from lib.losses.positives import Pairs
+
+ENOUGH = 16  # fresh pairs from which on their mean and deviation are worth following
+
+
+@torch.no_grad()
+def aligned(old: Tensor, fresh: Tensor) -> Tensor:
+    """Remembered embeddings (Q, D) with the mean and deviation of the fresh ones (N, D) in every dimension; unit norm.
+
+    While the towers learn, the cloud of their embeddings moves as a whole, and remembered ones stay behind: that is
+    most of their error. Source: Ajanthan et al., Adaptive Cross Batch Normalization for Metric Learning, 2023.
+    """
+    if len(fresh) < ENOUGH:
+        return old
+    deviation = old.std(0, correction=0).clamp_(min=torch.finfo(old.dtype).eps)
+    return F.normalize((old - old.mean(0)) * (fresh.std(0, correction=0) / deviation) + fresh.mean(0), dim=1)
 
 
 @dataclass(frozen=True)
@@ -47,6 +63,8 @@ class CrossBatchMemory:
         self.sample_id = torch.zeros(size, dtype=torch.int64, device=device)
         self.text_id = torch.zeros(size, dtype=torch.int64, device=device)
         self.step = torch.zeros(size, dtype=torch.int64, device=device)
+        self.image_normalizer = torch.zeros(size, device=device)
+        self.text_normalizer = torch.zeros(size, device=device)
         self.pointer = 0
         self.filled = 0
 
@@ -67,6 +85,9 @@ class CrossBatchMemory:
         self.sample_id[slots] = fresh.sample_id[-count:]
         self.text_id[slots] = fresh.text_id[-count:]
         self.step[slots] = step
+        if fresh.image_normalizer is not None and fresh.text_normalizer is not None:
+            self.image_normalizer[slots] = fresh.image_normalizer[-count:].to(self.image_normalizer.dtype)
+            self.text_normalizer[slots] = fresh.text_normalizer[-count:].to(self.text_normalizer.dtype)
         self.pointer = (self.pointer + len(fresh)) % self.size
         self.filled = min(self.filled + len(fresh), self.size)
 
@@ -76,7 +97,13 @@ class CrossBatchMemory:
             return None
         rows = slice(0, self.filled)  # slots fill from 0 on, so the filled ones are always the first
         ids = self.group[rows], self.sample_id[rows], self.text_id[rows]
-        return Pairs(self.image_embeds[rows], self.text_embeds[rows], *ids)
+        return Pairs(
+            self.image_embeds[rows],
+            self.text_embeds[rows],
+            *ids,
+            image_normalizer=self.image_normalizer[rows],
+            text_normalizer=self.text_normalizer[rows],
+        )
 
     def mean_age(self, step: int) -> Tensor:
         """Mean age of the remembered pairs at this step, in steps: (), nan while there are none."""
@@ -116,13 +143,16 @@ class CrossBatchMemory:
         saved, here = tuple(state["image_embeds"].shape), tuple(self.image_embeds.shape)
         if saved != here:
             raise ValueError(f"the saved memory holds {saved[0]} pairs of dimension {saved[1]}, this one {here}")
-        # Checkpoints of earlier versions have no text_id: theirs equal no text's.
-        state = {"text_id": torch.full_like(self.text_id, NOBODY)} | state
+        if not set(self._tensors) <= set(state):  # an earlier version's, without normalizers: it fills anew
+            self.pointer = self.filled = 0
+            return
         for name in self._tensors:
             getattr(self, name).copy_(state[name])
         self.pointer, self.filled = int(state["pointer"]), int(state["filled"])
 
-    _tensors = ("image_embeds", "text_embeds", "group", "sample_id", "text_id", "step")
+    _tensors = (
+        "image_embeds", "text_embeds", "group", "sample_id", "text_id", "step", "image_normalizer", "text_normalizer",
+    )  # fmt: skip
 
 
 DRIFT_LIMIT = 0.1  # 1 - cosine; above it remembered embeddings belong to another model than today's

@@ -52,22 +52,16 @@ def _start_bias(run: Run, chunks: list[Chunk]) -> float:
     if config.positives == "pair":
         ids = ids.each_its_group()
     if not run.model.pretrained:
-        return bias_from_counts(ids, config.xbm_size, config.pos_weight, run.same_text)
+        return bias_from_counts(ids, config.pos_weight, run.same_text)
     output = cache.towers(**chunks[0].to(cache.device).inputs)
     images, texts = gather_rows(output.image_embeds), gather_rows(output.text_embeds)
     return solved_bias(Pairs(images, texts, *ids), output.logit_scale, config.pos_weight, run.same_text)
 
 
-def bias_from_counts(ids: Ids, remembered: int, pos_weight: PosWeight = 1.0, same_text: SameText = "negative") -> float:
-    """-ln(negatives per weighted positive) for N fresh pairs of these ids and Q remembered ones of the same kind.
-
-    ids: (N,) each. Every row meets N fresh texts, Q remembered texts, and with its text Q remembered images.
-    """
+def bias_from_counts(ids: Ids, pos_weight: PosWeight = 1.0, same_text: SameText = "negative") -> float:
+    """-ln(negatives per weighted positive) among N fresh pairs of these ids, (N,) each; a memory does not change it."""
     positives, candidates = (count.item() for count in count_positives(ids, same_text))
-    size = len(ids.group)
-    # Of its N - 1 others, each pair has so many as positives and as negatives; the remembered are met alike.
-    more = (size - 1 + 2 * remembered) / (size * max(size - 1, 1))
-    negatives, positives = more * (candidates - positives), 1 + more * (positives - size)
+    negatives = candidates - positives
     weight = float(positive_weight(pos_weight, ids, same_text))
     return -math.log(max(negatives, 1.0) / (positives * weight))
 

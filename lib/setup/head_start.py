@@ -58,7 +58,7 @@ def fit_heads(
         ids = Ids(*(column.to(device) for column in Ids.of(chunk)))
         if number == 0 and towers.use_bias and not towers.pretrained_bias:
             of_loss = ids if config.positives == "group" else ids.each_its_group()
-            towers.set_scale_and_bias(None, bias_from_counts(of_loss, 0, config.pos_weight, same_text))
+            towers.set_scale_and_bias(None, bias_from_counts(of_loss, config.pos_weight, same_text))
         output = towers(**chunk.to(device).inputs)
         pairs = Pairs(output.image_embeds, output.text_embeds, *ids)
         loss(pairs, None, output.logit_scale, output.logit_bias).backward()

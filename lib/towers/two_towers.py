@@ -94,9 +94,9 @@ class TwoTowers(nn.Module):
         if pixel_values.is_floating_point():
             return pixel_values
         mean, std = _at_least_float32(self.image_mean), _at_least_float32(self.image_std)
-        # cuDNN's convolutions on tensor cores want channels last, and pass the order of their input on.
-        last = self.image.convolutional and pixel_values.is_cuda
-        order = torch.channels_last if last else torch.preserve_format
+        # cuDNN's convolutions on tensor cores want channels last, and a CPU's depthwise ones take a quarter less time;
+        # they pass the order of their input on.
+        order = torch.channels_last if self.image.convolutional else torch.preserve_format
         # (pixels / 255 - mean) / std, in two passes over one new tensor
         pixels = pixel_values.to(mean.dtype, memory_format=order).mul_(1 / (255 * std)).sub_(mean / std)
         return pixels.to(self.image_mean.dtype)
