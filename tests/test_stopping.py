@@ -68,6 +68,7 @@ def test_losses_part_where_validation_is_least_and_training_goes_on_falling():
         "validation_loss": 2.5,
         "last_training_loss": 1.75,
         "last_validation_loss": 2.9,
+        "scale": "relative to chance",
     }
     assert find_parting(lines(falling, [3.0, 2.5, 2.51])) is None  # 0.4% is noise
     assert find_parting(lines(falling, [3.0, 2.5, 2.4])) is None
