@@ -207,8 +207,8 @@ def _evaluate(run: Run, loss: Loss, best: BestMetric, step: int, report: Reporte
             workers=run.data.loading.workers,
         )
     report.evaluation(step, metrics)
-    value = best.value(metrics)
-    progress.note_evaluation(step, best.name, value, best.better(value, progress.best.get("value")))
+    better = best.better(metrics, progress.best)
+    progress.note_evaluation(step, best.name, best.value(metrics), metrics["loss"], better)
 
 
 @torch.no_grad()

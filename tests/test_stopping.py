@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from PIL import Image
 from small_runs import losses, train
 
+import lib.train
 from lib.runs.curve import draw_curve, find_parting
 from lib.runs.reporter import read_metrics
 
@@ -58,6 +59,29 @@ def test_patience_counts_across_a_resume(tmp_path):
     (broken / "summary.json").unlink()
     train(broken, *flags, "--resume=auto")
     assert summary(broken)["steps"] == last and losses(broken) == losses(whole)
+
+
+def evaluations(monkeypatch, *found: tuple[float, float]) -> None:
+    """Let evaluations yield these accuracies and losses, one after the other."""
+    coming = iter([{"accuracy": accuracy, "loss": loss} for accuracy, loss in found])
+    monkeypatch.setattr(lib.train, "validate", lambda *given, **options: next(coming))
+
+
+def test_of_equal_evaluations_the_later_one_with_the_lower_loss_is_best_across_a_resume(tmp_path, monkeypatch):
+    run, flags = tmp_path / "run", ("--eval-every=1", "--val-data=digits")
+    evaluations(monkeypatch, (0.5, 3.0), (0.5, 2.0), (0.5, 2.5), (0.5, 2.0), (0.4, 1.0))
+    for steps, best in ((1, 1), (2, 2), (3, 2), (4, 4), (5, 4)):
+        train(run, *flags, f"--steps={steps}", "--resume=auto")
+        assert summary(run)["best"]["step"] == best
+    assert summary(run)["best"] == {"step": 4, "metric": "accuracy", "value": 0.5, "loss": 2.0}
+    exported = (run / "export" / "model.safetensors").read_bytes()
+    assert exported == (run / "checkpoints" / "step_000004" / "model.safetensors").read_bytes()
+
+
+def test_patience_counts_evaluations_that_are_the_same_and_not_those_with_a_lower_loss(tmp_path, monkeypatch):
+    evaluations(monkeypatch, (0.5, 3.0), (0.5, 2.0), (0.5, 1.0), (0.5, 1.0), (0.5, 1.0), (0.9, 0.1))
+    run = train(tmp_path / "run", "--steps=6", "--eval-every=1", "--patience=2", "--val-data=digits")
+    assert (summary(run)["steps"], summary(run)["best"]["step"]) == (5, 5)
 
 
 def test_losses_part_where_validation_is_least_and_training_goes_on_falling():

@@ -275,7 +275,8 @@ class Evaluation:
     eval_every: int = 50
     """Steps between evaluations on validation data (one also runs at the end); 0: none."""
     best_metric: str = "auto"
-    """Metric that picks the best checkpoint: auto (accuracy, or text_to_image.R@1), loss, macro_f1, ..."""
+    """Metric that picks the best checkpoint: auto (accuracy, or text_to_image.R@1), loss, macro_f1, ...; of equal ones
+    the lower validation loss does."""
     patience: int = 0
     """Stop early after this many evaluations in a row without a better --best-metric; 0: never."""
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from math import inf
 
 import numpy as np
 import torch
@@ -124,6 +125,11 @@ class BestMetric:
         group, _, name = self.name.partition(".")
         return float(metrics[group][name] if name else metrics[group])
 
-    def better(self, value: float, than: float | None) -> bool:
-        """True if a new value beats the best one so far."""
-        return than is None or (value < than if self.less_is_better else value > than)
+    def better(self, metrics: dict, best: dict) -> bool:
+        """True if an evaluation beats the best one so far ({} without any); on a tie, if its loss is not higher."""
+        if not best:
+            return True
+        value, so_far = self.value(metrics), float(best["value"])
+        if value == so_far:
+            return float(metrics["loss"]) <= best.get("loss", inf)
+        return value < so_far if self.less_is_better else value > so_far
