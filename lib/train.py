@@ -193,7 +193,7 @@ def _after_step(
 
 
 def _evaluate(run: Run, loss: Loss, best: BestMetric, step: int, report: Reporter) -> None:
-    """Measure on validation data, on all ranks; note whether it is the best so far."""
+    """Measure on validation data, on all ranks; note whether it is the best so far, unless it is a test split."""
     towers, progress = run.model.evaluated, run.progress
     assert run.data.validation is not None
     with run.backend.autocast():
@@ -207,8 +207,9 @@ def _evaluate(run: Run, loss: Loss, best: BestMetric, step: int, report: Reporte
             workers=run.data.loading.workers,
         )
     report.evaluation(step, metrics)
-    better = best.better(metrics, progress.best)
-    progress.note_evaluation(step, best.name, best.value(metrics), metrics["loss"], better)
+    if run.data.validation.chooses:
+        better = best.better(metrics, progress.best)
+        progress.note_evaluation(step, best.name, best.value(metrics), metrics["loss"], better)
 
 
 @torch.no_grad()

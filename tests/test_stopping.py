@@ -13,6 +13,8 @@ import lib.train
 from lib.runs.curve import draw_curve, find_parting
 from lib.runs.reporter import read_metrics
 
+DIGITS = "--val-data=digits"  # a test split that was given to choose by
+
 
 def summary(run) -> dict:
     return json.loads((run / "summary.json").read_text())
@@ -26,7 +28,7 @@ def lines(training: list[float], validation: list[float], every: int = 2) -> lis
 
 
 def test_patience_ends_a_run_that_gets_no_better_and_exports_its_best(tmp_path, capsys):
-    run = train(tmp_path / "run", "--steps=30", "--lr=0.3", "--grad-clip=0", "--eval-every=1", "--patience=2")
+    run = train(tmp_path / "run", "--steps=30", "--lr=0.3", "--grad-clip=0", "--eval-every=1", "--patience=2", DIGITS)
     found, best = summary(run), summary(run)["best"]
     assert found["stopped_early"] and found["steps"] == best["step"] + 2 < 30
     assert "evaluations in a row were not better than accuracy" in capsys.readouterr().out
@@ -39,7 +41,7 @@ def test_patience_ends_a_run_that_gets_no_better_and_exports_its_best(tmp_path, 
 
 @pytest.mark.slow
 def test_a_run_out_of_patience_has_nothing_left_to_do_until_it_has_more(tmp_path, capsys):
-    flags = ("--steps=12", "--lr=0.3", "--grad-clip=0", "--eval-every=1")
+    flags = ("--steps=12", "--lr=0.3", "--grad-clip=0", "--eval-every=1", DIGITS)
     run = train(tmp_path / "run", *flags, "--patience=2")
     ended = summary(run)["steps"]
     train(run, *flags, "--patience=2", "--resume=auto")
@@ -51,7 +53,7 @@ def test_a_run_out_of_patience_has_nothing_left_to_do_until_it_has_more(tmp_path
 
 
 def test_patience_counts_across_a_resume(tmp_path):
-    flags = ("--steps=12", "--lr=0.3", "--grad-clip=0", "--eval-every=1", "--patience=2")
+    flags = ("--steps=12", "--lr=0.3", "--grad-clip=0", "--eval-every=1", "--patience=2", DIGITS)
     whole = train(tmp_path / "whole", *flags)
     last = summary(whole)["steps"]
     broken = Path(shutil.copytree(whole, tmp_path / "broken", symlinks=True))
@@ -68,7 +70,7 @@ def evaluations(monkeypatch, *found: tuple[float, float]) -> None:
 
 
 def test_of_equal_evaluations_the_later_one_with_the_lower_loss_is_best_across_a_resume(tmp_path, monkeypatch):
-    run, flags = tmp_path / "run", ("--eval-every=1", "--val-data=digits")
+    run, flags = tmp_path / "run", ("--eval-every=1", DIGITS)
     evaluations(monkeypatch, (0.5, 3.0), (0.5, 2.0), (0.5, 2.5), (0.5, 2.0), (0.4, 1.0))
     for steps, best in ((1, 1), (2, 2), (3, 2), (4, 4), (5, 4)):
         train(run, *flags, f"--steps={steps}", "--resume=auto")
@@ -80,7 +82,7 @@ def test_of_equal_evaluations_the_later_one_with_the_lower_loss_is_best_across_a
 
 def test_patience_counts_evaluations_that_are_the_same_and_not_those_with_a_lower_loss(tmp_path, monkeypatch):
     evaluations(monkeypatch, (0.5, 3.0), (0.5, 2.0), (0.5, 1.0), (0.5, 1.0), (0.5, 1.0), (0.9, 0.1))
-    run = train(tmp_path / "run", "--steps=6", "--eval-every=1", "--patience=2", "--val-data=digits")
+    run = train(tmp_path / "run", "--steps=6", "--eval-every=1", "--patience=2", DIGITS)
     assert (summary(run)["steps"], summary(run)["best"]["step"]) == (5, 5)
 
 

@@ -130,8 +130,8 @@ def next_command(run: Run) -> str:
     config, task = run.config, "zeroshot" if run.data.source.classes else "retrieval"
     flags = {
         "--model": str(run.folder),
-        "--data": config.val_data or split_weight(config.data[0])[0],
-        "--hold-out": f"{config.hold_out:g}" if config.hold_out and not config.val_data else None,
+        "--data": split_weight(config.data[0])[0] if config.hold_out or not config.val_data else config.val_data,
+        "--hold-out": f"{config.hold_out:g}" if config.hold_out else None,
         "--prompts": config.prompts if run.data.source.classes else None,
         "--class-names": str(config.class_names) if config.class_names else None,
         "--captions": config.captions if config.captions == "lines" else None,
@@ -214,12 +214,18 @@ def _cut_texts_warning(run: Run) -> str | None:
 
 
 def _validation_lines(run: Run) -> list[str]:
-    """Validation data and the steps between evaluations."""
-    data, every = run.data.validation, run.config.eval_every
+    """Validation data, the steps between evaluations, and whether they choose the checkpoint."""
+    data, every, hold_out = run.data.validation, run.config.eval_every, run.config.hold_out
     if data is None or not every:
         return []
     texts = f"{len(data.classes)} classes" if data.classes else f"{len(data.captions or ()):,} captions"
-    return [f"validation {len(data):,} images, {texts}, every {every:,} steps and at the end"]
+    lines = [f"validation {len(data):,} images, {texts}, every {every:,} steps and at the end"]
+    if not data.chooses:
+        lines.append("           a test split: its figures choose no checkpoint, and the last weights are exported")
+    if hold_out:
+        half = "half of the held-out images" + (" is not used here" if run.config.val_data else "")
+        lines.append(f"           {half}; evaluate.py --hold-out {hold_out:g} reports on the other half")
+    return lines
 
 
 def _rate_lines(run: Run) -> list[str]:
