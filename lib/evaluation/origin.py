@@ -32,7 +32,7 @@ def seen_before(model: str, evaluated: DataFlags, split: str, splits: Collection
     if config is None:
         return f"{run / CONFIG} is damaged: it is unknown whether {run} was trained on these images"
     kept, val_data = config.get("hold_out") or 0, config.get("val_data")
-    same = _is_trained_on(config, evaluated)
+    same = _where(evaluated.data) in _trained_on(config)
     # A larger --hold-out holds out the images of a smaller one and more, so only an equal or smaller one is unseen.
     if same and (split == "all" or (evaluated.hold_out or 0) > kept):
         warning = f"{run} has seen these images, or some of them, in training: figures are too good"
@@ -50,10 +50,10 @@ def seen_before(model: str, evaluated: DataFlags, split: str, splits: Collection
 
 
 def has_trained_on(model: str, evaluated: DataFlags) -> bool:
-    """True if the model comes from a run that trained on images of this data, or from one whose config is damaged."""
+    """True if the model's run trained on images of this data or of a folder in it, or if its config is damaged."""
     run = run_of(model)
     config = _config(run) if run and (run / CONFIG).is_file() else {}
-    return config is None or _is_trained_on(config, evaluated)
+    return config is None or any(Path(each).is_relative_to(_where(evaluated.data)) for each in _trained_on(config))
 
 
 def _config(run: Path) -> dict | None:
@@ -64,9 +64,10 @@ def _config(run: Path) -> dict | None:
     return None
 
 
-def _is_trained_on(config: dict, evaluated: DataFlags) -> bool:
+def _trained_on(config: dict) -> list[str]:
+    """The sources of a run's training pairs."""
     data = config.get("data") or ()
-    return _where(evaluated.data) in map(_where, [data] if isinstance(data, str) else data)
+    return [_where(each) for each in ([data] if isinstance(data, str) else data)]
 
 
 def _where(data: str) -> str:
