@@ -24,6 +24,7 @@ from lib.losses import Loss, Pairs
 from lib.losses.objective import Objective
 from lib.losses.xbm import Drift
 from lib.runs.checkpoint import resume_hint
+from lib.runs.curve import loss_figures
 from lib.runs.folder import claimed_folder
 from lib.runs.reporter import SKIPPED, Reporter
 from lib.runs.signals import StepGivenUp, StopSignal
@@ -194,7 +195,7 @@ def _after_step(
 
 
 def _evaluate(run: Run, loss: Loss, best: BestMetric, step: int, report: Reporter) -> None:
-    """Measure on validation data, on all ranks; note whether it is the best so far."""
+    """Measure on validation data, on all ranks; note whether it is the best so far, unless it is a test split."""
     towers, progress = run.model.evaluated, run.progress
     assert run.data.validation is not None
     with run.backend.autocast():
@@ -202,20 +203,27 @@ def _evaluate(run: Run, loss: Loss, best: BestMetric, step: int, report: Reporte
             towers,
             run.data.validation,
             run.model.processing,
-            partial(_validation_loss, towers, loss),
+            partial(_validation_loss, towers, loss, run.family),
             device=run.accelerator.device,
             batch_size=min(256, run.step.plan.chunk_pairs * 2),
             workers=run.data.loading.workers,
         )
     report.evaluation(step, metrics)
-    value = best.value(metrics)
-    progress.note_evaluation(step, best.name, value, best.better(value, progress.best.get("value")))
+    if run.data.validation.chooses:
+        better = best.better(metrics, progress.best)
+        progress.note_evaluation(step, best.name, best.value(metrics), metrics["loss"], better)
 
 
 @torch.no_grad()
 def _validation_loss(
-    towers: TwoTowers, loss: Loss, image_embeds: Tensor, text_embeds: Tensor, group: Tensor, text_id: Tensor
-) -> float:
+    towers: TwoTowers,
+    loss: Loss,
+    family: str,
+    image_embeds: Tensor,
+    text_embeds: Tensor,
+    group: Tensor,
+    text_id: Tensor,
+) -> dict[str, float]:
     """The loss of these pairs as one batch, without memory; every rank takes its share of the rows."""
     count = len(group)
     pairs = Pairs(image_embeds, text_embeds, group, torch.arange(count, device=group.device), text_id)
@@ -224,7 +232,7 @@ def _validation_loss(
     # Losses are float32, whatever the towers' precision.
     with torch.autocast(group.device.type, enabled=False), full_float32():
         share = loss(pairs, None, towers.logit_scale.exp(), towers.logit_bias, rows)
-    return sum_over_ranks(share.loss.clone()).item()
+    return loss_figures(family, sum_over_ranks(share.loss.clone()).item(), count)
 
 
 def _agree(run: Run, stop: StopSignal, step: int, seconds: float, report: Reporter) -> bool:

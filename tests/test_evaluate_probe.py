@@ -1,6 +1,7 @@
 """Probe: choices, classifiers and metrics equal scikit-learn called by hand, and no test image influences them."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -125,6 +126,44 @@ def test_data_without_train_or_val_is_divided_and_says_so(model, tmp_path, capsy
     assert sum(np.sum(metrics["knn"]["confusion"], axis=0)) == 8
     assert "trained on: 20 images of plain (all)" in told and "chosen on: 4 images held out of plain (all)" in told
     assert "tested on: 8 images held out of plain (all)" in told
+
+
+def as_run(model: Path, folder: Path, data: Path) -> Path:
+    """The same model as the export of a run on this data."""
+    run = Path(shutil.copytree(model, folder))
+    (run / "config.yaml").write_text(f"data: [{data}]")
+    (run / "metrics.jsonl").write_text("")
+    return run
+
+
+def test_a_run_that_learnt_the_training_images_chooses_on_half_of_the_test_images(model, tmp_path, capsys):
+    counts = {"train": dict.fromkeys(COLOURS, 10), "test": dict.fromkeys(COLOURS, 5)}
+    data, flags = make_squares(tmp_path / "data", counts, noise=140), ("--shots", "1", "--draws", "1")
+    half = (
+        "chosen on: 8 images of data (test), one half of it, because the model was trained on images of data (train)\n"
+    )
+    for name, learnt in (("whole", data), ("folder", data / "train")):
+        tested = probe(as_run(model, tmp_path / name, learnt), data, tmp_path / f"{name}_out", *flags)["knn"]
+        said = capsys.readouterr().out
+        assert half in said and "trained on: 40 images of data (train)" in said
+        assert "tested on: 12 images of data (test), the other half" in said and np.sum(tested["confusion"]) == 12
+    other = as_run(model, tmp_path / "other", tmp_path / "elsewhere")
+    assert np.sum(probe(other, data, tmp_path / "other_out", *flags)["knn"]["confusion"]) == 20
+    assert "chosen on: 8 images held out of data (train)" in capsys.readouterr().out
+    make_squares(data, {"val": dict.fromkeys(COLOURS, 2)})
+    probe(tmp_path / "whole", data, tmp_path / "val_out", *flags)
+    assert "chosen on: 8 images of data (val)" in capsys.readouterr().out
+
+
+def test_held_out_images_choose_and_are_reported_in_halves(model, tmp_path, capsys):
+    data = make_squares(tmp_path / "plain", {"": dict.fromkeys(COLOURS, 10)})
+    run = as_run(model, tmp_path / "run", data)
+    (run / "config.yaml").write_text(f"data: [{data}]\nhold_out: 0.4")
+    probe(run, data, tmp_path / "out", "--shots", "1", "--draws", "1", "--hold-out=0.4")
+    said = capsys.readouterr().out
+    assert "trained on: 24 images of plain (train)" in said
+    assert "chosen on: 8 images of plain (val), the half of --hold-out 0.4 that chooses the checkpoint" in said
+    assert "tested on: 8 images of plain (test), the half of --hold-out 0.4 that does not choose" in said
 
 
 @pytest.mark.slow

@@ -122,8 +122,8 @@ def _embed_on_every_rank() -> list[dict]:
     return gather_objects(_embed_all())
 
 
-def mean_product(image_embeds: Tensor, text_embeds: Tensor, group: Tensor, text_id: Tensor) -> float:
-    return (image_embeds * text_embeds).sum(1).mean().item()
+def mean_product(image_embeds: Tensor, text_embeds: Tensor, group: Tensor, text_id: Tensor) -> dict[str, float]:
+    return {"loss": (image_embeds * text_embeds).sum(1).mean().item()}
 
 
 @pytest.mark.slow
@@ -144,8 +144,8 @@ def _validated(count: int) -> list[float]:
     """The loss of a validation on so many pairs, by both losses, as training has it."""
     towers = SmallTowers().eval()
     towers.logit_scale, towers.logit_bias = torch.tensor(2.0), torch.tensor(-1.0)
-    losses = (partial(infonce, merge_logsumexp=logsumexp_over_ranks), sigmoid)
-    of_pairs = (partial(_validation_loss, towers, loss) for loss in losses)
+    losses = {"clip": partial(infonce, merge_logsumexp=logsumexp_over_ranks), "siglip": sigmoid}
+    of_pairs = (partial(_validation_loss, towers, loss, family) for family, loss in losses.items())
     return [validate(towers, captioned(count), small_processing(), each, device="cpu")["loss"] for each in of_pairs]
 
 
@@ -179,7 +179,7 @@ def test_validation_leaves_modes_and_random_state_alone(training, data):
 
 def test_validation_pairs_classes_with_the_first_template():
     towers, data, seen = SmallTowers().eval(), classed(11, {3: "empty"}), []
-    found = validate(towers, data, small_processing(), lambda *pairs: seen.append(pairs) or 1.5, device="cpu")
+    found = validate(towers, data, small_processing(), lambda *pairs: seen.append(pairs) or {"loss": 1.5}, device="cpu")
     assert set(found) == {"accuracy", "macro_f1", "loss"} and found["loss"] == 1.5
     ((image_embeds, text_embeds, group, text_id),) = seen
     kept = [i for i in range(11) if i != 3]
@@ -192,7 +192,7 @@ def test_validation_pairs_classes_with_the_first_template():
 
 def test_validation_pairs_images_with_their_first_caption(monkeypatch):
     towers, data, seen = SmallTowers().eval(), captioned(9, {2: "empty"}), []
-    found = validate(towers, data, small_processing(), lambda *pairs: seen.append(pairs) or 0.0, device="cpu")
+    found = validate(towers, data, small_processing(), lambda *pairs: seen.append(pairs) or {"loss": 0.0}, device="cpu")
     assert set(found) == {"image_to_text", "text_to_image", "loss"}
     ((image_embeds, text_embeds, group, text_id),) = seen
     kept = [i for i in range(9) if i != 2 and i % 3]
@@ -204,7 +204,7 @@ def test_validation_pairs_images_with_their_first_caption(monkeypatch):
     torch.testing.assert_close(image_embeds, embeds[kept])
 
     monkeypatch.setattr(validation, "LOSS_PAIRS", 2)
-    validate(towers, data, small_processing(), lambda *pairs: seen.append(pairs) or 0.0, device="cpu")
+    validate(towers, data, small_processing(), lambda *pairs: seen.append(pairs) or {"loss": 0.0}, device="cpu")
     assert seen[1][2].tolist() == [100 + kept[0], 100 + kept[-1]], "the first and the last, evenly spaced"
 
 

@@ -27,6 +27,7 @@ from lib.towers.processing import Processing
 FLAGS = [
     "--effective-batch=32", "--chunk-size=16", "--xbm-size=32", "--steps=4", "--warmup-steps=0", "--save-every=2",
     "--eval-every=2", "--best-metric=loss", "--keep-checkpoints=0", "--augment=none", "--workers=0",
+    "--val-data=digits",
 ]  # fmt: skip
 
 

@@ -303,7 +303,10 @@ def test_folders_of_other_names_beside_the_checkpoints_are_let_alone(steady, lon
 
 def test_a_run_copied_with_its_links_followed_resumes_and_keeps_its_best(tmp_path):
     """cp -rL, rsync -L and object storage make a folder of checkpoints/best."""
-    run, flags = tmp_path / "run", [*FLAGS, "--eval-every=2", "--save-every=2", "--keep-checkpoints=1"]
+    run, flags = (
+        tmp_path / "run",
+        [*FLAGS, "--eval-every=2", "--save-every=2", "--keep-checkpoints=1", "--val-data=digits"],
+    )
     train_clip.main([*flags, f"--output-dir={run}", "--steps=2"])
     shutil.copytree(run, tmp_path / "copy")
     best = tmp_path / "copy" / "checkpoints" / "best"

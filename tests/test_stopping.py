@@ -9,8 +9,11 @@ from matplotlib.axes import Axes
 from PIL import Image
 from small_runs import losses, train
 
+import lib.train
 from lib.runs.curve import draw_curve, find_parting
 from lib.runs.reporter import read_metrics
+
+DIGITS = "--val-data=digits"  # a test split that was given to choose by
 
 
 def summary(run) -> dict:
@@ -25,7 +28,7 @@ def lines(training: list[float], validation: list[float], every: int = 2) -> lis
 
 
 def test_patience_ends_a_run_that_gets_no_better_and_exports_its_best(tmp_path, capsys):
-    run = train(tmp_path / "run", "--steps=30", "--lr=0.3", "--grad-clip=0", "--eval-every=1", "--patience=2")
+    run = train(tmp_path / "run", "--steps=30", "--lr=0.3", "--grad-clip=0", "--eval-every=1", "--patience=2", DIGITS)
     found, best = summary(run), summary(run)["best"]
     assert found["stopped_early"] and found["steps"] == best["step"] + 2 < 30
     assert "evaluations in a row were not better than accuracy" in capsys.readouterr().out
@@ -38,7 +41,7 @@ def test_patience_ends_a_run_that_gets_no_better_and_exports_its_best(tmp_path, 
 
 @pytest.mark.slow
 def test_a_run_out_of_patience_has_nothing_left_to_do_until_it_has_more(tmp_path, capsys):
-    flags = ("--steps=12", "--lr=0.3", "--grad-clip=0", "--eval-every=1")
+    flags = ("--steps=12", "--lr=0.3", "--grad-clip=0", "--eval-every=1", DIGITS)
     run = train(tmp_path / "run", *flags, "--patience=2")
     ended = summary(run)["steps"]
     train(run, *flags, "--patience=2", "--resume=auto")
@@ -50,7 +53,7 @@ def test_a_run_out_of_patience_has_nothing_left_to_do_until_it_has_more(tmp_path
 
 
 def test_patience_counts_across_a_resume(tmp_path):
-    flags = ("--steps=12", "--lr=0.3", "--grad-clip=0", "--eval-every=1", "--patience=2")
+    flags = ("--steps=12", "--lr=0.3", "--grad-clip=0", "--eval-every=1", "--patience=2", DIGITS)
     whole = train(tmp_path / "whole", *flags)
     last = summary(whole)["steps"]
     broken = Path(shutil.copytree(whole, tmp_path / "broken", symlinks=True))
@@ -58,6 +61,29 @@ def test_patience_counts_across_a_resume(tmp_path):
     (broken / "summary.json").unlink()
     train(broken, *flags, "--resume=auto")
     assert summary(broken)["steps"] == last and losses(broken) == losses(whole)
+
+
+def evaluations(monkeypatch, *found: tuple[float, float]) -> None:
+    """Let evaluations yield these accuracies and losses, one after the other."""
+    coming = iter([{"accuracy": accuracy, "loss": loss} for accuracy, loss in found])
+    monkeypatch.setattr(lib.train, "validate", lambda *given, **options: next(coming))
+
+
+def test_of_equal_evaluations_the_later_one_with_the_lower_loss_is_best_across_a_resume(tmp_path, monkeypatch):
+    run, flags = tmp_path / "run", ("--eval-every=1", DIGITS)
+    evaluations(monkeypatch, (0.5, 3.0), (0.5, 2.0), (0.5, 2.5), (0.5, 2.0), (0.4, 1.0))
+    for steps, best in ((1, 1), (2, 2), (3, 2), (4, 4), (5, 4)):
+        train(run, *flags, f"--steps={steps}", "--resume=auto")
+        assert summary(run)["best"]["step"] == best
+    assert summary(run)["best"] == {"step": 4, "metric": "accuracy", "value": 0.5, "loss": 2.0}
+    exported = (run / "export" / "model.safetensors").read_bytes()
+    assert exported == (run / "checkpoints" / "step_000004" / "model.safetensors").read_bytes()
+
+
+def test_patience_counts_evaluations_that_are_the_same_and_not_those_with_a_lower_loss(tmp_path, monkeypatch):
+    evaluations(monkeypatch, (0.5, 3.0), (0.5, 2.0), (0.5, 1.0), (0.5, 1.0), (0.5, 1.0), (0.9, 0.1))
+    run = train(tmp_path / "run", "--steps=6", "--eval-every=1", "--patience=2", DIGITS)
+    assert (summary(run)["steps"], summary(run)["best"]["step"]) == (5, 5)
 
 
 def test_losses_part_where_validation_is_least_and_training_goes_on_falling():
@@ -68,6 +94,7 @@ def test_losses_part_where_validation_is_least_and_training_goes_on_falling():
         "validation_loss": 2.5,
         "last_training_loss": 1.75,
         "last_validation_loss": 2.9,
+        "scale": "relative to chance",
     }
     assert find_parting(lines(falling, [3.0, 2.5, 2.51])) is None  # 0.4% is noise
     assert find_parting(lines(falling, [3.0, 2.5, 2.4])) is None

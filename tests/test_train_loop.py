@@ -53,7 +53,7 @@ def no_accelerate_state_from_other_runs():
 
 @pytest.fixture(scope="module")
 def siglip_run(tmp_path_factory) -> Path:
-    return run(train_siglip.main, tmp_path_factory.mktemp("siglip") / "run")
+    return run(train_siglip.main, tmp_path_factory.mktemp("siglip") / "run", "--val-data=digits")
 
 
 def test_a_run_leaves_the_promised_files(siglip_run):
@@ -89,8 +89,8 @@ def test_the_written_config_repeats_the_run(siglip_run, tmp_path):
 
 
 def test_best_is_the_checkpoint_with_the_best_figure(siglip_run):
-    accuracy = {line["step"]: line["eval"]["accuracy"] for line in read_metrics(siglip_run) if "eval" in line}
-    best = max(accuracy, key=lambda step: (accuracy[step], -step))
+    found = {line["step"]: line["eval"] for line in read_metrics(siglip_run) if "eval" in line}
+    best = max(found, key=lambda step: (found[step]["accuracy"], -found[step]["loss"], step))
     assert (siglip_run / "checkpoints" / "best").resolve().name == f"step_{best:06d}"
 
 
@@ -259,6 +259,7 @@ def test_old_checkpoints_are_pruned_and_the_best_is_kept(tmp_path):
         "--steps=6",
         "--save-every=1",
         "--eval-every=1",
+        "--val-data=digits",
         "--keep-checkpoints=2",
     )
     kept = {path.name for path in (folder / "checkpoints").glob("step_*")}

@@ -85,8 +85,8 @@ class MostUsed:
     of save_to_disk, or hub:OWNER/NAME[:SPLIT] of the Hugging Face Hub.
     Several are mixed, by weight where each has one: a::0.7 b::0.3."""
     hold_out: float | None = None
-    """Fraction of the images of --data without splits that is kept from training as validation data; evaluate.py takes
-    the same flag. None: nothing is kept."""
+    """Fraction of the images of --data without splits that is kept from training: one half validates and chooses the
+    checkpoint, evaluate.py with the same flag reports on the other. None: nothing is kept."""
     model: str = "tiny"
     """A CLIP, SigLIP, SigLIP 2, ChineseCLIP or AltCLIP model: preset `tiny`, a local folder, or a hub id;
     in Hugging Face or open_clip format."""
@@ -119,7 +119,7 @@ class Data:
     """Training data, and how it is read."""
 
     val_data: str | None = None
-    """Validation pairs, as --data; None: the val or test split of --data where it has one."""
+    """Validation pairs, as --data; None: the val split of --data, else its test split, which chooses no checkpoint."""
     prompts: str | None = None
     """Prompt templates for class names: a shipped bank (digits, activities, objects, simple) or a YAML file.
     None: those of the data set, or simple."""
@@ -278,9 +278,11 @@ class Evaluation:
     eval_every: int = 50
     """Steps between evaluations on validation data (one also runs at the end); 0: none."""
     best_metric: str = "auto"
-    """Metric that picks the best checkpoint: auto (accuracy, or text_to_image.R@1), loss, macro_f1, ..."""
+    """Metric that picks the best checkpoint: auto (accuracy, or text_to_image.R@1), loss, macro_f1, ...; of equal ones
+    the lower validation loss does."""
     patience: int = 0
-    """Stop early after this many evaluations in a row without a better --best-metric; 0: never."""
+    """Stop early after this many evaluations in a row without a better --best-metric; 0: never. It needs a val split,
+    --val-data or --hold-out."""
 
 
 @dataclass(frozen=True)

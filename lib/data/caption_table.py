@@ -171,12 +171,12 @@ class CaptionTable:
         return self
 
     def held_out(self, fraction: float) -> "CaptionTable":
-        """Divide the single split into train and test; images of one group stay together."""
+        """Divide the single split into train, val and test; images of one group stay together."""
         images = self.images
-        test = held_out_names(sorted({image.unit for image in images}), fraction)
+        split_of = divided_names(sorted({image.unit for image in images}), fraction)
         of_split: dict[str, dict[str, Captioned]] = {}
         for image in images:
-            split = "test" if image.unit in test else "train"
+            split = split_of[image.unit]
             of_split.setdefault(split, {})[image.key] = replace(image, split=split)
         return replace(self, of_split=of_split, skips={None: [*of_all_splits(self.left_out)]})
 
@@ -282,14 +282,16 @@ class _Kept:
         return np.array([stable_hash(image.unit) for image in self.images], dtype=np.int64)
 
 
-def held_out_names(names: list[str], fraction: float) -> set[str]:
-    """Choose the fraction of the names with the smallest hashes: at least one of two or more, and never all.
+def divided_names(names: list[str], fraction: float) -> dict[str, str]:
+    """Hold out the fraction of the names with the smallest hashes, one half as test and one as val; the others train.
 
-    By hash, not by chance: training and evaluation, and every later run, must hold out the same images, and a file
-    added to the data must not move others from one side to the other.
+    At least one of two names is held out and two of more, and never all. By hash, not by chance: training and
+    evaluation, and every later run, must hold out the same images, and a file added to the data must not move others.
+    Of a smaller fraction, test and all that is held out are parts of those of a larger one.
     """
-    count = min(max(1, round(fraction * len(names))), len(names) - 1)
-    return set(sorted(names, key=stable_hash)[:count])
+    count = min(max(2, round(fraction * len(names))), len(names) - 1)
+    splits = ["test"] * ((count + 1) // 2) + ["val"] * (count // 2) + ["train"] * (len(names) - count)
+    return dict(zip(sorted(names, key=stable_hash), splits, strict=True))
 
 
 def _count_texts(texts: list[str], group: np.ndarray) -> tuple[int, int]:

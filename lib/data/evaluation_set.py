@@ -45,6 +45,8 @@ class EvaluationSet:
     """(m,) int64, the image each caption belongs to"""
     skipped: tuple[tuple[str, str], ...] = ()
     """(key, reason) of what was left out without opening an image"""
+    chooses: bool = True
+    """False for a test split that training shows figures of: they choose no checkpoint"""
 
     def __len__(self) -> int:
         return len(self.images)

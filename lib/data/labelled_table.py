@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from lib.data.caption_table import CaptionTable, held_out_names
+from lib.data.caption_table import CaptionTable, divided_names
 from lib.data.evaluation_set import EvaluationSet
 from lib.data.fields import Skips, by_split, of_all_splits, readable_class
 from lib.data.images import ImageFiles
@@ -83,7 +83,7 @@ class LabelledTable:
         )
 
     def held_out(self, fraction: float) -> "LabelledTable":
-        """Divide the single split into train and test; a fraction of each class, so that test has all of them."""
+        """Divide the single split into train, val and test; a fraction of each class, so that each half has all."""
         images, labels, classes = self.images(*self.splits)
         assert isinstance(images, ImageFiles | RowImages)
         # Folders: "cat/1.jpg" is chosen alike in a root of class folders and in the train folder of a split one.
@@ -93,11 +93,11 @@ class LabelledTable:
         of_set: dict[str | int, list[str]] = {}
         for each, name in zip(sets, names, strict=True):
             of_set.setdefault(each, []).append(name)
-        test = {each: held_out_names(members, fraction) for each, members in of_set.items()}
-        split_of = ["test" if name in test[each] else "train" for each, name in zip(sets, names, strict=True)]
+        divided = {each: divided_names(members, fraction) for each, members in of_set.items()}
+        split_of = [divided[each][name] for each, name in zip(sets, names, strict=True)]
         parts, _ = divide(images, labels, classes, split_of, [None] * len(names), {})
         left_out = {"train": of_all_splits(self.left_out)}
-        splits = tuple(split for split in ("train", "test") if split in parts)
+        splits = tuple(split for split in ("train", "val", "test") if split in parts)
         return replace(self, splits=splits, images=parts.__getitem__, left_out=left_out)
 
 

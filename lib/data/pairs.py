@@ -147,6 +147,19 @@ def parts_of(source: Source) -> tuple[Source, ...]:
     return source.parts if isinstance(source, MixedSource) else (source,)
 
 
+def same_group_share(source: Source) -> float | None:
+    """Probability that two random pairs are of one group; None where groups are not known before reading."""
+    parts = [part for part in parts_of(source) if isinstance(part, IndexedSource)]
+    if len(parts) < len(parts_of(source)):
+        return None
+    weights = source.weights if isinstance(source, MixedSource) else (1.0,)
+    # Only classes are the same group in every part of a mixture.
+    groups = [part.group + (0 if part.templates else part.part or 0) for part in parts]
+    of_pair = [np.full(part.size, weight / part.size) for part, weight in zip(parts, weights, strict=True)]
+    _, group = np.unique(np.concatenate(groups), return_inverse=True)
+    return float(np.square(np.bincount(group, np.concatenate(of_pair))).sum())
+
+
 def _sum_if_known(counts: list[int | None]) -> int | None:
     """The sum, or None where a count is unknown."""
     known = [count for count in counts if count is not None]

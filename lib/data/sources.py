@@ -3,7 +3,7 @@
 import os
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,8 +22,9 @@ from lib.errors import InputError
 
 # "all" stands for data without splits. "train" comes last: figures on images that were trained on flatter.
 _TO_EVALUATE = ("test", "val", "all", "train")
-_TO_VALIDATE = ("val", "test", "all", "train")
+TO_VALIDATE = ("val", "test", "all", "train")
 _HELD_OUT = ("val", "test")
+_HALVES = {"val": "chooses", "test": "does not choose"}
 
 
 def open_sources(
@@ -41,8 +42,9 @@ def open_sources(
 ) -> tuple[Source, EvaluationSet | None]:
     """Return the training source, and the validation set: `val_data`, else a split of `data`, else None.
 
-    Several `data` are mixed: a::0.7 b::0.3 by weight, a b by size; the first with a split besides train is
-    validated on. held_out_fraction: of data without splits, see `hold_out`. class_names: a file, see `renamed`.
+    Several `data` are mixed: a::0.7 b::0.3 by weight, a b by size; the first with a val split is validated on, else the
+    first with a test split, which chooses nothing. held_out_fraction: of data without splits, see `hold_out`.
+    class_names: a file, see `renamed`.
     output: the folder of the run, which may not lie in folders of images.
     Raises InputError, naming --data, --val-data, --hold-out, --captions, --prompts or --class-names, for what cannot be
     used.
@@ -59,10 +61,15 @@ def open_sources(
     held_out: OpenedData | None
     if val_data is not None:
         held_out = open_data(val_data, "--val-data", image_root, fetcher, columns, output)
-        validation = _first_of(held_out, "--val-data", _TO_VALIDATE, texts, fetcher)
+        split = next(name for name in TO_VALIDATE if name in held_out.splits)
+        validation: EvaluationSet | None = _evaluation(held_out, "--val-data", split, texts, fetcher)
     else:
-        held_out = next((each for each in opened if set(_HELD_OUT) & set(each.splits)), None)
-        validation = _first_of(held_out, "--data", _HELD_OUT, texts, fetcher) if held_out else None
+        split, held_out = next(
+            ((name, each) for name in _HELD_OUT for each in opened if name in each.splits), ("", None)
+        )
+        validation = _evaluation(held_out, "--data", split, texts, fetcher) if held_out else None
+        if validation and split == "test":
+            validation = replace(validation, chooses=False)
     names = " ".join(name for name, _ in weighted)
     _check_prompts(prompts, names, *sources, validation)
     _check_image_root(image_root, names, [*opened, held_out])
@@ -73,10 +80,10 @@ def open_sources(
 
 
 def hold_out(opened: OpenedData, fraction: float | None, data: str) -> OpenedData:
-    """Divide data without splits, or with a train split alone, into train and test; as it is without a fraction.
+    """Divide data without splits, or with a train split alone, into train, val and test; as it is without a fraction.
 
-    fraction: of the images of each class, or of all captioned images; at least one of each class that has two. The
-    choice depends only on the images' names, so that training and evaluation always agree.
+    fraction: of the images of each class, or of all captioned images, for val and test together, see `divided_names`.
+    val chooses the checkpoint, test is reported: a choice would flatter its own images.
     Raises InputError, naming --hold-out, for data that has splits already or cannot be divided.
     """
     if fraction is None:
@@ -90,7 +97,14 @@ def hold_out(opened: OpenedData, fraction: float | None, data: str) -> OpenedDat
     if len(opened.splits) != 1 or not set(opened.splits) & {"all", "train"}:
         splits = ", ".join(opened.splits)
         raise InputError(f"--hold-out {fraction:g}: --data {data} has its splits already ({splits}); leave it out")
-    return opened.held_out(fraction)
+    divided = opened.held_out(fraction)
+    if not {"val", "test"} <= set(divided.splits):
+        raise InputError(
+            f"--hold-out {fraction:g} of --data {data} has no images for two halves, one to choose the checkpoint and "
+            "one to evaluate: add images until a class (or the whole of captioned data) has three; or leave the flag "
+            "out and name other images by --val-data"
+        )
+    return divided
 
 
 @dataclass(frozen=True)
@@ -102,6 +116,7 @@ class EvaluationData:
     fetcher: Fetcher
     opened: OpenedData
     captions: Captions = "all"
+    held_out_fraction: float | None = None
 
     @classmethod
     def find(
@@ -121,7 +136,7 @@ class EvaluationData:
         _check_image_root(image_root, data, [opened])
         check_columns(columns, data, [opened])
         _check_lines(captions, data, [opened])
-        return cls(data, prompts, fetcher, opened, captions)
+        return cls(data, prompts, fetcher, opened, captions, held_out_fraction)
 
     def part_for(self, split: str) -> str:
         """Return the split that --split means: for "auto" test, else val, else all there is; InputError for none."""
@@ -141,7 +156,10 @@ class EvaluationData:
         """Return the images of a split that the data has, as `part_for` names it."""
         evaluation_set = _evaluation(self.opened, "--data", split, _Texts(self.prompts, self.captions), self.fetcher)
         _check_prompts(self.prompts, self.data, evaluation_set)
-        return evaluation_set
+        if self.held_out_fraction is None or split == "train":
+            return evaluation_set
+        half = f"the half of --hold-out {self.held_out_fraction:g} that {_HALVES[split]} the checkpoint"
+        return replace(evaluation_set, name=f"{evaluation_set.name}, {half}")
 
 
 def open_evaluation(
@@ -180,14 +198,6 @@ def _training(opened: OpenedData, texts: _Texts, fetcher: Fetcher) -> Source:
     if isinstance(opened, CaptionTable):
         return opened.source(texts.captions)
     return opened.source(texts.templates(opened.bank), texts.class_names)
-
-
-def _first_of(
-    opened: OpenedData, flag: str, wanted: Sequence[str], texts: _Texts, fetcher: Fetcher
-) -> EvaluationSet | None:
-    """Return the first of the wanted splits that is there, or None."""
-    split = next((split for split in wanted if split in opened.splits), None)
-    return None if split is None else _evaluation(opened, flag, split, texts, fetcher)
 
 
 def _evaluation(opened: OpenedData, flag: str, split: str, texts: _Texts, fetcher: Fetcher) -> EvaluationSet:

@@ -22,7 +22,7 @@ from lib.evaluation.compare_statistics import (
     retrieval_comparison,
 )
 from lib.evaluation.image_sheets import plot_differing, plot_text_queries
-from lib.evaluation.origin import Training, trained_on, training_of
+from lib.evaluation.origin import Training, training_of
 from lib.evaluation.report import OpenImage, Outcome, Picture, Rows, data_facts, decimals, skipped_table, words
 from lib.evaluation.retrieval_answers import SHOWN, Gallery, Matched, match, text_query
 from lib.evaluation.retrieval_ranks import keep_readable, retrieval_ranks
@@ -44,7 +44,7 @@ def compare(options: Compare, device: torch.device) -> Outcome | None:
     measure = _compare_classifiers if data.classes is not None else _compare_retrieval
     outcome = measure(names, data, _subjects(first, options.models), options.resamples, options.run.seed)
     of_models = dict(zip(names, options.models, strict=True))
-    warnings = {f"warning {name}": trained_on(model, options.data, first.split) for name, model in of_models.items()}
+    warnings = {f"warning {name}": first.warning_about(model) for name, model in of_models.items()}
     warned = {name: warning for name, warning in warnings.items() if warning}
     return outcome and _with_trainings(replace(outcome, facts=outcome.facts | warned), of_models)
 

@@ -1,12 +1,13 @@
 """The training run that a model comes from: its losses and times, and whether it saw the evaluated images."""
 
 import re
+from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from lib.config.safe_yaml import read_yaml
-from lib.data.sources import split_weight
+from lib.data.sources import TO_VALIDATE, split_weight
 from lib.errors import InputError
 from lib.evaluation.tasks import DataFlags
 from lib.runs.reporter import CONFIG, METRICS, read_metrics
@@ -18,28 +19,55 @@ def run_of(model: str) -> Path | None:
     return next((folder for folder in (path, *list(path.parents)[:2]) if (folder / METRICS).is_file()), None)
 
 
-def trained_on(model: str, evaluated: DataFlags, split: str) -> str | None:
-    """A warning if the model was trained on the images of `split` and the split's name does not say so, else None.
+def seen_before(model: str, evaluated: DataFlags, split: str, splits: Collection[str]) -> str | None:
+    """A warning if the model's run trained on the images of `split` or chose its checkpoint by them, else None.
 
-    split: "train", "val", "test", or "all" for data without splits.
+    split: "train", "val", "test", or "all" for data without splits; None for "train", whose name says it. splits: all
+    that the data has.
     """
     run = run_of(model)
     if run is None or not (run / CONFIG).is_file():
         return None
-    config = None
+    config = _config(run)
+    if config is None:
+        return f"{run / CONFIG} is damaged: it is unknown whether {run} was trained on these images"
+    kept, val_data = config.get("hold_out") or 0, config.get("val_data")
+    same = _where(evaluated.data) in _trained_on(config)
+    # A larger --hold-out holds out the images of a smaller one and more, so only an equal or smaller one is unseen.
+    if same and (split == "all" or (evaluated.hold_out or 0) > kept):
+        warning = f"{run} has seen these images, or some of them, in training: figures are too good"
+        if kept:
+            return f"{warning}; use --hold-out {kept:g} to evaluate on the images that its training held out"
+        return f"{warning}; train and evaluate with --hold-out 0.1 for figures of unseen images"
+    if val_data:
+        validated = _where(val_data) == _where(evaluated.data)
+        chose = validated and (evaluated.hold_out or split == next(name for name in TO_VALIDATE if name in splits))
+    else:
+        chose = same and split == "val"
+    if not chose or not config.get("eval_every"):
+        return None
+    return f"{run} chose its checkpoint by these images, or some of them: figures are too good; use a test split"
+
+
+def has_trained_on(model: str, evaluated: DataFlags) -> bool:
+    """True if the model's run trained on images of this data or of a folder in it, or if its config is damaged."""
+    run = run_of(model)
+    config = _config(run) if run and (run / CONFIG).is_file() else {}
+    return config is None or any(Path(each).is_relative_to(_where(evaluated.data)) for each in _trained_on(config))
+
+
+def _config(run: Path) -> dict | None:
+    """The settings of a run; None if their file is damaged."""
     with suppress(InputError):
         config = read_yaml(run / CONFIG, str(run / CONFIG))
-    if not isinstance(config, dict):
-        return f"{run / CONFIG} is damaged: it is unknown whether {run} was trained on these images"
-    data, kept = config.get("data") or (), config.get("hold_out") or 0
-    same = {_where(each) for each in ([data] if isinstance(data, str) else data)} & {_where(evaluated.data)}
-    # A larger --hold-out holds out the images of a smaller one and more, so only an equal or smaller one is unseen.
-    if not same or (split != "all" and (evaluated.hold_out or 0) <= kept):
-        return None
-    warning = f"{run} has seen these images, or some of them, in training: figures are too good"
-    if kept:
-        return f"{warning}; use --hold-out {kept:g} to evaluate on the images that its training held out"
-    return f"{warning}; train and evaluate with --hold-out 0.1 for figures of unseen images"
+        return config if isinstance(config, dict) else None
+    return None
+
+
+def _trained_on(config: dict) -> list[str]:
+    """The sources of a run's training pairs."""
+    data = config.get("data") or ()
+    return [_where(each) for each in ([data] if isinstance(data, str) else data)]
 
 
 def _where(data: str) -> str:

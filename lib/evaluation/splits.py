@@ -11,6 +11,7 @@ from torch import Tensor
 from lib.data.evaluation_set import EvaluationSet
 from lib.errors import InputError
 from lib.evaluation.embed import Embedded
+from lib.evaluation.origin import has_trained_on
 from lib.evaluation.subject import Subject
 
 VALIDATION_SHARE, TEST_SHARE = 0.2, 0.25
@@ -86,32 +87,38 @@ def embed_splits(subject: Subject) -> Splits:
     """Embed the subject's split to test on, and the data's train and val splits to train and to choose on.
 
     Without a train split the subject's own is divided, and without a val split the training images are, by class and
-    by the seed. All ranks together. InputError if no classifier can be trained on it.
+    by the seed. If the model comes from a run on these training images, the test images are divided in their place:
+    nothing is chosen on images that the run learnt. All ranks together. InputError if no classifier can be trained.
     """
-    seed = subject.options.run.seed
     train, validation = (_other(subject, split) for split in ("train", "val"))
     classes = _all_classes([each.data.labelling.classes for each in (subject, train, validation) if each is not None])
     embedded = subject.embed_images()
     test, name = _as_arrays(subject, embedded, classes), subject.data.name
+    tested_on = f"of {name}"
     if train is None:
-        kept, held_out = divide(test.labels, TEST_SHARE, seed)
-        training, test, train_name = test.take(kept), test.take(held_out), name
+        kept, held_out = divide(test.labels, TEST_SHARE, subject.options.run.seed)
+        training, test, train_name, tested_on = test.take(kept), test.take(held_out), name, f"held out of {name}"
     else:
         training, train_name = _as_arrays(train, train.embed_images(), classes), train.data.name
     _check_classes(training, classes, train_name)
-    if validation is None:
-        kept, held_out = divide(training.labels, VALIDATION_SHARE, seed)
-        training, chooser, source = training.take(kept), training.take(held_out), f"held out of {train_name}"
-    else:
+    if validation is not None:
         chooser = _as_arrays(validation, validation.embed_images(), classes)
         source = f"of {validation.data.name}"
+    elif train is not None and has_trained_on(subject.model.name, subject.options.data):
+        # Embeddings that a model learnt separate the classes better than new ones: their best setting is another.
+        kept, held_out = divide(test.labels, 0.5, subject.options.run.seed)
+        chooser, test, tested_on = test.take(held_out), test.take(kept), f"of {name}, the other half"
+        source = f"of {name}, one half of it, because the model was trained on images of {train_name}"
+    else:
+        kept, held_out = divide(training.labels, VALIDATION_SHARE, subject.options.run.seed)
+        training, chooser, source = training.take(kept), training.take(held_out), f"held out of {train_name}"
     for each, purpose in ((chooser, "to choose the regularization on"), (test, "to test on")):
         if len(each.labels) == 0:
             raise InputError(f"{name} leaves no images {purpose}; give it a split folder or more images per class")
     facts = {
         "trained on": f"{len(training.labels):,} images of {train_name}",
         "chosen on": f"{len(chooser.labels):,} images {source}",
-        "tested on": f"{len(test.labels):,} images {'of' if train is not None else 'held out of'} {name}",
+        "tested on": f"{len(test.labels):,} images {tested_on}",
     }
     facts |= _missing(classes, training.labels, "classes without training images")
     facts |= _missing(classes, test.labels, "classes without test images")

@@ -24,7 +24,7 @@ from lib.data.sources import EvaluationData
 from lib.distributed import gather_objects, rank_and_world_size
 from lib.errors import InputError, on_rank_0
 from lib.evaluation.embed import Embedded, embed_images, embed_texts
-from lib.evaluation.origin import trained_on
+from lib.evaluation.origin import seen_before
 from lib.evaluation.report import data_facts
 from lib.evaluation.tasks import CommonFlags
 from lib.files import without_secrets
@@ -175,8 +175,12 @@ class Subject:
 
     @property
     def warning(self) -> str | None:
-        """A sentence if the model was trained on these images, else None."""
-        return trained_on(self.model.name, self.options.data, self.split)
+        """A sentence if the model was trained on these images or chosen by them, else None."""
+        return self.warning_about(self.model.name)
+
+    def warning_about(self, model: str) -> str | None:
+        """The same for another model."""
+        return seen_before(model, self.options.data, self.split, self.every_split.opened.splits)
 
     @property
     def measures(self) -> bool:

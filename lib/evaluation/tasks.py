@@ -39,8 +39,8 @@ class DataFlags(Settings):
     split: Literal["auto", "train", "val", "test"] = "auto"
     """Split of the data; auto: test if the data has one, else val, else all images."""
     hold_out: float | None = None
-    """For data without splits: evaluate on this fraction of the images, the same ones that training held out with this
-    flag."""
+    """For data without splits: evaluate on the half of this fraction of the images that training with the same flag
+    neither used nor chose its checkpoint by."""
     captions: Literal["all", "lines"] = "all"
     """lines: each line of the .txt members of tar shards is a caption of its own."""
     limit: int | None = None

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from math import inf
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ _RETRIEVAL = tuple(
     for figure in ("R@1", "R@5", "R@10", "MRR", "median_rank")
 )
 
-Loss = Callable[[Tensor, Tensor, Tensor, Tensor], float]
+Loss = Callable[[Tensor, Tensor, Tensor, Tensor], dict[str, float]]
 Pairs = tuple[Tensor, Tensor, Tensor, Tensor]  # image_embeds, text_embeds, group, text_id, row by row
 
 
@@ -42,8 +43,8 @@ def validate(
 ) -> dict:
     """Measure the towers in evaluation mode, without changing their modes or the global random state.
 
-    loss(image_embeds (P, D), text_embeds (P, D), group (P,), text_id (P,)) -> float is called once, on at most 8192
-    evenly spaced pairs of an image and its first caption, or its class in the first template. Returns "loss", with
+    loss(image_embeds (P, D), text_embeds (P, D), group (P,), text_id (P,)) -> figures is called once, on at most 8192
+    evenly spaced pairs of an image and its first caption, or its class in the first template. Returns its figures, with
     classes "accuracy" and "macro_f1", with captions "image_to_text" and "text_to_image"; equal on all ranks.
     """
     if evaluation_set.classes is None and evaluation_set.captions is None:
@@ -64,8 +65,7 @@ def validate(
         of_captions, pairs = _retrieve(embedded, evaluation_set, embed_text)
         metrics |= of_captions
     spread = torch.linspace(0, len(pairs[0]) - 1, min(len(pairs[0]), LOSS_PAIRS)).round().long()
-    metrics["loss"] = float(loss(*(rows[spread].to(device) for rows in pairs)))
-    return metrics
+    return metrics | loss(*(rows[spread].to(device) for rows in pairs))
 
 
 def _classify(
@@ -125,6 +125,11 @@ class BestMetric:
         group, _, name = self.name.partition(".")
         return float(metrics[group][name] if name else metrics[group])
 
-    def better(self, value: float, than: float | None) -> bool:
-        """True if a new value beats the best one so far."""
-        return than is None or (value < than if self.less_is_better else value > than)
+    def better(self, metrics: dict, best: dict) -> bool:
+        """True if an evaluation beats the best one so far ({} without any); on a tie, if its loss is not higher."""
+        if not best:
+            return True
+        value, so_far = self.value(metrics), float(best["value"])
+        if value == so_far:
+            return float(metrics["loss"]) <= best.get("loss", inf)
+        return value < so_far if self.less_is_better else value > so_far

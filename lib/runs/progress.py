@@ -19,9 +19,9 @@ class Progress:
     first_step: int = 0
     """Steps that were done before this process began."""
     best: dict = field(default_factory=dict)
-    """{"step", "metric", "value"} of the best evaluation so far."""
+    """{"step", "metric", "value", "loss"} of the best evaluation so far."""
     stale: int = 0
-    """Evaluations in a row that were not the best."""
+    """Evaluations in a row that improved nothing."""
     overflows: int = 0
     """fp16 updates skipped in a row."""
     nonfinite: int = 0
@@ -35,12 +35,12 @@ class Progress:
         """True if no step follows this one."""
         return step >= self.steps or self.out_of_patience
 
-    def note_evaluation(self, step: int, metric: str, value: float, better: bool) -> None:
-        """Keep a better value as the best so far; count the evaluations without one."""
+    def note_evaluation(self, step: int, metric: str, value: float, loss: float, better: bool) -> None:
+        """Keep a better evaluation as the best so far; count those that are worse, or the same to the last digit."""
+        same = (value, loss) == (self.best.get("value"), self.best.get("loss"))
+        self.stale = 0 if better and not same else self.stale + 1
         if better:
-            self.best, self.stale = {"step": step, "metric": metric, "value": value}, 0
-        else:
-            self.stale += 1
+            self.best = {"step": step, "metric": metric, "value": value, "loss": loss}
 
     def patience_ended(self) -> str:
         """Message for a run that --patience ends."""

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from lib.files import append_text, write_text
-from lib.runs.curve import draw_curve, flatten
+from lib.runs.curve import CHANCE, PER_CANDIDATE, draw_curve, flatten, loss_words
 
 CONFIG, METRICS, SUMMARY = "config.yaml", "metrics.jsonl", "summary.json"
 SKIPPED, CURVE = "skipped.jsonl", "loss_curve.png"
@@ -59,7 +59,10 @@ class Reporter:
         self.last_evaluation = metrics
         self._append(METRICS, {"step": step, "eval": metrics})
         flat = flatten(metrics)
-        self.say(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in flat.items()))
+        others = {name: value for name, value in flat.items() if name not in ("loss", PER_CANDIDATE, CHANCE)}
+        self.say(
+            f"step {step}: {''.join(f'{name} {value:.4f}, ' for name, value in others.items())}{loss_words(metrics)}"
+        )
         self._track({f"eval/{name}": value for name, value in flat.items()}, step)
         if time.monotonic() - self.drawn >= CURVE_SECONDS:
             self.curve()
@@ -96,9 +99,7 @@ class Reporter:
                 disable=not self.active,
                 dynamic_ncols=True,
             )
-        self.bar.set_postfix_str(
-            f"loss {metrics['loss']:.4f}, {metrics['pairs_per_second']:.0f} pairs/s", refresh=False
-        )
+        self.bar.set_postfix_str(f"{loss_words(metrics)}, {metrics['pairs_per_second']:.0f} pairs/s", refresh=False)
         self.bar.update()
 
     def _append(self, name: str, values: dict) -> None:

@@ -14,13 +14,16 @@ from lib.backends.device import peak_reserved_bytes
 from lib.config import TrainConfig, changed_settings, save_config
 from lib.data import Prepare
 from lib.data.loading import bytes_in_flight
+from lib.data.pairs import same_group_share
 from lib.data.sources import split_weight
 from lib.distributed import gather_objects
 from lib.evaluation.embed import counted
 from lib.files import without_secrets
+from lib.gradcache.distinct_texts import text_count
 from lib.losses import Pairs
 from lib.losses.xbm import no_drift
 from lib.runs.checkpoint import merge_counts
+from lib.runs.curve import loss_figures
 from lib.runs.reporter import CONFIG, Reporter
 from lib.setup.plan import gigabytes, oversize_warning, useless_memory_warning
 from lib.setup.run import Run, Update
@@ -44,7 +47,7 @@ def announce(run: Run, report: Reporter) -> dict[str, int]:
         *_text_lines(run),
         *_validation_lines(run),
         *_stored_lines(run.data.prepare),
-        *run.step.plan.lines(),
+        *run.step.plan.lines(_positives(run)),
         *_host_lines(run, expected["host_memory_bytes"]),
         f"precision  {run.backend.precision}",
         *compile_lines(config, run.backend),
@@ -128,8 +131,8 @@ def next_command(run: Run) -> str:
     config, task = run.config, "zeroshot" if run.data.source.classes else "retrieval"
     flags = {
         "--model": str(run.folder),
-        "--data": config.val_data or split_weight(config.data[0])[0],
-        "--hold-out": f"{config.hold_out:g}" if config.hold_out and not config.val_data else None,
+        "--data": split_weight(config.data[0])[0] if config.hold_out or not config.val_data else config.val_data,
+        "--hold-out": f"{config.hold_out:g}" if config.hold_out else None,
         "--prompts": config.prompts if run.data.source.classes else None,
         "--class-names": str(config.class_names) if config.class_names else None,
         "--captions": config.captions if config.captions == "lines" else None,
@@ -181,8 +184,23 @@ def _text_lines(run: Run) -> list[str]:
             f"; {shared:,} captions are identical to a caption of another image: {count_as} of each other (--same-text)"
         )
     known = [] if distinct is None else [f"texts      {distinct:,} distinct texts{once}{same}"]
-    count = sum(len(next(iter(chunk.values()))) for chunk in run.step.cache.negatives)
+    count = _negative_prompts(run)
     return known + ([f"           {count:,} negative prompts more, candidates of every image"] if count else [])
+
+
+def _positives(run: Run) -> str:
+    """Expected number of positives among an anchor's candidates; nothing where groups are unknown or do not count."""
+    share, plan = same_group_share(run.data.source), run.step.plan
+    count = round((share or 0) * (plan.effective_batch + plan.xbm_size))
+    if run.config.positives == "pair" or count < 2:
+        return ""
+    group = "class" if run.data.source.classes else "image"
+    return f"; about {count:,} of the candidates are positives (same {group})"
+
+
+def _negative_prompts(run: Run) -> int:
+    """Texts that are negatives of every image."""
+    return sum(map(text_count, run.step.cache.negatives))
 
 
 def _cut_texts_warning(run: Run) -> str | None:
@@ -197,12 +215,18 @@ def _cut_texts_warning(run: Run) -> str | None:
 
 
 def _validation_lines(run: Run) -> list[str]:
-    """Validation data and the steps between evaluations."""
-    data, every = run.data.validation, run.config.eval_every
+    """Validation data, the steps between evaluations, and whether they choose the checkpoint."""
+    data, every, hold_out = run.data.validation, run.config.eval_every, run.config.hold_out
     if data is None or not every:
         return []
     texts = f"{len(data.classes)} classes" if data.classes else f"{len(data.captions or ()):,} captions"
-    return [f"validation {len(data):,} images, {texts}, every {every:,} steps and at the end"]
+    lines = [f"validation {len(data):,} images, {texts}, every {every:,} steps and at the end"]
+    if not data.chooses:
+        lines.append("           a test split: its figures choose no checkpoint, and the last weights are exported")
+    if hold_out:
+        half = "half of the held-out images" + (" is not used here" if run.config.val_data else "")
+        lines.append(f"           {half}; evaluate.py --hold-out {hold_out:g} reports on the other half")
+    return lines
 
 
 def _rate_lines(run: Run) -> list[str]:
@@ -241,7 +265,13 @@ def step_metrics(run: Run, step: int, update: Update, drift: Tensor | None, reme
     metrics = {
         "step": step,
         "epoch": step * run.step.plan.effective_batch / run.data.source.size if run.data.source.size else None,
-        "loss": update.loss,
+        **loss_figures(
+            run.family,
+            update.loss,
+            run.step.plan.effective_batch,
+            0 if remembered is None else len(remembered),
+            _negative_prompts(run),
+        ),
         "lr": update.lr,
         "grad_norm": update.grad_norm,
         **numbers,

@@ -65,6 +65,12 @@ def open_data(config: TrainConfig, fetcher: Fetcher, folder: Path) -> tuple[Sour
             f"--data {' '.join(config.data)} has one class, {source.classes[0]!r}: no pair is a negative of another; "
             "give two classes or more"
         )
+    if config.patience and not (validation and validation.chooses):
+        found = f"only a test split to measure on ({validation.name})" if validation else "no validation images"
+        raise InputError(
+            f"--patience {config.patience} ends a run by validation figures, and the data has {found}; give "
+            "--val-data, a val split, or --hold-out 0.1 for data without splits, such as FOLDER/train"
+        )
     return source, validation
 
 

@@ -100,14 +100,15 @@ class BatchPlan:
         """Host memory of the images of a step and of those read ahead."""
         return (self.chunks + self.chunks_ahead) * self.chunk_pairs * self.image_bytes
 
-    def lines(self) -> list[str]:
-        """The batch and its memory, for the start-up plan."""
+    def lines(self, positives: str = "") -> list[str]:
+        """The batch and its memory, for the start-up plan; positives: a clause about the candidates."""
         ranks = "1 rank" if self.world_size == 1 else f"{self.world_size} ranks"
         kept = f", {_counted(self.keep_graphs, 'graph')} kept" if self.keep_graphs else ""
         return [
             f"batch      {self.effective_batch:,} pairs a step: {ranks} x {self.per_rank:,} pairs in "
             f"{_counted(self.chunks, 'chunk')} of {self.chunk_pairs:,}{kept}",
-            f"negatives  {self.effective_batch - 1:,} fresh and {self.xbm_size:,} remembered negatives per anchor",
+            f"negatives  {self.effective_batch - 1:,} fresh and {self.xbm_size:,} remembered negatives per anchor"
+            f"{positives}",
             f"memory     about {gigabytes(self.device_bytes)} on the device (weights and optimizer "
             f"{gigabytes(self.state_bytes)}, embeddings and loss {gigabytes(self.embedding_bytes)}, activations "
             f"{gigabytes(self.device_bytes - self.state_bytes - self.embedding_bytes)})",

@@ -199,6 +199,8 @@ class Run:
             batch.memory.load_state_dict(state.memory)
         batch.switch.load_state_dict(state.progress["switch"])
         progress.first_step, progress.best = state.progress["step"], state.progress["best"]
+        if self.data.validation and not self.data.validation.chooses:
+            progress.best = {}  # of an earlier version, in which a test split chose it
         progress.stale = state.progress.get("stale", 0)
         if progress.best:  # a kill may have come between the checkpoint and its mark, or the run has a new folder
             if not self.best_checkpoint:
