@@ -25,7 +25,7 @@ GROUPS = {
     "images": ["image_size", "augment"],
     "model": ["projection", "projection_dim"],
     "fine-tuning": ["unfreeze", "lora"],
-    "batch": ["chunk_size", "keep_graphs", "xbm_gradients"],
+    "batch": ["chunk_size", "keep_graphs", "xbm_start"],
     "loss": ["positives", "label_smoothing", "pos_weight", "scale_max"],
     "optimizer": ["steps", "warmup_steps", "seed"],
     "evaluation": ["eval_every", "best_metric", "patience"],

@@ -43,7 +43,7 @@ def all_parts(folder: Path) -> list[str]:
 @pytest.mark.parametrize(
     "flags",
     [
-        ("--xbm-gradients=anchors", "--dropout=0.2"),
+        ("--label-smoothing=0.1", "--dropout=0.2"),
         ("--same-text=exclude", "--label-smoothing=0.1"),
         ("--positives=pair", "--same-text=positive", "--keep-graphs=4"),
     ],

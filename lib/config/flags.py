@@ -248,7 +248,7 @@ class Optimizer:
     trunk_lr: tuple[float, float] | None = None
     """Peak learning rates of the image trunk and of the text trunk; None: --lr."""
     head_lr: float | Literal["auto"] = "auto"
-    """Peak learning rate of both heads. auto: 1e-3 for new heads on pretrained encoders, else --lr."""
+    """Peak learning rate of both heads. auto: 1e-3 for new heads on trunks that train, else --lr."""
     layer_decay: float | Literal["auto"] = "auto"
     """Factor on a trunk's learning rate from each block to the one below; 1: none.
     The last block has it once, the embeddings most often. auto: less than 1 for pretrained image-text models."""

@@ -23,7 +23,7 @@ from lib.towers.trainable import batch_norms, blocks
 
 PROTOCOL: dict[Family, int] = {"clip": 4096, "siglip": 32768}
 """Batch and memory of the digits, and the largest batch: as published."""
-STEPS_A_PASS = 48  # that a batch leaves to a pass over the data, at least
+STEPS_A_PASS = 56  # that a batch leaves to a pass over the data, at least
 SMALLEST_BATCH = 32
 MANY = 100_000  # pairs from which on fewer passes do
 CPU_BUDGET = 4e13  # floating-point operations of a fine-tuning on a CPU: about 20 minutes on two cores
@@ -125,7 +125,7 @@ def _choose(choices: Choices, family: Family, facts: Facts, lora: bool) -> None:
     choose("epochs", *_epochs(facts, trains))
     lr = choose("lr", *_rate(facts, trains, lora))
     new_heads = facts.start == "heads"
-    choose("head_lr", *((NEW_HEADS, "new heads") if new_heads else (lr, "as --lr")))
+    choose("head_lr", *((NEW_HEADS, "new heads") if new_heads and trains else (lr, "as --lr")))
     if facts.start == "pretrained" and facts.blocks and not lora and trains:
         choose("layer_decay", 0.8, "the lower blocks of a pretrained model change less")
     else:
