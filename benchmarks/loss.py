@@ -102,7 +102,8 @@ def random_pairs(size: int, dimension: int, seed: int, device: torch.device) -> 
     generator = torch.Generator().manual_seed(seed)
     embeds = (F.normalize(torch.randn(size, dimension, generator=generator), dim=1).to(device) for _ in range(2))
     ids = torch.arange(size, device=device) + seed * size
-    return Pairs(*embeds, ids, ids, ids)
+    zeros = torch.zeros(size, device=device)
+    return Pairs(*embeds, ids, ids, ids, image_normalizer=zeros, text_normalizer=zeros)
 
 
 def in_groups(pairs: Pairs) -> Pairs:

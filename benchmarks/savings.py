@@ -70,7 +70,8 @@ def other_samples(size: int, dimension: int, device: torch.device) -> Pairs:
     """Remembered pairs that do not occur in the batch."""
     embeds = (F.normalize(torch.randn(size, dimension), dim=1).to(device) for _ in range(2))
     ids = torch.arange(size, device=device) + 10**9
-    return Pairs(*embeds, ids, ids, ids)
+    zeros = torch.zeros(size, device=device)
+    return Pairs(*embeds, ids, ids, ids, image_normalizer=zeros, text_normalizer=zeros)
 
 
 def prompted(chunks: list[Chunk], texts: int) -> list[Chunk]:

@@ -70,7 +70,7 @@ def tf32() -> Iterator[None]:
     """Round the inputs of the losses' matrix products."""
     mm, addmm = torch.mm, torch.Tensor.addmm_
     torch.mm = lambda left, right, out: mm(rounded(left), rounded(right), out=out)
-    torch.Tensor.addmm_ = lambda total, left, right: addmm(total, rounded(left), rounded(right))
+    torch.Tensor.addmm_ = lambda total, left, right, **factors: addmm(total, rounded(left), rounded(right), **factors)
     try:
         yield
     finally:

@@ -68,4 +68,5 @@ def remembered(size: int, dimension: int, device: torch.device, first_id: int = 
     generator = torch.Generator(device).manual_seed(first_id)
     embeds = (F.normalize(torch.randn(size, dimension, generator=generator, device=device), dim=1) for _ in range(2))
     ids = torch.arange(size, device=device) + first_id
-    return Pairs(*embeds, ids, ids, ids)
+    zeros = torch.zeros(size, device=device)
+    return Pairs(*embeds, ids, ids, ids, image_normalizer=zeros, text_normalizer=zeros)

@@ -19,7 +19,8 @@ def random_pairs(
     group = torch.randint(groups, (count,), generator=generator) if groups else torch.arange(count) + first_id
     text_id = torch.randint(texts, (count,), generator=generator) if texts else torch.arange(count) + first_id
     embeds = F.normalize(image, dim=-1), F.normalize(text, dim=-1)
-    return Pairs(*embeds, group, torch.arange(count) + first_id, text_id)
+    normalizers = torch.randn(2, count, generator=generator, dtype=torch.float64)
+    return Pairs(*embeds, group, torch.arange(count) + first_id, text_id, None, *normalizers)
 
 
 def naive_sigmoid(
@@ -31,12 +32,15 @@ def naive_sigmoid(
     pos_weight: float | str = 1.0,
     same_text: str = "negative",
 ) -> Tensor:
-    """A double loop over all pairs; with a memory each pair but a row's own counts (N - 1) / (N - 1 + Q)."""
+    """A double loop over all pairs; with a memory the pairs that are not a row's own share their weight with it."""
     count, remembered = len(fresh), as_fresh(remembered, fresh)
     if pos_weight == "balanced":
         kinds = [fresh_kind(fresh, i, j, same_text) for i in range(count) for j in range(count)]
         pos_weight = kinds.count(False) / kinds.count(True)
-    others = (count - 1) / (count - 1 + len(remembered)) if remembered else 1.0
+    others, old = 1.0, 0.0
+    if remembered:
+        of_memory = min(0.5, len(remembered) / (count - 1 + len(remembered)))
+        others, old = 1 - of_memory, of_memory * (count - 1) / len(remembered)
     total = torch.zeros((), dtype=fresh.image_embeds.dtype)
     for i in range(count):
         for j in range(count):
@@ -55,7 +59,7 @@ def naive_sigmoid(
                 (fresh.text_embeds[i], remembered.image_embeds[j]),
             ):
                 logit = twice_the_slope(anchor) @ other * scale + bias
-                total = total + others / 2 * _sigmoid_term(logit, positive, pos_weight)
+                total = total + old / 2 * _sigmoid_term(logit, positive, pos_weight)
     return total / count
 
 
@@ -98,7 +102,7 @@ def naive_infonce(
                 is_text = anchors is fresh.image_embeds
                 normalizer = (remembered.text_normalizer if is_text else remembered.image_normalizer)[j]
                 met = len(fresh) + len(remembered) + (0 if is_text else len(negatives))
-                logit = logits[place] - bias
+                logit = candidates[place] @ anchors[i] * scale
                 term = (logit - normalizer).exp() / met - target[place] * logit
                 total = total + term - term.detach()
     return total / (2 * len(fresh))

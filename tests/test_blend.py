@@ -28,6 +28,7 @@ from lib.export.__main__ import main
 from lib.runs.blend import INITIAL, load_initial
 from lib.towers import TwoTowers
 
+ALL_TRAINS = "--freeze=none", "--head-epochs=0"
 COUNTS = {"train": dict.fromkeys(COLOURS, 6), "val": dict.fromkeys(COLOURS, 4), "test": dict.fromkeys(COLOURS, 5)}
 
 
@@ -51,7 +52,7 @@ def made(tmp_path_factory) -> Made:
     folder = tmp_path_factory.mktemp("made")
     squares, encoders = make_squares(folder / "squares", COUNTS), save_encoders(folder / "encoders", layers=1)
     model = save_model(folder / "model") / "export"
-    flags = [f"--data={squares}", *pair(encoders, "resnet")]
+    flags = [f"--data={squares}", *pair(encoders, "resnet"), *ALL_TRAINS]
     first = train(folder / "pair", "--lr=0.01", *flags)
     twin = train(folder / "twin", "--lr=0.05", *flags)
     train_siglip.main([*FLAGS, f"--output-dir={folder / 'stranger'}", f"--model={model}", f"--data={squares}"])
@@ -92,7 +93,14 @@ def test_initial_weights_are_those_that_the_first_step_saw(made):
 
 
 def test_a_resumed_run_keeps_them_in_its_folder_and_takes_them_to_another(made, tmp_path):
-    flags = [f"--data={made.squares}", *pair(made.encoders, "resnet"), "--lr=0.01", "--steps=3"]
+    flags = [
+        f"--data={made.squares}",
+        *pair(made.encoders, "resnet"),
+        "--freeze=none",
+        "--head-epochs=0",
+        "--lr=0.01",
+        "--steps=3",
+    ]
     run = shutil.copytree(made.pair, tmp_path / "run", symlinks=True)
     before = (run / INITIAL).stat()
     train(run, "--resume=auto", *flags)
@@ -125,7 +133,14 @@ def sharded(kind: str, *arguments: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["fsdp2", "zero3"])
 def test_sharded_ranks_store_whole_weights(made, tmp_path, kind):
-    flags = [f"--data={made.squares}", *pair(made.encoders, "resnet"), "--lr=0.01", "--chunk-size=4"]
+    flags = [
+        f"--data={made.squares}",
+        *pair(made.encoders, "resnet"),
+        "--freeze=none",
+        "--head-epochs=0",
+        "--lr=0.01",
+        "--chunk-size=4",
+    ]
     on_ranks(2, sharded, kind, str(tmp_path / "run"), *flags)
     assert same(load_initial(tmp_path / "run").weights, load_initial(made.pair).weights)
     assert load_initial(tmp_path / "run").start == load_initial(made.pair).start

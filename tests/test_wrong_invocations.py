@@ -162,7 +162,7 @@ WRONG = [
     ("train_clip --config spellings.yaml", "--config spellings.yaml: cache_dir is there twice, as cache-dir too", 2),
     ("train_clip --config empty.yaml", "--config empty.yaml: --output-dir '' is empty|leave it out", 2),
     ("train_clip --config yes.yaml", "--config yes.yaml|compile: 'yes' must be bool", 2),
-    ("train_clip --config time.yaml", "--config time.yaml|effective_batch: '1:30' must be int", 2),
+    ("train_clip --config time.yaml", "--config time.yaml|effective_batch: '1:30' must be int or auto", 2),
     # Evaluation
     ("evaluate", "retrieval, zeroshot, probe", 2),
     ("evaluate retreival", "retreival|retrieval, zeroshot", 2),

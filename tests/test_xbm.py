@@ -1,14 +1,12 @@
 """The memory bank equals an explicit concatenation of past steps, wraps around, and survives a save."""
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
 from naive import random_pairs
 
-from lib.losses import infonce
-from lib.losses.xbm import CrossBatchMemory, Drift, MemorySwitch
+from lib.losses.xbm import CrossBatchMemory, Drift, MemorySwitch, aligned
 
 DIM = 4
 
@@ -63,19 +61,27 @@ def test_state_dict_resumes_in_the_middle_of_the_ring():
         assert torch.equal(resumed.state_dict()[name], value), name
 
 
-def test_a_bank_saved_before_it_had_texts_has_none_in_common_with_a_batch():
-    memory, fresh = CrossBatchMemory(6, DIM, dtype=torch.float64), random_pairs(6, DIM, seed=1, texts=2)
-    memory.enqueue(random_pairs(6, DIM, seed=2, first_id=50, texts=2), 1)
-    number, bias = torch.tensor(5.0, dtype=torch.float64), torch.tensor(0.0, dtype=torch.float64)
-    losses = [
-        infonce(fresh, memory.pairs(), number, bias, slice(0, 6), same_text=way).loss for way in ("exclude", "negative")
-    ]
-    memory.load_state_dict({name: tensor for name, tensor in memory.state_dict().items() if name != "text_id"})
-    of_old = replace(memory.pairs(), text_id=torch.arange(100, 106))
-    old = [
-        infonce(fresh, pairs, number, bias, slice(0, 6), same_text="exclude").loss for pairs in (memory.pairs(), of_old)
-    ]
-    assert old[0] == old[1] and losses[0] < old[0] < losses[1]
+def test_a_bank_saved_before_it_had_normalizers_fills_anew():
+    memory = CrossBatchMemory(6, DIM, dtype=torch.float64)
+    memory.enqueue(random_pairs(6, DIM, seed=2, first_id=50), 1)
+    state = memory.state_dict()
+    memory.load_state_dict(state)
+    assert len(memory) == 6
+    memory.load_state_dict({name: tensor for name, tensor in state.items() if not name.endswith("normalizer")})
+    assert memory.pairs() is None
+
+
+def test_remembered_embeddings_follow_the_mean_and_deviation_of_the_batch():
+    """Negative control: as they were stored, they lie elsewhere."""
+    fresh = random_pairs(200, DIM, seed=1).image_embeds
+    moved = torch.nn.functional.normalize(
+        fresh + 2 * torch.eye(DIM, dtype=torch.float64)[0], dim=1
+    )  # the towers have moved all
+    apart = [float((old.mean(0) - fresh.mean(0)).norm()) for old in (moved, aligned(moved, fresh))]
+    assert apart[1] < 0.2 < 0.5 < apart[0]
+    assert torch.allclose(aligned(moved, fresh).norm(dim=1), torch.ones(200, dtype=torch.float64))
+    assert torch.equal(aligned(moved, fresh[:15]), moved), "so few say nothing about mean and deviation"
+    assert torch.allclose(aligned(fresh, fresh), fresh)
 
 
 def test_a_bank_of_another_size_is_refused():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -29,6 +30,7 @@ def read_settings(file: str, parse: Callable[[Sequence[str]], object]) -> list[s
             if not _understood(parse, of_setting):
                 taken = next(field.type for field in dataclasses.fields(TrainConfig) if field.name == name)
                 taken = taken.__name__ if isinstance(taken, type) else str(taken).replace("typing.", "")
+                taken = re.sub(r"^Union\[(\w+), Literal\['auto'\]\]$", r"\1 or auto", taken)
                 raise InputError(f"--config {file}: {name}: {_shown(settings[name])} must be {taken}")
     return together
 

@@ -31,9 +31,10 @@ def sigmoid(
     same sample is excluded. `pos_weight` multiplies the terms of positives; "balanced" gives fresh positives and fresh
     negatives the same weight.
 
-    A memory makes the mean over the other pairs more exact and leaves its weight alone: each of the N - 1 fresh and Q
-    remembered counts (N - 1) / (N - 1 + Q), so that value, bias and gradients do not jump when the memory is switched
-    on or grows. Each meets a row twice, by image and by text: in the value and for scale and bias it counts half.
+    A memory makes the mean over the other pairs more exact and leaves its weight alone: value, bias and gradients do
+    not jump when the memory is switched on or grows. The Q remembered pairs have the share Q / (N - 1 + Q) of the
+    weight of the N - 1 fresh ones, and at most half: they are older. Each meets a row twice, by image and by text: in
+    the value and for scale and bias it counts half.
     """
     weights = block_weights(fresh, remembered)
     logits = Logits(fresh, remembered, logit_scale, logit_bias, rows, same_text, tile, *weights)
@@ -59,9 +60,12 @@ def sigmoid(
 
 def block_weights(fresh: Pairs, remembered: Pairs | None) -> tuple[Weights, Weights]:
     """Weights of the fresh and of the remembered block: see `sigmoid`."""
-    others = max(len(fresh) - 1, 1)
-    share = others / (others + (0 if remembered is None else len(remembered)))
-    return Weights(share, share), Weights(share, share / 2)
+    if remembered is None:
+        return Weights(), Weights()
+    others, old = max(len(fresh) - 1, 1), len(remembered)
+    share_of_old = min(old / (others + old), 0.5)
+    of_fresh, of_old = 1 - share_of_old, share_of_old * others / old
+    return Weights(of_fresh, of_fresh), Weights(of_old, of_old / 2)
 
 
 def _add_own_pairs(logits: Logits, rows: slice, weight: Tensor) -> None:

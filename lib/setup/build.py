@@ -194,6 +194,8 @@ def as_in_the_checkpoint(config: TrainConfig, progress: dict) -> TrainConfig:
     Checkpoints of earlier versions chose nothing, and had the defaults of the digits.
     """
     saved = vars(FittedConfig()) | _saved_settings(progress) | progress.get("fitted", {})
+    if config.lr != "auto" and saved["head_lr"] == saved["lr"]:
+        saved["head_lr"] = config.lr  # it follows --lr, which may change
     auto = [name for name in FITTED if getattr(config, name) in ("auto", ("auto",))]
     values: dict[str, Any] = {name: tuple(saved[name]) if name == "freeze" else saved[name] for name in auto}
     return replace(config, **values)
