@@ -49,13 +49,19 @@ def test_the_digits_keep_the_published_protocol(family, size):
 
 
 @pytest.mark.parametrize(
-    ("pairs", "batch"), [(150, 32), (2250, 32), (11_000, 256), (30_000, 512), (3_000_000, 32768), (None, 32768)]
+    ("pairs", "batch"),
+    [(20, 20), (150, 32), (2250, 32), (11_000, 256), (30_000, 512), (3_000_000, 32768), (None, 32768)],
 )
 def test_the_batch_leaves_many_steps_to_a_pass_over_the_data(pairs, batch):
     chosen, lines = choose(facts=replace(FACTS, pairs=pairs))
     assert chosen["effective_batch"] == batch
     assert chosen["xbm_size"] == (batch if batch == 32768 else 0)
     assert any(line.startswith(f"--effective-batch {batch}: ") for line in lines)
+
+
+def test_a_batch_larger_than_the_data_needs_no_memory():
+    chosen, _ = choose(effective_batch=32768)
+    assert chosen["effective_batch"] == 32768 and chosen["xbm_size"] == 0
 
 
 def test_the_batch_is_a_multiple_of_the_ranks(monkeypatch):

@@ -119,7 +119,7 @@ class Choices:
 def _choose(choices: Choices, family: Family, facts: Facts, lora: bool) -> None:
     choose = choices.choose
     batch = choose("effective_batch", *_batch(facts, PROTOCOL[family]))
-    choose("xbm_size", *_memory(batch, PROTOCOL[family]))
+    choose("xbm_size", *_memory(facts, batch, PROTOCOL[family]))
     freeze = choose("freeze", *_freeze(facts, choices.values, lora))
     trains = not {"image", "image.trunk"} & set(freeze)
     choose("epochs", *_epochs(facts, trains))
@@ -145,16 +145,18 @@ def _batch(facts: Facts, published: int) -> tuple[int, str]:
     ranks = rank_and_world_size()[1]
     size, reason = published, "as published; the pairs of this data are not counted"
     if facts.pairs is not None:
-        size = max(SMALLEST_BATCH, 2 ** round(log2(max(facts.pairs, 1) / STEPS_A_PASS)))
+        size = max(min(SMALLEST_BATCH, facts.pairs), 2, 2 ** round(log2(max(facts.pairs, 1) / STEPS_A_PASS)))
         reason = f"{facts.pairs:,} pairs; a larger batch means fewer updates"
     if size >= published:
         size, reason = published, "as published"
     return ceil(size / ranks) * ranks, reason
 
 
-def _memory(batch: int, published: int) -> tuple[int, str]:
+def _memory(facts: Facts, batch: int, published: int) -> tuple[int, str]:
+    if facts.pairs is not None and facts.pairs < 2 * batch:
+        return 0, "a memory would only hold copies of the batch's pairs"
     if batch < published:
-        return 0, "few pairs: larger and more batches help more than remembered embeddings"
+        return 0, "remembered embeddings gained nothing measurable at this size"
     return batch, "as published"
 
 
