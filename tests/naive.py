@@ -124,6 +124,19 @@ def as_fresh(remembered: Pairs | None, fresh: Pairs) -> Pairs | None:
     return replace(remembered, **moved)
 
 
+def with_normalizers(fresh: Pairs, remembered: Pairs | None, scale: Tensor) -> Pairs:
+    """The pairs, detached, with the log of the mean exponential of their logits; where no candidate is left out."""
+    images, texts, old = fresh.image_embeds.detach(), fresh.text_embeds.detach(), as_fresh(remembered, fresh)
+    found = []
+    for anchors, others, more in (
+        (images, texts, old.text_embeds if old else texts[:0]),
+        (texts, images, old.image_embeds if old else images[:0]),
+    ):
+        logits = scale.detach() * anchors @ torch.cat([others, more]).T
+        found.append(logits.exp().mean(1).log())
+    return Pairs(images, texts, *fresh.ids, None, *found)
+
+
 def twice_the_slope(value: Tensor) -> Tensor:
     return 2 * value - value.detach()
 

@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from naive import naive_infonce, naive_sigmoid
+from naive import naive_infonce, naive_sigmoid, with_normalizers
 from ranks import on_ranks
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -82,12 +82,8 @@ def by_plain_autograd(loss: str, scale: float | None = None) -> dict[str, torch.
         torch.nn.utils.clip_grad_norm_(towers.parameters(), CLIP)
         optimizer.step()
         optimizer.zero_grad()
-        memory.enqueue(detached(fresh), step)
+        memory.enqueue(with_normalizers(fresh, memory.pairs(), output.logit_scale), step)
     return {name: parameter.detach() for name, parameter in towers.named_parameters()}
-
-
-def detached(pairs: Pairs) -> Pairs:
-    return Pairs(pairs.image_embeds.detach(), pairs.text_embeds.detach(), *pairs.ids)
 
 
 class Reduced(TorchDispatchMode):
