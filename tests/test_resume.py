@@ -173,7 +173,8 @@ def test_a_resumed_run_tells_which_settings_changed(finished, tmp_path, capsys):
     train_clip.main([*flags, "--steps=5", "--lr=1e-6", "--augment=none"])
     (told,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("changed"))
     assert "--lr 1.0e-06 (was 0.001)" in told and "--augment none (was strong)" in told
-    assert "--steps 5 (was 4)" in told and told.count("(was") == 3  # neither the folder nor --resume
+    assert "--steps 5 (was 4)" in told and "--head-lr 1.0e-06 (was 0.001)" in told  # it follows --lr
+    assert told.count("(was") == 4  # neither the folder nor --resume
     train_clip.main([*flags, "--steps=6", "--lr=1e-6", "--augment=none"])
     assert "changed    --steps 6 (was 5)\n" in capsys.readouterr().out
 
