@@ -103,7 +103,8 @@ def naive_infonce(
                 normalizer = (remembered.text_normalizer if is_text else remembered.image_normalizer)[j]
                 met = len(fresh) + len(remembered) + (0 if is_text else len(negatives))
                 logit = candidates[place] @ anchors[i] * scale
-                term = (logit - normalizer).exp() / met - target[place] * logit
+                probability = ((logit.detach() - normalizer).exp() / met).clamp(max=1)
+                term = (probability - target[place]) * logit
                 total = total + term - term.detach()
     return total / (2 * len(fresh))
 

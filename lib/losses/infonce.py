@@ -143,7 +143,8 @@ class Softmax:
         old_lse: (columns,). Pairs of one group have the same positives, so a target is that of the fresh anchor.
         """
         *_, target_of_all, target = self.columns[:, t.r].unsqueeze(2)
-        slope = _exp(torch.sub(t.logits, old_lse.to(out.dtype), out=out))
+        # The normalizer is older than the logits: no probability is above 1 for it.
+        slope = _exp(torch.sub(t.logits, old_lse.to(out.dtype), out=out).clamp_(max=0))
         if t.positive is not None:
             slope.addcmul_(t.positive, target, value=-1)
         if self.smoothing:

@@ -99,7 +99,8 @@ def dense_infonce(
         if old:  # slopes without a value: the remembered anchors' own softmax
             met = slice(S.shape[1] - len(old[tower]), None)  # the last block
             S, target = S[:, met] - logit_bias, target[:, met]
-            as_anchors = ((S - old[tower]).exp() - target * S).sum() / (2 * len(fresh))
+            slopes = (S.detach() - old[tower]).clamp(max=0).exp() - target
+            as_anchors = (slopes * S).sum() / (2 * len(fresh))
             total = total + as_anchors - as_anchors.detach()
     return total
 

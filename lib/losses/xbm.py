@@ -63,8 +63,8 @@ class CrossBatchMemory:
         self.sample_id = torch.zeros(size, dtype=torch.int64, device=device)
         self.text_id = torch.zeros(size, dtype=torch.int64, device=device)
         self.step = torch.zeros(size, dtype=torch.int64, device=device)
-        self.image_normalizer = torch.zeros(size, device=device)
-        self.text_normalizer = torch.zeros(size, device=device)
+        self.image_normalizer = torch.zeros(size, device=device, dtype=dtype)
+        self.text_normalizer = torch.zeros(size, device=device, dtype=dtype)
         self.pointer = 0
         self.filled = 0
 

@@ -44,7 +44,7 @@ class Facts:
     """texts are class prompts, not captions"""
     on_cpu: bool
     operations: float
-    """floating-point operations of the image trunk for one image; 0 where the device is no CPU"""
+    """floating-point operations of the image trunk for one image; 0 where they decide nothing"""
     convolutional: bool
     """the image trunk"""
     batch_norms: bool
@@ -58,13 +58,13 @@ class Facts:
         """The facts of these settings, data and towers; the towers are still on the CPU."""
         parts, trunks = parts_of(source), (towers.image.trunk, towers.text.trunk)
         known = config.steps is None or all(part.size is not None for part in parts)
-        on_cpu = device.type == "cpu"
+        on_cpu, start = device.type == "cpu", start_of(config)
         return cls(
-            start=start_of(config),
+            start=start,
             pairs=count_pairs(source) if known else None,  # --epochs, which counts them too, has the same error
             of_classes=source.classes is not None,
             on_cpu=on_cpu,
-            operations=_operations(towers) if on_cpu else 0.0,
+            operations=_operations(towers) if on_cpu and start == "heads" else 0.0,
             convolutional=towers.image.convolutional,
             batch_norms=bool(batch_norms(towers)),
             blocks=all(map(blocks, trunks)),
