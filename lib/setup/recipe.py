@@ -35,7 +35,7 @@ Start = Literal["scratch", "heads", "pretrained"]
 
 @dataclass(frozen=True)
 class Facts:
-    """What the choices depend on."""
+    """Facts about model, data and device that the choices depend on."""
 
     start: Start
     pairs: int | None
@@ -73,7 +73,7 @@ class Facts:
 
 
 def start_of(config: TrainConfig) -> Start:
-    """What of the model is pretrained."""
+    """Parts of the model that are pretrained."""
     if config.image_tower is None:
         return "scratch" if is_preset(config) else "pretrained"
     if config.image_tower.endswith(":random"):
