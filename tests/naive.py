@@ -100,10 +100,15 @@ def naive_infonce(
             total = total + F.cross_entropy(logits[None], target[None])
             for j, place in of_memory:  # the remembered pair as the anchor of this fresh one
                 is_text = anchors is fresh.image_embeds
-                normalizer = (remembered.text_normalizer if is_text else remembered.image_normalizer)[j]
-                met = len(fresh) + len(remembered) + (0 if is_text else len(negatives))
+                mean = (remembered.text_normalizer if is_text else remembered.image_normalizer)[j].exp()
+                not_met = len(remembered) + (0 if is_text else len(negatives))
+                met = [
+                    (candidates[place] @ anchors[k] * scale).detach().exp()
+                    for k in range(len(fresh))
+                    if _remembered_kind(fresh, remembered, k, j, same_text) is not None
+                ]
                 logit = candidates[place] @ anchors[i] * scale
-                probability = ((logit.detach() - normalizer).exp() / met).clamp(max=1)
+                probability = logit.detach().exp() / (sum(met) + not_met * mean)
                 term = (probability - target[place]) * logit
                 total = total + term - term.detach()
     return total / (2 * len(fresh))

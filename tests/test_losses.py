@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from functools import partial
-from itertools import product
+from itertools import cycle, product
 
 import pytest
 import torch
@@ -203,16 +203,12 @@ def over_slices(loss, options: dict, fresh, remembered, slices: list[slice]) -> 
 
 def partial_column_merger(options: dict, fresh, remembered, slices):
     """Exchange of the ranks: the log-sum-exp over the partial ones of all slices."""
-    partials = []
-
-    def collect(partial):
-        partials.append(partial)
-        return partial
-
+    calls: list[list[torch.Tensor]] = []
     for rows in slices:
-        infonce(fresh, remembered, SCALE, BIAS, rows, merge_logsumexp=collect, **options)
-    merged = torch.stack(partials).logsumexp(0)
-    return lambda partial: merged
+        calls.append([])
+        infonce(fresh, remembered, SCALE, BIAS, rows, merge_logsumexp=lambda x: calls[-1].append(x) or x, **options)
+    merged = cycle([torch.stack(partials).logsumexp(0) for partials in zip(*calls, strict=True)])
+    return lambda partial: next(merged)
 
 
 def test_negative_control_stale_copies_matter():

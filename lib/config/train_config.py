@@ -27,6 +27,10 @@ _HEADS = ("projection", "projection_dim", "projection_hidden")
 class TrainConfig(Run, Evaluation, Optimizer, Loss, Batch, FineTuning, Model, Images, Data, MostUsed, Settings):
     """Settings of a run. 0 switches a feature off where a number says how much or how often."""
 
+    def __post_init__(self) -> None:
+        if self.freeze == ("none",):  # one value for one meaning, which checkpoints compare
+            object.__setattr__(self, "freeze", ())
+
     def problems(self, world_size: int) -> list[str]:
         """Faults of these settings on this many ranks: one clause for each flag, with its remedy."""
         found = [
@@ -74,7 +78,7 @@ class TrainConfig(Run, Evaluation, Optimizer, Loss, Batch, FineTuning, Model, Im
         for word in ("auto", "none"):
             if word in self.freeze and len(self.freeze) > 1:
                 found.append(f"--freeze {self.shown('freeze')}: {word} stands alone; leave it or the others out")
-        if self.unfreeze and self.freeze in ((), ("auto",), ("none",)):
+        if self.unfreeze and self.freeze in ((), ("auto",)):
             found.append(f"--unfreeze {' '.join(self.unfreeze)} needs --freeze, to whose parts it makes exceptions")
         return found
 

@@ -39,14 +39,19 @@ def infonce(
     logits = Logits(fresh, remembered, logit_scale, None, rows, same_text, tile)
     images, texts = Softmax(logits.d_images, label_smoothing), Softmax(logits.d_texts, label_smoothing)
     anchors = {"image": images, "text": texts}
+    old = {} if remembered is None else {tower: images.lse.new_full((len(remembered),), -torch.inf) for tower in anchors}
     for t in logits.tiles():
         anchors[t.block.tower].add(t, t.r, 1)
         if t.block is logits.fresh:
             texts.add(t, t.c, 0)
+        elif t.block.d_others is None:
+            largest = t.logits.amax(0)
+            _add_to(old[t.block.tower][t.c], _exp(torch.sub(t.logits, largest, out=t.spare)).sum(0).log_() + largest)
     logits.loss += images.finish(slice(None)) + texts.finish(rows, merge_logsumexp)
+    if remembered is not None:
+        met = dict(zip(old, merge_logsumexp(torch.stack(list(old.values()))), strict=True))
+        old = old_normalizers(fresh, remembered, met)
 
-    of_images, of_texts = log_candidates(fresh, remembered)
-    old = {} if remembered is None else old_normalizers(remembered, of_images, of_texts)
     for t in logits.tiles():
         softmax = anchors[t.block.tower]
         if t.block is logits.fresh:
@@ -58,21 +63,28 @@ def infonce(
         slope = softmax.slope(t, t.r, 1, out=t.logits)
         logits.add(t, slope if others is None else slope.add_(others))
     dtype, share = logits.scale.dtype, logits.share(norm=2 * len(fresh))
-    normalizers = (images.lse - of_images).to(dtype), (texts.lse - of_texts).to(dtype)
+    of_image, of_text = map(math.log, candidates(fresh, remembered))
+    normalizers = (images.lse - of_image).to(dtype), (texts.lse - of_text).to(dtype)
     return replace(share, image_normalizer=normalizers[0], text_normalizer=normalizers[1])
 
 
-def log_candidates(fresh: Pairs, remembered: Pairs | None) -> tuple[float, float]:
-    """The logarithms of the numbers of candidates of an image and of a text; the excluded count too."""
+def candidates(fresh: Pairs, remembered: Pairs | None) -> tuple[int, int]:
+    """How many candidates an image and a text have; the excluded count too."""
     count = len(fresh) + (0 if remembered is None else len(remembered))
     negatives = 0 if fresh.negative_texts is None else fresh.negative_texts.shape[-2]
-    return math.log(count + negatives), math.log(count)
+    return count + negatives, count
 
 
-def old_normalizers(remembered: Pairs, of_images: float, of_texts: float) -> dict[str, Tensor]:
-    """Log-sum-exps (Q,) of the remembered anchors over today's number of candidates, by the tower that they meet."""
+def old_normalizers(fresh: Pairs, remembered: Pairs, met: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Log-sum-exps (Q,) of the remembered anchors over all their candidates, by the tower that they meet.
+
+    met: those over the fresh candidates. For each other candidate, the mean counts that the anchor had when it was
+    fresh. So the probabilities of the fresh candidates sum to less than 1, however old the anchor is.
+    """
     assert remembered.image_normalizer is not None and remembered.text_normalizer is not None
-    return {"text": remembered.image_normalizer + of_images, "image": remembered.text_normalizer + of_texts}
+    of_image, of_text = (math.log(count - len(fresh)) for count in candidates(fresh, remembered))
+    others = {"image": remembered.text_normalizer + of_text, "text": remembered.image_normalizer + of_image}
+    return {tower: torch.logaddexp(lse, others[tower].to(lse)) for tower, lse in met.items()}
 
 
 class Softmax:
@@ -104,7 +116,7 @@ class Softmax:
             # A learnt positive weighs 1, next to which float32 loses the little that all others add: sum them apart.
             weights -= t.positive
         total = count + weights.sum(axis).to(self.lse)
-        self.lse[of] = torch.logaddexp(self.lse[of], total.log_() + largest.squeeze(axis))
+        _add_to(self.lse[of], total.log_() + largest.squeeze(axis))
 
     def finish(self, rows: slice, merge: Callable[[Tensor], Tensor] = lambda partial: partial) -> Tensor:
         """Sum of cross-entropies, (): log-sum-exps of `rows`, less all logits times targets; merge: see infonce."""
@@ -143,8 +155,7 @@ class Softmax:
         old_lse: (columns,). Pairs of one group have the same positives, so a target is that of the fresh anchor.
         """
         *_, target_of_all, target = self.columns[:, t.r].unsqueeze(2)
-        # The normalizer is older than the logits: no probability is above 1 for it.
-        slope = _exp(torch.sub(t.logits, old_lse.to(out.dtype), out=out).clamp_(max=0))
+        slope = _exp(torch.sub(t.logits, old_lse.to(out.dtype), out=out))
         if t.positive is not None:
             slope.addcmul_(t.positive, target, value=-1)
         if self.smoothing:
@@ -152,6 +163,11 @@ class Softmax:
             if t.excluded is not None:
                 slope.masked_fill_(t.excluded, 0)
         return slope
+
+
+def _add_to(lse: Tensor, more: Tensor) -> None:
+    """Add candidates with the log-sum-exps `more` to these, in place."""
+    torch.logaddexp(lse, more.to(lse), out=lse)
 
 
 def _exp(logits: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lib.losses.infonce import log_candidates, old_normalizers
+from lib.losses.infonce import old_normalizers
 from lib.losses.positives import Pairs, SameText, masks
 from lib.losses.sigmoid import PosWeight, block_weights, positive_weight
 from lib.losses.tiles import Block, Logits, Loss, lowest
@@ -88,7 +88,6 @@ def dense_infonce(
     image, total = logits.fresh, torch.zeros_like(logit_scale)
     text = image._replace(tower="text", anchors=image.others, others=image.anchors)
     blocks = [image, text, *logits.blocks[1:]]
-    old = {} if remembered is None else old_normalizers(remembered, *log_candidates(fresh, remembered))
     for tower in ("image", "text"):
         of_tower = [_as_one_tile(logits, block) for block in blocks if block.tower == tower]
         S, positive, excluded = (torch.cat(column, 1) for column in zip(*of_tower, strict=True))
@@ -96,11 +95,11 @@ def dense_infonce(
         target = (1 - label_smoothing) * positive.to(S) / positive.sum(1, keepdim=True)
         target = target + label_smoothing * candidate / candidate.sum(1, keepdim=True)
         total = total + F.cross_entropy(S, target) / 2
-        if old:  # slopes without a value: the remembered anchors' own softmax
-            met = slice(S.shape[1] - len(old[tower]), None)  # the last block
+        if remembered is not None:  # slopes without a value: the remembered anchors' own softmax
+            met = slice(S.shape[1] - len(remembered), None)  # the last block
             S, target = S[:, met] - logit_bias, target[:, met]
-            slopes = (S.detach() - old[tower]).clamp(max=0).exp() - target
-            as_anchors = (slopes * S).sum() / (2 * len(fresh))
+            old = old_normalizers(fresh, remembered, {tower: S.detach().logsumexp(0)})[tower]
+            as_anchors = (((S.detach() - old).exp() - target) * S).sum() / (2 * len(fresh))
             total = total + as_anchors - as_anchors.detach()
     return total
 

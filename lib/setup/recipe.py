@@ -88,7 +88,6 @@ def fitted(config: TrainConfig, family: Family, facts: Callable[[], Facts]) -> t
     facts: called where something is auto and the data are not the embedded digits, which keep the published protocol.
     """
     given = {field.name: getattr(config, field.name) for field in dataclasses.fields(TrainConfig)}
-    given["freeze"] = () if config.freeze == ("none",) else config.freeze
     auto = [name for name in FITTED if given[name] in ("auto", ("auto",))]
     known = {name: value for name, value in given.items() if name not in auto}
     if config.data == ("digits",) or not auto:
