@@ -28,10 +28,10 @@ class Recipe:
     """--image-tower of the training scripts."""
     text_tower: str
     """--text-tower of the training scripts."""
-    config: Path
-    """The recipe."""
     output: Path
     """JSON file of the raw results."""
+    config: Path | None = None
+    """The recipe; default: none."""
     cache_dir: Path | None = None
     """Folder for stored outputs of the trunks; default: that of the training scripts."""
     seeds: int = 3
@@ -44,8 +44,8 @@ class Recipe:
         return [self._run(loss, [*flags, f"--seed={seed}"]) for seed in range(self.seeds)]
 
     def _run(self, loss: str, flags: Sequence[str]) -> dict:
-        own = [f"--config={self.config}", f"--data={self.data}"]
-        own += [f"--image-tower={self.image_tower}", f"--text-tower={self.text_tower}"]
+        own = [f"--config={self.config}"] if self.config else []
+        own += [f"--data={self.data}", f"--image-tower={self.image_tower}", f"--text-tower={self.text_tower}"]
         own += [f"--cache-dir={self.cache_dir}"] if self.cache_dir else []
         own += [f"--steps={self.steps}", f"--eval-every={self.steps}"] if self.steps else []
         with tempfile.TemporaryDirectory() as folder:

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from made_classes import make_squares
+from ranks import on_ranks
 from safetensors.torch import load_file
 from small_runs import pair, save_encoders, saved
 
@@ -135,6 +136,21 @@ def test_heads_trained_first_are_those_of_a_run_with_frozen_trunks(script, squar
     assert any(not torch.allclose(drawn[name], trained[name], rtol=1e-2) for name in compared)
     losses = [next(line["loss"] for line in read_metrics(each) if "loss" in line) for each in (both, random)]
     assert losses[0] < losses[1]
+
+
+def heads_of_two_ranks(folder, data, encoders):
+    run(train_siglip, folder, data, encoders, "--effective-batch=16", "--head-epochs=2", "--steps=1", "--lr=1e-4")
+    return {}
+
+
+@pytest.mark.slow
+def test_heads_that_are_trained_first_do_not_depend_on_the_number_of_ranks(squares, encoders, tmp_path):
+    heads_of_two_ranks(tmp_path / "one", squares, encoders)
+    on_ranks(2, heads_of_two_ranks, tmp_path / "two", squares, encoders)
+    alone, together = (load_file(tmp_path / name / INITIAL) for name in ("one", "two"))
+    for name, value in alone.items():
+        torch.testing.assert_close(together[name], value, rtol=1e-5, atol=1e-6)
+    assert any(".head." in name for name in alone)
 
 
 def test_a_run_without_flags_says_what_it_chose_and_resumes_with_it(squares, encoders, tmp_path, capsys, monkeypatch):

@@ -39,7 +39,8 @@ def infonce(
     logits = Logits(fresh, remembered, logit_scale, None, rows, same_text, tile)
     images, texts = Softmax(logits.d_images, label_smoothing), Softmax(logits.d_texts, label_smoothing)
     anchors = {"image": images, "text": texts}
-    old = {} if remembered is None else {tower: images.lse.new_full((len(remembered),), -torch.inf) for tower in anchors}
+    count = 0 if remembered is None else len(remembered)
+    old = {tower: softmax.lse.new_full((count,), -torch.inf) for tower, softmax in anchors.items()}
     for t in logits.tiles():
         anchors[t.block.tower].add(t, t.r, 1)
         if t.block is logits.fresh:
