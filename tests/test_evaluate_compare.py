@@ -160,6 +160,23 @@ def write_run(folder: Path, epochs: bool = True, loss: float = 2.0) -> Path:
     return folder
 
 
+def test_losses_of_training_are_those_that_people_read(tmp_path):
+    """The sigmoid loss per candidate; a comparison draws losses of one kind in one panel."""
+    run = write_run(tmp_path / "run")
+    plain = training_of(str(run))
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = [line | ({"loss_per_candidate": line["loss"] / 32} if "loss" in line else {}) for line in lines]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = training_of(str(run))
+    assert found.losses == [loss / 32 for loss in plain.losses]
+    assert (plain.kind, found.kind) == ("loss", "loss per candidate")
+    assert task._training_table({"a": plain, "b": found})[1:] == [
+        ["a", "2 epochs", "2", "0.25"],
+        ["b", "2 epochs", "2", "0.007812 per candidate"],
+    ]
+    plot_training({"a": plain, "b": found}, tmp_path / "training.png")
+
+
 def test_training_is_read_from_the_run_that_a_model_lies_in(tmp_path):
     run = write_run(tmp_path / "run")
     found = training_of(str(run))

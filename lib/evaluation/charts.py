@@ -32,7 +32,6 @@ HISTOGRAM_BINS = 60
 MOST_TEMPLATES = 40  # of more, the best and the worst ones are drawn
 MOST_PROMPTS = 40  # of more, those that separate the classes best are drawn
 PROMPT_WIDTH = 44  # characters of a prompt on a line
-SIMILAR_LOSSES = 5  # up to this ratio losses share a panel: those of different kinds differ by more
 
 Interval = tuple[float, tuple[float, float]]
 """A value, and the bounds around it."""
@@ -402,25 +401,22 @@ def plot_blends(points: Mapping[str, tuple[float, float]], best: str, axes_label
 
 def plot_training(trainings: Mapping[str, Training], path: Path) -> None:
     """Training loss against epoch, losses of different kinds in separate panels, and the time of an epoch."""
-    highest = [max(training.losses) for training in trainings.values()]
-    together = max(highest) <= SIMILAR_LOSSES * min(highest)
-    panels = [list(trainings)] if together else [[name] for name in trainings]
+    kinds = list(dict.fromkeys(training.kind for training in trainings.values()))
+    panels = [[name for name, training in trainings.items() if training.kind == kind] for kind in kinds]
     timed = {name: each.seconds_per_epoch for name, each in trainings.items() if each.in_epochs}
     columns = len(panels) + bool(timed)
     figure = Figure(figsize=(4.4 * columns, 4), layout="constrained")
     grid = figure.subplots(1, columns, squeeze=False)[0]
     colour = {name: COLOURS[place % len(COLOURS)] for place, name in enumerate(trainings)}
-    for axes, names in zip(grid, panels, strict=False):
+    for axes, names, kind in zip(grid, panels, kinds, strict=False):
         for name in names:
             training = trainings[name]
             axes.plot(training.epochs, training.losses, color=colour[name], label=wrapped(name, 30))
             if training.memory_from is not None:  # more negatives from here on: the loss jumps, nothing broke
                 axes.axvline(training.memory_from, color=colour[name], linestyle=":", linewidth=1)
         dotted = " (dotted: memory bank used from here on)" if any(trainings[n].memory_from for n in names) else ""
-        axes.set(
-            xlabel=("epoch" if all(trainings[name].in_epochs for name in names) else "step") + dotted, ylabel="loss"
-        )
-        axes.set_title("Training loss" if together else "Training loss, own scale", fontsize=11)
+        axes.set(xlabel=("epoch" if all(trainings[name].in_epochs for name in names) else "step") + dotted, ylabel=kind)
+        axes.set_title("Training loss", fontsize=11)
         axes.legend(frameon=False, fontsize=9)
     if timed:
         axes, names = grid[-1], [wrapped(name, 16) for name in timed]

@@ -280,5 +280,5 @@ def _training_table(trainings: dict[str, Training]) -> Rows:
     for name, training in trainings.items():
         length = f"{training.epochs[-1]:.4g} {'epochs' if training.in_epochs else 'steps'}"
         seconds = f"{training.seconds_per_epoch:.3g}" if training.in_epochs else "unknown"
-        rows.append([name, length, seconds, decimals(training.losses[-1])])
+        rows.append([name, length, seconds, f"{training.losses[-1]:.4g}{training.kind.removeprefix('loss')}"])
     return rows

@@ -10,6 +10,7 @@ from lib.config.safe_yaml import read_yaml
 from lib.data.sources import TO_VALIDATE, split_weight
 from lib.errors import InputError
 from lib.evaluation.tasks import DataFlags
+from lib.runs.curve import PER_CANDIDATE, readable
 from lib.runs.reporter import CONFIG, METRICS, read_metrics
 
 
@@ -83,6 +84,9 @@ class Training:
     epochs: list[float]
     """at the end of each step; the step's number if the size of the data was not known"""
     losses: list[float]
+    """as they are shown: per candidate for the sigmoid loss"""
+    kind: str
+    """of the losses: those of one kind compare"""
     seconds: float
     """of all steps together, without evaluations and checkpoints"""
     in_epochs: bool
@@ -98,7 +102,11 @@ class Training:
     def metrics(self) -> dict:
         """Its entry in metrics.json."""
         span = {"epochs": self.epochs[-1]} if self.in_epochs else {"steps": len(self.epochs)}
-        return span | {"seconds_per_epoch": self.seconds_per_epoch, "final_loss": self.losses[-1]}
+        return span | {
+            "seconds_per_epoch": self.seconds_per_epoch,
+            "final_loss": self.losses[-1],
+            "kind_of_loss": self.kind,
+        }
 
 
 def training_of(model: str) -> Training | None:
@@ -116,7 +124,8 @@ def training_of(model: str) -> Training | None:
     memory_from = next((line[key] for line in steps if line.get("xbm_used")), None)
     return Training(
         epochs=[line[key] for line in steps],
-        losses=[line["loss"] for line in steps],
+        losses=[readable(line) for line in steps],
+        kind="loss per candidate" if PER_CANDIDATE in steps[-1] else "loss",
         seconds=sum(line["step_seconds"] for line in steps),
         in_epochs=in_epochs,
         memory_from=None if memory_from == steps[0][key] else memory_from,
