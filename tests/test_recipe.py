@@ -159,6 +159,7 @@ def test_a_run_without_flags_says_what_it_chose_and_resumes_with_it(squares, enc
     said = capsys.readouterr().out
     assert "--effective-batch 32: 48 pairs; a larger batch means fewer updates" in said
     assert "--freeze text.trunk batchnorm: " in said and "--head-epochs" in said
+    assert "1 graph kept" in said, "on a CPU nothing is computed twice where memory allows"
     config = read_yaml(first / "config.yaml", "config.yaml")
     assert config["effective_batch"] == 32 and config["freeze"] == ["text.trunk", "batchnorm"]
     norms = {name: value for name, value in saved(first, 3).items() if "normalization" in name}

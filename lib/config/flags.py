@@ -203,8 +203,9 @@ class Batch:
 
     chunk_size: int | Literal["auto"] = "auto"
     """C: pairs per tower forward on one rank; sets the activation memory. auto: measured."""
-    keep_graphs: int | Literal["auto"] = 0
-    """Chunks whose graph is kept instead of recomputed: faster, more memory. auto: as many as fit."""
+    keep_graphs: int | Literal["auto"] | None = None
+    """Chunks whose graph is kept instead of recomputed: faster, more memory. auto: as many as fit; default: auto on
+    a CPU, except for the digits, and 0 on an accelerator, where the memory is better used for larger chunks."""
     gradient_checkpointing: bool = False
     """Keep the inputs of each block only and run it again in the backward pass: larger chunks fit, slower steps."""
     xbm_start: int | Literal["auto"] = "auto"

@@ -150,7 +150,7 @@ def _in_chunks(texts: Sequence[str], prepare: Prepare, size: int, device: torch.
 def _check_backend(config: TrainConfig, backend: Backend) -> None:
     """Refuse settings that need all weights on every rank, where each rank has a part of them."""
     asked = {
-        f"--keep-graphs {config.keep_graphs}": config.keep_graphs not in (0, "auto"),
+        f"--keep-graphs {config.keep_graphs}": config.keep_graphs not in (0, "auto", None),
         f"--ema {config.ema}": config.ema > 0,
         "--compile": config.compile,
     }

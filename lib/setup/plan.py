@@ -134,6 +134,8 @@ def make_plan(
             f"{gigabytes(total_memory(device))}; lower them"
         )
     chunk_size, keep = config.chunk_size, config.keep_graphs
+    if keep is None:  # the digits show what a step takes without
+        keep = "auto" if device.type == "cpu" and config.data != ("digits",) else 0
     if resumed:
         chunk_size = resumed["chunk_size"] if chunk_size == "auto" else chunk_size
         keep = resumed["keep_graphs"] if keep == "auto" else keep
