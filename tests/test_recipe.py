@@ -73,7 +73,7 @@ def test_the_batch_is_a_multiple_of_the_ranks(monkeypatch):
 def test_new_heads_come_before_a_trunk_that_trains_where_a_cpu_can_afford_it():
     chosen, lines = choose()
     assert chosen["freeze"] == ("text.trunk", "batchnorm") and chosen["head_epochs"] > 0
-    assert chosen["lr"] == 2e-4 and chosen["head_lr"] == 1e-3 and chosen["augment"] == "light"
+    assert chosen["lr"] == chosen["head_lr"] == 2e-4 and chosen["augment"] == "light"
     assert len(lines) == len(FITTED), "a line for each choice"
     frozen, lines = choose(facts=replace(FACTS, operations=1e11))
     assert frozen["freeze"] == ("image.trunk", "text.trunk") and frozen["head_epochs"] == 0

@@ -24,7 +24,7 @@ ResizeFlag = Literal["auto", "crop", "pad", "squash"]
 Interpolation = Literal["bicubic", "bilinear", "lanczos", "nearest"]
 Channels = Literal["rgb", "bgr"]
 
-CROP_SCALE = (0.7, 1.0)  # part of the area that a random crop keeps, least and most
+CROP_SCALE = (0.5, 1.0)  # part of the area that a random crop keeps, least and most
 COLOR_JITTER = (0.2, 0.2, 0.2, 0.1)  # largest change of brightness, contrast, saturation and hue
 ROTATION = 10.0  # degrees, at most
 RANDAUGMENT = (2, 9)  # operations and their magnitude

@@ -23,6 +23,8 @@ from lib.setup.tower_outputs import FrozenTrunks
 from lib.towers import TwoTowers
 
 LARGEST_BATCH = 1024  # the loss is dense here
+ENOUGH = 128  # pairs of a batch that suit new heads, where a pass over the data has 16 batches or more
+RATE = 1e-3
 
 
 def fit_heads(
@@ -36,19 +38,22 @@ def fit_heads(
 ) -> None:
     """Train the heads, scale and bias for --head-epochs passes over the data without augmentation, without a memory.
 
+    The rate is 1e-3, or --head-lr if that is higher: the latter is theirs beside the trunk, where they fit already.
     Every rank trains them on whole batches and gets the same: no collective is
     needed, and no rank has to wait for another after the trunks' outputs are stored.
     """
     still = replace(prepare, images=replace(prepare.images, augment="none"))
     stored = trunks.store(still, source, also_training=True)
-    batch = min(config.effective_batch, LARGEST_BATCH)
-    steps = ceil(config.head_epochs * count_pairs(source) / batch)
+    pairs = count_pairs(source)
+    batch = min(max(config.effective_batch, min(ENOUGH, pairs // 16)), LARGEST_BATCH)
+    steps = ceil(config.head_epochs * pairs / batch)
     data = TrainingData(
         source, stored, effective_batch=batch, chunk_size=batch, rank=0, world_size=1, workers=0, seed=config.seed
     )
+    rates = Rates(max(config.head_lr, RATE))  # of the trunks too, which get no gradient here
     optimizer = build_optimizer(
-        towers, config.optimizer, rates=Rates(config.head_lr), weight_decay=config.weight_decay, beta2=config.beta2
-    )  # of the trunks too, which get no gradient here
+        towers, config.optimizer, rates=rates, weight_decay=config.weight_decay, beta2=config.beta2
+    )
     schedule = build_schedule(optimizer, "cosine", steps // 10, steps)
     device, loss = towers.logit_scale.device, objective.of_run(config.positives, same_text).dense
     trained = [parameter for parameter in towers.parameters() if parameter.requires_grad]

@@ -124,7 +124,6 @@ def _choose(choices: Choices, family: Family, facts: Facts, lora: bool) -> None:
     choose("epochs", *_epochs(facts, trains))
     lr = choose("lr", *_rate(facts, trains, lora))
     new_heads = facts.start == "heads"
-    choose("head_lr", *((NEW_HEADS, "new heads") if new_heads and trains else (lr, "as --lr")))
     if facts.start == "pretrained" and facts.blocks and not lora and trains:
         choose("layer_decay", 0.8, "the lower blocks of a pretrained model change less")
     else:
@@ -136,6 +135,8 @@ def _choose(choices: Choices, family: Family, facts: Facts, lora: bool) -> None:
     else:
         passes = _epochs(facts, trains=False)[0]
         choose("head_epochs", passes, "new heads train alone first, so that they do not spoil the trunk")
+    random_heads = new_heads and trains and not choices.values["head_epochs"]
+    choose("head_lr", *((NEW_HEADS, "new heads") if random_heads else (lr, "as --lr")))
     choose("augment", *(("light", "the image trunk trains") if trains else ("none", "the image trunk is frozen")))
     choose("positives", "group", "pairs of one class or image are no negatives of each other")
 
