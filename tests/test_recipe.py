@@ -81,7 +81,8 @@ def test_new_heads_come_before_a_trunk_that_trains_where_a_cpu_can_afford_it():
     assert any("hours on a CPU" in line for line in lines)
     on_gpu = replace(FACTS, operations=1e11, on_cpu=False)
     assert choose(facts=on_gpu)[0]["freeze"] == ("text.trunk", "batchnorm"), "a GPU always can"
-    assert choose(facts=replace(FACTS, storable=False))[0]["head_epochs"] == 0
+    random_heads, _ = choose(facts=replace(FACTS, storable=False))
+    assert (random_heads["head_epochs"], random_heads["head_lr"], random_heads["lr"]) == (0, 1e-3, 2e-4)
 
 
 def test_pretrained_models_change_slowly_and_fresh_ones_do_not():

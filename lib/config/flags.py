@@ -191,7 +191,8 @@ class FineTuning:
     """Parts of --freeze that train after all, named in the same way: --freeze image.trunk --unfreeze image.last:1."""
     head_epochs: float | Literal["auto"] = "auto"
     """Passes over the data that train new heads alone, on stored outputs of the pretrained trunks, before the first
-    step; then the trunks start from gradients that mean something (LP-FT). 0: none. auto: where both train."""
+    step and at a rate of 1e-3 (or --head-lr if that is higher); then the trunks start from gradients that mean
+    something (LP-FT). 0: none. auto: where both train."""
     lora: int = 0
     """Rank of low-rank adapters in every attention layer that --freeze leaves; 0: none.
     They train in the place of the trunks' own weights, and are merged into the exported model."""
@@ -249,7 +250,7 @@ class Optimizer:
     trunk_lr: tuple[float, float] | None = None
     """Peak learning rates of the image trunk and of the text trunk; None: --lr."""
     head_lr: float | Literal["auto"] = "auto"
-    """Peak learning rate of both heads. auto: 1e-3 for new heads on trunks that train, else --lr."""
+    """Peak learning rate of both heads. auto: --lr, and 1e-3 for new heads without --head-epochs."""
     layer_decay: float | Literal["auto"] = "auto"
     """Factor on a trunk's learning rate from each block to the one below; 1: none.
     The last block has it once, the embeddings most often. auto: less than 1 for pretrained image-text models."""

@@ -33,8 +33,8 @@ def infonce(
     anchors over these rows into those over all rows (the identity where `rows` is the whole batch).
 
     Remembered pairs are anchors too, in the gradients and not in the value: each attracts and repels the fresh
-    candidates as in its own softmax, whose normalizer it keeps. Without that, a fresh embedding is attracted by its own
-    anchor and repelled by the fresh anchors alone: the less, the larger the memory (ContAccum, Kim et al., 2024).
+    candidates as in its own softmax (`old_normalizers`). Without that, a fresh embedding is attracted by its own anchor
+    and repelled by the fresh anchors alone: the less, the larger the memory (ContAccum, Kim et al., 2024).
     """
     logits = Logits(fresh, remembered, logit_scale, None, rows, same_text, tile)
     images, texts = Softmax(logits.d_images, label_smoothing), Softmax(logits.d_texts, label_smoothing)

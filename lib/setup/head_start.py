@@ -39,8 +39,8 @@ def fit_heads(
     """Train the heads, scale and bias for --head-epochs passes over the data without augmentation, without a memory.
 
     The rate is 1e-3, or --head-lr if that is higher: the latter is theirs beside the trunk, where they fit already.
-    Every rank trains them on whole batches and gets the same: no collective is
-    needed, and no rank has to wait for another after the trunks' outputs are stored.
+    Every rank trains them on whole batches and gets the same: no collective is needed, and no rank has to wait for
+    another after the trunks' outputs are stored.
     """
     still = replace(prepare, images=replace(prepare.images, augment="none"))
     stored = trunks.store(still, source, also_training=True)
