@@ -44,9 +44,9 @@ def fit_heads(
     """
     still = replace(prepare, images=replace(prepare.images, augment="none"))
     stored = trunks.store(still, source, also_training=True)
-    pairs = count_pairs(source)
-    batch = min(max(config.effective_batch, min(ENOUGH, pairs // 16)), LARGEST_BATCH)
-    steps = ceil(config.head_epochs * pairs / batch)
+    count = count_pairs(source)
+    batch = min(max(config.effective_batch, min(ENOUGH, count // 16)), LARGEST_BATCH)
+    steps = ceil(config.head_epochs * count / batch)
     data = TrainingData(
         source, stored, effective_batch=batch, chunk_size=batch, rank=0, world_size=1, workers=0, seed=config.seed
     )
