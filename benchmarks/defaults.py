@@ -20,7 +20,7 @@ from pathlib import Path
 import tyro
 from training_runs import ROOT, Recipe, spread
 
-CAPTIONS = {"image_to_text", "text_to_image"}
+DIRECTIONS = ("image_to_text", "text_to_image")
 HEADS = ("image.trunk", "text.trunk")
 IMAGE = ("text.trunk", "batchnorm")
 
@@ -47,11 +47,9 @@ def grid() -> dict[str, tuple[str, ...]]:
     """Twelve settings: heads alone, or the image trunk too after the heads; three rates; two numbers of epochs."""
     points = {}
     for rate, epochs in product((3e-4, 1e-3, 3e-3), (5, 20)):
-        flags = ("--freeze", *HEADS, f"--lr={rate}", f"--head-lr={rate}", f"--epochs={epochs}", "--augment=none")
-        points[f"heads, {rate:g}, {epochs} epochs"] = flags
+        points[f"heads, {rate:g}, {epochs} epochs"] = ("--freeze", *HEADS, f"--lr={rate}", f"--epochs={epochs}")
     for rate, epochs in product((5e-5, 2e-4, 8e-4), (3, 10)):
-        flags = ("--freeze", *IMAGE, f"--lr={rate}", "--head-lr=1e-3", f"--epochs={epochs}", "--augment=light")
-        points[f"image trunk, {rate:g}, {epochs} epochs"] = flags
+        points[f"image trunk, {rate:g}, {epochs} epochs"] = ("--freeze", *IMAGE, f"--lr={rate}", f"--epochs={epochs}")
     return points
 
 
@@ -73,11 +71,12 @@ def main(settings: Settings) -> None:
 
 def first_images(data: Path, count: int, folder: Path) -> Path:
     """The data with the first images of its training split, of every class alike, and all others; files are linked."""
+    root, cut = (data, data / "train") if data.is_dir() else (data.parent, data)
+    for other in root.iterdir():
+        if other != cut:
+            (folder / other.name).symlink_to(other.resolve())
     if data.is_dir():
-        classes = sorted(path for path in (data / "train").iterdir() if path.is_dir())
-        for split in data.iterdir():
-            (folder / split.name).symlink_to(split.resolve())
-        (folder / "train").unlink()
+        classes = sorted(path for path in cut.iterdir() if path.is_dir())
         for one in classes:
             (folder / "train" / one.name).mkdir(parents=True)
             for image in sorted(one.iterdir())[: count // len(classes)]:
@@ -87,7 +86,6 @@ def first_images(data: Path, count: int, folder: Path) -> Path:
         lines = list(csv.DictReader(file))
     names = dict.fromkeys(line["filename"] for line in lines if line["split"] == "train")
     kept = set(list(names)[:count])
-    (folder / "images").symlink_to((data.parent / "images").resolve())
     with (folder / data.name).open("w", newline="") as file:
         writer = csv.DictWriter(file, lines[0])
         writer.writeheader()
@@ -99,7 +97,7 @@ def score(found: dict) -> float:
     """Accuracy, or the mean recall of both directions."""
     if "accuracy" in found:
         return found["accuracy"]
-    return statistics.mean(found[direction][f"R@{k}"] for direction in CAPTIONS for k in (1, 5, 10))
+    return statistics.mean(found[direction][f"R@{k}"] for direction in DIRECTIONS for k in (1, 5, 10))
 
 
 def table(rows: list[dict]) -> list[str]:

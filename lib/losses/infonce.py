@@ -64,12 +64,12 @@ def infonce(
         slope = softmax.slope(t, t.r, 1, out=t.logits)
         logits.add(t, slope if others is None else slope.add_(others))
     dtype, share = logits.scale.dtype, logits.share(norm=2 * len(fresh))
-    of_image, of_text = map(math.log, candidates(fresh, remembered))
+    of_image, of_text = map(math.log, count_candidates(fresh, remembered))
     normalizers = (images.lse - of_image).to(dtype), (texts.lse - of_text).to(dtype)
     return replace(share, image_normalizer=normalizers[0], text_normalizer=normalizers[1])
 
 
-def candidates(fresh: Pairs, remembered: Pairs | None) -> tuple[int, int]:
+def count_candidates(fresh: Pairs, remembered: Pairs | None) -> tuple[int, int]:
     """How many candidates an image and a text have; the excluded count too."""
     count = len(fresh) + (0 if remembered is None else len(remembered))
     negatives = 0 if fresh.negative_texts is None else fresh.negative_texts.shape[-2]
@@ -83,7 +83,7 @@ def old_normalizers(fresh: Pairs, remembered: Pairs, met: dict[str, Tensor]) -> 
     fresh. So the probabilities of the fresh candidates sum to less than 1, however old the anchor is.
     """
     assert remembered.image_normalizer is not None and remembered.text_normalizer is not None
-    of_image, of_text = (math.log(count - len(fresh)) for count in candidates(fresh, remembered))
+    of_image, of_text = (math.log(count - len(fresh)) for count in count_candidates(fresh, remembered))
     others = {"image": remembered.text_normalizer + of_text, "text": remembered.image_normalizer + of_image}
     return {tower: torch.logaddexp(lse, others[tower].to(lse)) for tower, lse in met.items()}
 

@@ -19,12 +19,12 @@ from lib.losses import Pairs
 from lib.losses.objective import Objective
 from lib.losses.positives import Ids, SameText
 from lib.setup.first_step import bias_from_counts
+from lib.setup.recipe import NEW_HEADS
 from lib.setup.tower_outputs import FrozenTrunks
 from lib.towers import TwoTowers
 
 LARGEST_BATCH = 1024  # the loss is dense here
 ENOUGH = 128  # pairs of a batch that suit new heads, where a pass over the data has 16 batches or more
-RATE = 1e-3
 
 
 def fit_heads(
@@ -50,7 +50,7 @@ def fit_heads(
     data = TrainingData(
         source, stored, effective_batch=batch, chunk_size=batch, rank=0, world_size=1, workers=0, seed=config.seed
     )
-    rates = Rates(max(config.head_lr, RATE))  # of the trunks too, which get no gradient here
+    rates = Rates(max(config.head_lr, NEW_HEADS))  # of the trunks too, which get no gradient here
     optimizer = build_optimizer(
         towers, config.optimizer, rates=rates, weight_decay=config.weight_decay, beta2=config.beta2
     )

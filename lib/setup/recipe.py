@@ -27,7 +27,7 @@ STEPS_A_PASS = 56  # that a batch leaves to a pass over the data, at least
 SMALLEST_BATCH = 32
 MANY = 100_000  # pairs from which on fewer passes do
 CPU_BUDGET = 4e13  # floating-point operations of a fine-tuning on a CPU: about 20 minutes on two cores
-NEW_HEADS = 1e-3  # learning rate, also from scratch
+NEW_HEADS = 1e-3  # learning rate, alone or beside a trunk; also from scratch
 
 Start = Literal["scratch", "heads", "pretrained"]
 """Nothing is pretrained; two pretrained encoders get new heads; the whole model is pretrained."""
